@@ -1,0 +1,28 @@
+"""hf_kvattn: fast and lean `model.generate()` on long contexts, without leaving transformers.
+
+import hf_kvattn
+from hf_kvattn import StaticKVCache
+
+hf_kvattn.enable(model)
+model.generate(**inputs, past_key_values=StaticKVCache(model.config, max_cache_len=8192))
+"""
+
+from .caches.base import KVCache
+from .caches.static import StaticKVCache
+from .describe import describe
+from .dispatch import backend, set_backend
+from .plugin import disable, enable, enabled, is_enabled
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KVCache",
+    "StaticKVCache",
+    "backend",
+    "describe",
+    "disable",
+    "enable",
+    "enabled",
+    "is_enabled",
+    "set_backend",
+]

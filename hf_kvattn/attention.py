@@ -1,0 +1,68 @@
+"""The attention function that transformers calls under the name `kvattn`: its arguments become one `AttendCall`."""
+
+from __future__ import annotations
+
+import torch
+
+from . import dispatch
+from .autograd import cut_graph
+from .kernels.call import AttendCall
+from .masks import is_compact, read_compact_mask
+
+NAME = "kvattn"
+_UNSERVED = ("s_aux", "position_bias", "cache", "block_table", "head_mask")
+
+
+def kvattn_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    kv_layer=None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of `query` over `kv_layer`'s stored tokens, or over `key` and `value` where there is no such layer.
+
+    Args:
+        module: the attention module; `is_causal` is read from it when not given.
+        query: `(B, Hq, Tq, D)`.
+        key: `(B, Hkv, Tk, D)`; with `kv_layer` the new tokens only, which the layer already holds.
+        value: as `key`.
+        attention_mask: what `kvattn_mask` returned, or a custom 4-D mask `(B or 1, Hq or 1, Tq, Tk)`, bool or float.
+        scaling: factor of the scores; None means `D ** -0.5`.
+        kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
+
+    Returns:
+        `(B, Tq, Hq, D)`, contiguous, and None (no attention weights).
+
+    Raises:
+        ValueError: an argument that changes the result and cannot be served, or a mask of another length than the keys.
+    """
+    for name in _UNSERVED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} (layer {module.layer_idx})")
+    if kwargs.get("output_attentions"):
+        raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
+    k, v = (key, value) if kv_layer is None else kv_layer.dense()
+    call = AttendCall(query, k, v, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
+    call.dropout = dropout
+    if attention_mask is None:
+        call.causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        call.window = sliding_window if call.causal else None
+    elif is_compact(attention_mask):
+        call.first, call.window = read_compact_mask(attention_mask)
+    else:
+        q_len, kv_len = query.shape[2], k.shape[2]
+        if attention_mask.shape[-2:] != (q_len, kv_len):
+            raise ValueError(f"mask {tuple(attention_mask.shape)} does not fit {q_len} queries and {kv_len} keys")
+        call.mask = attention_mask
+    out = dispatch.attend(call)
+    if kv_layer is not None:
+        out = cut_graph(out, query, key, value)
+    return out.contiguous(), None

@@ -1,0 +1,144 @@
+"""`StaticKVCache`: preallocated, appended in place."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from transformers import PreTrainedConfig
+
+from .base import KVCache, KVLayer
+
+_MIN_CAPACITY = 256
+_GROWTH = 1.5
+
+
+class KVStaticLayer(KVLayer):
+    """One layer's buffer, `(B, Hkv, capacity, D)` for keys and for values, allocated at the first append.
+
+    Slots from `stored` on hold whatever was in memory; nothing reads them. They are allocated with `empty`, so that on
+    a CPU capacity that was never written takes no physical memory.
+    """
+
+    def __init__(
+        self,
+        max_cache_len: int | None,
+        layer_idx: int,
+        expected_heads: int | None = None,
+        expected_dim: int | None = None,
+        window: int | None = None,
+    ):
+        super().__init__(layer_idx, expected_heads, expected_dim, window)
+        self.max_cache_len = max_cache_len
+        self.capacity = 0
+        self._k = self._v = torch.empty(0)
+
+    @property
+    def stored(self) -> int:
+        return self.seen
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the filled part; no copy."""
+        return self._k[:, :, : self.seen], self._v[:, :, : self.seen]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * self._k.numel() * self._k.element_size()
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.check(k, v)
+        end = self.seen + k.shape[2]
+        if self.max_cache_len is not None and end > self.max_cache_len:
+            raise ValueError(
+                f"layer {self.layer_idx}: {self.seen} stored tokens and {k.shape[2]} new ones exceed "
+                f"max_cache_len={self.max_cache_len}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        if end > self.capacity:
+            self._allocate(end)
+        # detach: a buffer must not join the autograd graph of a forward outside no_grad
+        self._k[:, :, self.seen : end].copy_(k.detach())
+        self._v[:, :, self.seen : end].copy_(v.detach())
+        self.seen = end
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._allocate(key_states.shape[2])
+        self.is_initialized = True
+
+    def _allocate(self, needed: int) -> None:
+        """Makes room for `needed` tokens: all of a fixed capacity, else geometrically, moving what is stored."""
+        capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * _GROWTH))
+        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
+        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        if self.seen:
+            k[:, :, : self.seen], v[:, :, : self.seen] = self.dense()
+        self._k, self._v, self.capacity = k, v, capacity
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
+        if not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        self.seen += tokens_to_remove
+
+    def reset(self) -> None:
+        """Forgets all tokens; the buffers stay."""
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        """Gathers batch rows, of the stored tokens only."""
+        if not self.is_initialized:
+            return
+        rows, stored = rows.to(self.device), self.seen
+        k, v = self._k[:, :, :stored][rows], self._v[:, :, :stored][rows]
+        if k.shape[0] != self.batch_size:
+            self.batch_size, self.seen = k.shape[0], 0
+            self._allocate(stored)
+            self.seen = stored
+        self._k[:, :, :stored], self._v[:, :, :stored] = k, v
+
+    def offload(self) -> None:
+        self._k, self._v = self._k.to("cpu"), self._v.to("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._k, self._v = self._k.to(self.device), self._v.to(self.device)
+
+
+class StaticKVCache(KVCache):
+    """Keys and values in buffers that are allocated once and appended to in place.
+
+        cache = StaticKVCache(model.config, max_cache_len=8192)
+        model.generate(**inputs, past_key_values=cache)
+
+    Attention reads the filled part only, so spare capacity costs no time, and on a CPU no physical memory either.
+
+    Args:
+        config: the model's config.
+        max_cache_len: tokens that fit; going beyond raises before anything is written. None grows geometrically: a
+            buffer that is full moves once into one 1.5 times as large.
+
+    Raises:
+        ValueError: `max_cache_len` below 1, or an unsupported model (`caches.base.check_config`).
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+            raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
+        super().__init__(config, functools.partial(KVStaticLayer, max_cache_len))

@@ -1,0 +1,108 @@
+"""Which backend serves an attention call, and why the others do not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+from .kernels import native, reference, sdpa
+from .kernels.call import AttendCall
+
+logger = logging.getLogger("hf_kvattn")
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native}
+
+# Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
+# wins; from there on PyTorch's blocked matrix products do.
+NATIVE_MAX_ROWS = 128
+
+_in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
+_for_process: list[str] = []  # set_backend's choice; empty: HF_KVATTN_BACKEND, else auto
+
+
+def _checked(name: str, source: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r} in {source}; known: {', '.join(['auto', *BACKENDS])}")
+    return name
+
+
+def set_backend(name: str) -> None:
+    """Chooses the backend for the whole process, all threads: `auto`, `reference`, `sdpa` or `native`.
+
+    With `auto` each call takes the fastest backend that can serve it. Any other choice is a demand: a call that the
+    backend cannot serve raises.
+
+    Raises:
+        ValueError: unknown name, or a backend that cannot be used on this machine (with the reason).
+    """
+    _for_process[:] = [_usable(name, "set_backend")]
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`set_backend` for the body of a `with`, in the current thread (or task) only."""
+    token = _in_context.set(_usable(name, "backend"))
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+def chosen_backend() -> str:
+    """The choice in force: the innermost `backend(...)`, else `set_backend`, else `HF_KVATTN_BACKEND`, else `auto`."""
+    name = _in_context.get()
+    if name is not None:
+        return name
+    if _for_process:
+        return _for_process[0]
+    return _checked(os.environ.get("HF_KVATTN_BACKEND", "auto"), "HF_KVATTN_BACKEND")
+
+
+def attend(call: AttendCall) -> torch.Tensor:
+    """Computes `call` with the chosen backend: `(B, Tq, Hq, D)` in the dtype of `q`."""
+    name = chosen_backend()
+    if name == "auto":
+        return auto_choice(call)[0].attend(call)
+    module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
+    reason = module.unsupported(call)
+    if reason:
+        raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
+    return module.attend(call)
+
+
+def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
+    """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
+    rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
+    few = call.q.device.type == "cpu" and rows <= NATIVE_MAX_ROWS
+    order = (native, sdpa, reference) if few else (sdpa, native, reference)
+    passed_over = None
+    for module in order:
+        reason = module.unavailable() or module.unsupported(call)
+        if reason is None:
+            break
+        passed_over = passed_over or reason
+    if passed_over:
+        _log_once(f"auto backend: {_name(module)}, because {passed_over}")
+    return module, passed_over
+
+
+def _usable(name: str, source: str) -> str:
+    if _checked(name, source) != "auto" and (reason := BACKENDS[name].unavailable()):
+        raise ValueError(f"backend {name!r} in {source} cannot be used here: {reason}")
+    return name
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[-1]
+
+
+@functools.lru_cache(maxsize=256)
+def _log_once(message: str) -> None:
+    logger.info(message)

@@ -1,0 +1,74 @@
+"""`AttendCall`: one attention problem, the only thing that a backend is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class AttendCall:
+    """`softmax(softcap(q k^T * scale)) v` over the visible keys, for `G = Hq // Hkv` query heads per KV head.
+
+    Query `i` stands at key position `Tk - Tq + i` (bottom-right aligned). Without `mask`, key `j` is visible to it when
+
+        first[b] <= j    and    j <= position  (if causal)    and    j > position - window  (if window)
+
+    so that with Tq = 3, Tk = 5, window = 3 and first = 1:
+
+        position 2:  . # # . .
+        position 3:  . # # # .
+        position 4:  . . # # #
+
+    A query that sees nothing gets zeros.
+
+    Attributes:
+        q: `(B, Hq, Tq, D)`, float32, float16 or bfloat16.
+        k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension.
+        v: the same shape as `k`.
+        scale: factor of the scores.
+        causal: whether a query sees only keys up to its own position.
+        window: visible keys including the query's own (transformers' meaning), or None for all.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2), or None.
+        first: `(B,)` int32, first visible key of each row (left padding), or None for 0.
+        mask: replaces `causal`, `window` and `first`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
+            (added to the scores after the softcap), or None.
+        dropout: probability of dropping a weight, for training.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    first: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd must be able to differentiate the result."""
+        tensors = (self.q, self.k, self.v)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+    def visible(self) -> torch.Tensor | None:
+        """What the rules above allow, as a bool mask `(B or 1, 1, Tq, Tk)`, or None when everything is visible."""
+        q_len, kv_len, device = self.q.shape[2], self.k.shape[2], self.q.device
+        rules = []
+        key = torch.arange(kv_len, device=device)
+        position = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+        if self.causal and q_len > 1:
+            rules.append(key <= position)
+        if self.window is not None and self.window < kv_len:
+            rules.append(key > position - self.window)
+        if self.first is not None:
+            rules.append(key >= self.first.to(device)[:, None, None, None])
+        if not rules:
+            return None
+        allowed = rules[0]
+        for rule in rules[1:]:
+            allowed = allowed & rule
+        return allowed.expand(-1, -1, q_len, kv_len) if allowed.ndim == 4 else allowed.expand(1, 1, q_len, kv_len)

@@ -1,0 +1,431 @@
+// Flash-decoding over a dense KV cache, written once over the small vector type `Simd` of the including file.
+//
+// One job is a (batch row, KV head, chunk of query rows). All query heads of a group are rows of the same job, so each
+// key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of all jobs form
+// one line that the threads share out evenly, so a job may be split between threads. Each piece keeps an online softmax
+// (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end (flash-decoding, 2023).
+#pragma once
+//
+// Everything here has internal linkage and no standard template is used: each variant is compiled with its own CPU
+// flags, and a shared (weak) function compiled for AVX-512 could replace its portable twin at link time.
+#include <math.h>
+#include <stdint.h>
+
+#include <new>
+
+#include "kvattn.h"
+#include "parallel.h"
+#include "scalar.h"
+
+namespace {
+
+constexpr int kTile = 64;    // tokens of a tile at most; a multiple of every lane count and of 4
+constexpr int kChunk = 32;   // query rows of one job
+constexpr int kFewRows = 8;  // up to here a tile is widened in registers, row block by row block
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kInf = INFINITY;
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+template <typename N>
+N least(N a, N b) { return b < a ? b : a; }
+template <typename N>
+N most(N a, N b) { return a < b ? b : a; }
+inline void fill(float *from, float *to, float x) {
+  for (; from < to; ++from) *from = x;
+}
+
+template <int N>
+struct Rows {
+  static constexpr int value = N;
+};
+template <typename A, typename B>
+constexpr bool kSame = false;
+template <typename A>
+constexpr bool kSame<A, A> = true;
+
+// Uninitialised memory for n numbers; throws std::bad_alloc.
+template <typename N>
+struct Buffer {
+  explicit Buffer(int64_t n) : data(static_cast<N *>(::operator new(n * sizeof(N) + 1))) {}
+  ~Buffer() { ::operator delete(data); }
+  Buffer(const Buffer &) = delete;
+  Buffer &operator=(const Buffer &) = delete;
+  N *data;
+};
+
+// 2^x for x <= 0; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
+Simd::Vec exp2_nonpositive(Simd::Vec x) {
+  x = Simd::max(Simd::set(-127.f), x);
+  Simd::Vec n = Simd::round(x), f = Simd::fma(n, Simd::set(-1.f), x);
+  Simd::Vec p = Simd::set(1.5403530e-4f);  // Taylor series of 2^f on [-0.5, 0.5]
+  const float coefficients[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+  for (float c : coefficients) p = Simd::fma(p, f, Simd::set(c));
+  return Simd::scale_pow2(p, n);
+}
+
+// tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
+Simd::Vec tanh_vec(Simd::Vec x) {
+  Simd::Vec negative = Simd::mul(x, Simd::set(-1.f));
+  Simd::Vec e = exp2_nonpositive(Simd::mul(Simd::max(negative, x), Simd::set(-2.f * kLog2e)));
+  Simd::Vec t = Simd::div(Simd::fma(e, Simd::set(-1.f), Simd::set(1.f)), Simd::add(e, Simd::set(1.f)));
+  float in[Simd::kLanes], out[Simd::kLanes];
+  Simd::store(in, x), Simd::store(out, t);
+  for (int i = 0; i < Simd::kLanes; ++i) out[i] = copysignf(out[i], in[i]);
+  return Simd::load(out);
+}
+
+template <typename T>
+void widen_row(const T *from, int d, float *to) {
+  int c = 0;
+  for (; c + Simd::kLanes <= d; c += Simd::kLanes) Simd::store(to + c, Simd::widen(from + c));
+  if (c < d) Simd::store(to + c, Simd::widen_some(from + c, d - c));
+}
+
+// scores[r * kTile + t] = q[r] . k[t]. Up to three scores past n are written as copies; the caller masks them.
+template <int R, typename T>
+void score_block(const float *q, int64_t q_stride, const T *k, int64_t k_stride, int n, int d, float *scores) {
+  for (int t = 0; t < n; t += 4) {
+    const T *row[4];
+    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * least(t + j, n - 1);
+    Simd::Vec sum[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 4; ++j) sum[r][j] = Simd::set(0.f);
+    auto step = [&](int c, auto load) {
+      Simd::Vec key[4];
+      for (int j = 0; j < 4; ++j) key[j] = load(row[j] + c);
+      for (int r = 0; r < R; ++r) {
+        Simd::Vec query = Simd::load(q + r * q_stride + c);
+        for (int j = 0; j < 4; ++j) sum[r][j] = Simd::fma(query, key[j], sum[r][j]);
+      }
+    };
+    int c = 0;
+    for (; c + Simd::kLanes <= d; c += Simd::kLanes) step(c, [](const T *p) { return Simd::widen(p); });
+    if (c < d) step(c, [&](const T *p) { return Simd::widen_some(p, d - c); });
+    for (int r = 0; r < R; ++r) Simd::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kTile + t);
+  }
+}
+
+// The same with bf16 products and fp32 sums; q is bf16, padded with zeros to 32 lanes.
+template <int R, typename S = Simd>
+void score_block_bf16(const bf16_t *q, int64_t q_stride, const bf16_t *k, int64_t k_stride, int n, int d,
+                      float *scores) {
+  constexpr int kPairLanes = 32;
+  for (int t = 0; t < n; t += 4) {
+    const bf16_t *row[4];
+    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * least(t + j, n - 1);
+    Simd::Vec sum[R][4];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < 4; ++j) sum[r][j] = Simd::set(0.f);
+    auto step = [&](int c, auto load) {
+      typename S::Pairs key[4];
+      for (int j = 0; j < 4; ++j) key[j] = load(row[j] + c);
+      for (int r = 0; r < R; ++r) {
+        typename S::Pairs query = S::load_pairs(q + r * q_stride + c);
+        for (int j = 0; j < 4; ++j) sum[r][j] = S::dot(query, key[j], sum[r][j]);
+      }
+    };
+    int c = 0;
+    for (; c + kPairLanes <= d; c += kPairLanes) step(c, [](const bf16_t *p) { return S::load_pairs(p); });
+    if (c < d) step(c, [&](const bf16_t *p) { return S::load_pairs_some(p, d - c); });
+    for (int r = 0; r < R; ++r) Simd::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kTile + t);
+  }
+}
+
+// acc[r] += sum over t of weights[r][t] * v[t], for Vectors * kLanes columns from v on, or for `some` < kLanes of them.
+template <int R, int Vectors, bool Some, typename T>
+void value_columns(const float *weights, const T *v, int64_t v_stride, int n, int some, float *acc,
+                   int64_t acc_stride) {
+  Simd::Vec sum[R][Vectors];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < Vectors; ++j) sum[r][j] = Simd::load(acc + r * acc_stride + j * Simd::kLanes);
+  for (int t = 0; t < n; ++t) {
+    const T *row = v + t * v_stride;
+    Simd::Vec value[Vectors];
+    for (int j = 0; j < Vectors; ++j)
+      value[j] = Some ? Simd::widen_some(row, some) : Simd::widen(row + j * Simd::kLanes);
+    for (int r = 0; r < R; ++r) {
+      Simd::Vec weight = Simd::set(weights[r * kTile + t]);
+      for (int j = 0; j < Vectors; ++j) sum[r][j] = Simd::fma(weight, value[j], sum[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < Vectors; ++j) Simd::store(acc + r * acc_stride + j * Simd::kLanes, sum[r][j]);
+}
+
+template <int R, typename T>
+void value_block(const float *weights, const T *v, int64_t v_stride, int n, int d, float *acc, int64_t acc_stride) {
+  constexpr int kWide = Simd::kVectors * Simd::kLanes;
+  int c = 0;
+  for (; c + kWide <= d; c += kWide)
+    value_columns<R, Simd::kVectors, false>(weights, v + c, v_stride, n, 0, acc + c, acc_stride);
+  for (; c + Simd::kLanes <= d; c += Simd::kLanes)
+    value_columns<R, 1, false>(weights, v + c, v_stride, n, 0, acc + c, acc_stride);
+  if (c < d) value_columns<R, 1, true>(weights, v + c, v_stride, n, d - c, acc + c, acc_stride);
+}
+
+// Calls f(Rows<n>, first row) over all rows in blocks of at most kRows.
+template <typename F>
+void for_row_blocks(int rows, F f) {
+  int r = 0;
+  for (; r + Simd::kRows <= rows; r += Simd::kRows) f(Rows<Simd::kRows>(), r);
+  switch (rows - r) {
+    case 3: f(Rows<3>(), r); break;
+    case 2: f(Rows<2>(), r); break;
+    case 1: f(Rows<1>(), r); break;
+  }
+}
+
+template <typename T>
+class Attend {
+  static constexpr bool kInBf16 = kSame<T, bf16_t> && Simd::kDotsBf16;
+
+ public:
+  explicit Attend(const kvattn_attend_args &args)
+      : a(args),
+        group(static_cast<int>(a.q_heads / a.kv_heads)),
+        rows(group * a.q_len),
+        chunks((rows + kChunk - 1) / kChunk),
+        d(static_cast<int>(a.head_dim)),
+        d_pad(round_up(d, 64)),
+        // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
+        tile(d > 64 ? kTile / 2 : kTile),
+        jobs(a.batch * a.kv_heads * chunks),
+        piece_floats(kChunk * (2 + d_pad)) {}
+
+  void run() {
+    Buffer<int64_t> start(jobs + 1);  // first tile of each job on the common line
+    start.data[0] = 0;
+    for (int64_t j = 0; j < jobs; ++j) {
+      Job job = job_at(j);
+      start.data[j + 1] = start.data[j] + most<int64_t>(1, (job.end - job.begin + tile - 1) / tile);
+    }
+    int64_t tiles = start.data[jobs];
+    int threads = static_cast<int>(most<int64_t>(1, least<int64_t>(a.threads, tiles)));
+    // Shares overlap in one job at most, so job + thread numbers the pieces uniquely. All memory is taken here: an
+    // exception could not leave the team.
+    Buffer<float> pieces((jobs + threads) * piece_floats);
+    Buffer<Scratch> scratch(threads);
+    Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
+    parallel(threads, [&](int thread, int count, auto barrier) {
+      Scratch &mine = scratch.data[thread];
+      mine.wide = wide.data + thread * kTile * d_pad;
+      mine.q = queries.data + thread * kChunk * d_pad;
+      int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
+      while (start.data[j + 1] <= from) ++j;
+      for (; j < jobs && start.data[j] < to; ++j) {
+        int64_t lo = most(from, start.data[j]) - start.data[j], hi = least(to, start.data[j + 1]) - start.data[j];
+        Job job = job_at(j);
+        float *piece = pieces.data + (j + thread) * piece_floats;
+        attend_tiles(job, lo, hi, mine, piece);
+        if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job, piece);
+      }
+      barrier();
+      for (int64_t s = thread; s < jobs; s += count) merge(s, start.data, tiles, count, pieces.data);
+    });
+  }
+
+ private:
+  struct Job {
+    int64_t b, h, row, end_row, begin, end;  // rows [row, end_row) see keys within [begin, end)
+  };
+  struct Scratch {
+    float scores[kChunk * kTile];
+    float *wide;  // a tile widened to fp32, (kTile, d_pad)
+    float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded: fp32, or bf16 where the scores are
+  };
+
+  int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
+  int64_t first(int64_t b) const { return a.first ? most<int64_t>(0, a.first[b]) : 0; }
+  int64_t lowest(int64_t b, int64_t row) const {
+    return most(first(b), a.window > 0 ? position(row) + 1 - a.window : 0);
+  }
+  int64_t limit(int64_t row) const { return a.causal ? least(a.kv_len, position(row) + 1) : a.kv_len; }
+
+  Job job_at(int64_t j) const {
+    Job job;
+    job.row = j % chunks * kChunk;
+    job.end_row = least<int64_t>(rows, job.row + kChunk);
+    job.h = j / chunks % a.kv_heads;
+    job.b = j / chunks / a.kv_heads;
+    job.begin = lowest(job.b, job.row);
+    job.end = most(job.begin, limit(job.end_row - 1));
+    return job;
+  }
+
+  // A piece: maxima (base 2), sums and unnormalised outputs of kChunk rows.
+  static float *maxima(float *piece) { return piece; }
+  static float *sums(float *piece) { return piece + kChunk; }
+  static float *outputs(float *piece) { return piece + 2 * kChunk; }
+
+  void clear(float *piece, int n_rows) const {
+    fill(maxima(piece), maxima(piece) + n_rows, -kInf);
+    fill(sums(piece), sums(piece) + n_rows, 0.f);
+    fill(outputs(piece), outputs(piece) + n_rows * d_pad, 0.f);
+  }
+
+  const T *query(const Job &job, int64_t row) const {
+    return static_cast<const T *>(a.q) + job.b * a.q_stride[0] + (job.h * group + row % group) * a.q_stride[1] +
+           row / group * a.q_stride[2];
+  }
+
+  void attend_tiles(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *piece) const {
+    int n_rows = static_cast<int>(job.end_row - job.row);
+    clear(piece, n_rows);
+    for (int r = 0; r < n_rows; ++r) load_query(query(job, job.row + r), r, scratch);
+    const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
+    const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
+    for (int64_t t = job.begin + lo * tile, stop = least(job.end, job.begin + hi * tile); t < stop; t += tile) {
+      int n = static_cast<int>(least<int64_t>(tile, stop - t));
+      score_tile(k + t * a.k_stride[2], n, n_rows, scratch);
+      for (int r = 0; r < n_rows; ++r)
+        soften(job.b, job.row + r, t, n, &scratch.scores[r * kTile], maxima(piece) + r, sums(piece) + r,
+               outputs(piece) + r * d_pad);
+      value_tile(v + t * a.v_stride[2], n, n_rows, scratch, outputs(piece));
+    }
+  }
+
+  void load_query(const T *from, int r, Scratch &scratch) const {
+    if constexpr (kInBf16) {
+      bf16_t *to = reinterpret_cast<bf16_t *>(scratch.q) + r * d_pad;
+      for (int64_t c = 0; c < d_pad; ++c) to[c] = c < d ? from[c] : bf16_t{0};
+    } else {
+      fill(scratch.q + r * d_pad, scratch.q + (r + 1) * d_pad, 0.f);
+      widen_row(from, d, scratch.q + r * d_pad);
+    }
+  }
+
+  void score_tile(const T *k, int n, int n_rows, Scratch &scratch) const {
+    if constexpr (kInBf16) {
+      const bf16_t *q = reinterpret_cast<const bf16_t *>(scratch.q);
+      for_row_blocks(n_rows, [&](auto block, int r) {
+        score_block_bf16<block.value>(q + r * d_pad, d_pad, k, a.k_stride[2], n, d, &scratch.scores[r * kTile]);
+      });
+    } else {
+      with_wide_tile(k, a.k_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
+        for_row_blocks(n_rows, [&](auto block, int r) {
+          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, stride, n, d, &scratch.scores[r * kTile]);
+        });
+      });
+    }
+  }
+
+  void value_tile(const T *v, int n, int n_rows, Scratch &scratch, float *acc) const {
+    with_wide_tile(v, a.v_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
+      for_row_blocks(n_rows, [&](auto block, int r) {
+        value_block<block.value>(&scratch.scores[r * kTile], tile, stride, n, d, acc + r * d_pad, d_pad);
+      });
+    });
+  }
+
+  // With many rows the tile is widened to fp32 once; with few that would cost more than it saves.
+  template <typename F>
+  void with_wide_tile(const T *tile, int64_t stride, int n, int n_rows, Scratch &scratch, F f) const {
+    if constexpr (!kSame<T, float>) {
+      if (n_rows > kFewRows) {
+        for (int t = 0; t < n; ++t) widen_row(tile + t * stride, d, scratch.wide + t * d_pad);
+        f(scratch.wide, d_pad);
+        return;
+      }
+    }
+    f(tile, stride);
+  }
+
+  // Scores of one row and tile become weights 2^(x - maximum); the row's running sums follow the new maximum.
+  void soften(int64_t b, int64_t row, int64_t t, int n, float *x, float *maximum, float *sum, float *acc) const {
+    int begin = static_cast<int>(least<int64_t>(most<int64_t>(lowest(b, row) - t, 0), n));
+    int end = static_cast<int>(least<int64_t>(most<int64_t>(limit(row) - t, begin), n));
+    int padded = static_cast<int>(round_up(n, Simd::kLanes));
+    fill(x, x + begin, -kInf);
+    fill(x + end, x + padded, -kInf);
+    Simd::Vec top = Simd::set(-kInf);
+    if (a.softcap > 0) {
+      // Masked scores must stay -inf, so only [begin, end) is capped.
+      for (int i = begin / Simd::kLanes * Simd::kLanes; i < end; i += Simd::kLanes) {
+        Simd::Vec capped = tanh_vec(Simd::mul(Simd::load(x + i), Simd::set(a.scale / a.softcap)));
+        Simd::store(x + i, Simd::mul(capped, Simd::set(a.softcap * kLog2e)));
+      }
+      fill(x, x + begin, -kInf);
+      fill(x + end, x + padded, -kInf);
+      for (int i = 0; i < padded; i += Simd::kLanes) top = Simd::max(top, Simd::load(x + i));
+    } else {
+      for (int i = 0; i < padded; i += Simd::kLanes) {
+        Simd::Vec scaled = Simd::mul(Simd::load(x + i), Simd::set(a.scale * kLog2e));
+        Simd::store(x + i, scaled);
+        top = Simd::max(top, scaled);
+      }
+    }
+    float new_max = most(*maximum, Simd::max_lane(top));
+    if (new_max == -kInf) {  // nothing visible yet: no weight, and no inf - inf
+      fill(x, x + padded, 0.f);
+      return;
+    }
+    Simd::Vec total = Simd::set(0.f), shift = Simd::set(-new_max);
+    for (int i = 0; i < padded; i += Simd::kLanes) {
+      Simd::Vec weight = exp2_nonpositive(Simd::add(Simd::load(x + i), shift));
+      Simd::store(x + i, weight);
+      total = Simd::add(total, weight);
+    }
+    if (new_max != *maximum) {
+      float shrink = *maximum == -kInf ? 0.f : exp2f(*maximum - new_max);
+      *sum *= shrink;
+      for (int64_t c = 0; c < d_pad; c += Simd::kLanes)
+        Simd::store(acc + c, Simd::mul(Simd::load(acc + c), Simd::set(shrink)));
+      *maximum = new_max;
+    }
+    *sum += Simd::sum(total);
+  }
+
+  void write(const Job &job, float *piece) const {
+    for (int64_t row = job.row; row < job.end_row; ++row) {
+      int64_t r = row - job.row, head = job.h * group + row % group, i = row / group;
+      float sum = sums(piece)[r], scale = sum == 0 ? 0.f : 1.f / sum;
+      T *out = static_cast<T *>(a.out) + ((job.b * a.q_len + i) * a.q_heads + head) * d;
+      for (int c = 0; c < d; ++c) narrow(outputs(piece)[r * d_pad + c] * scale, out + c);
+      if (a.lse)
+        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : maxima(piece)[r] * kLn2 + logf(sum);
+    }
+  }
+
+  void merge(int64_t j, const int64_t *start, int64_t tiles, int count, float *pieces) const {
+    auto thread_of = [&](int64_t tile) {  // the thread whose share [tiles * i / count, ...) holds this tile
+      int64_t i = tile * count / tiles;
+      while (tiles * (i + 1) / count <= tile) ++i;
+      while (tiles * i / count > tile) --i;
+      return i;
+    };
+    int64_t begin = thread_of(start[j]), end = thread_of(start[j + 1] - 1);
+    if (begin == end) return;  // not split: its thread has written it
+    Job job = job_at(j);
+    float *into = pieces + (j + begin) * piece_floats;
+    for (int64_t i = begin + 1; i <= end; ++i) {
+      float *piece = pieces + (j + i) * piece_floats;
+      for (int64_t r = 0; r < job.end_row - job.row; ++r) {
+        float top = most(maxima(into)[r], maxima(piece)[r]);
+        if (top == -kInf) continue;
+        float keep = exp2f(maxima(into)[r] - top), take = exp2f(maxima(piece)[r] - top);
+        maxima(into)[r] = top;
+        sums(into)[r] = sums(into)[r] * keep + sums(piece)[r] * take;
+        float *x = outputs(into) + r * d_pad, *y = outputs(piece) + r * d_pad;
+        for (int64_t c = 0; c < d_pad; ++c) x[c] = x[c] * keep + y[c] * take;
+      }
+    }
+    write(job, into);
+  }
+
+  const kvattn_attend_args &a;
+  int group;
+  int64_t rows, chunks;
+  int d;
+  int64_t d_pad, tile, jobs, piece_floats;
+};
+
+}  // namespace
+
+#define KVATTN_DEFINE_VARIANT(name)                         \
+  void kvattn_attend_##name(const kvattn_attend_args *a) {  \
+    switch (a->dtype) {                                     \
+      case KVATTN_F32: Attend<float>(*a).run(); break;      \
+      case KVATTN_F16: Attend<f16_t>(*a).run(); break;      \
+      case KVATTN_BF16: Attend<bf16_t>(*a).run(); break;    \
+    }                                                       \
+  }

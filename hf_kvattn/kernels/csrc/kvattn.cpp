@@ -1,0 +1,109 @@
+// Entry points: checks, and the choice of a SIMD variant.
+#include "kvattn.h"
+
+#include <atomic>
+#include <cstring>
+#include <new>
+
+#include "parallel.h"
+
+void kvattn_attend_portable(const kvattn_attend_args *);
+#ifdef KVATTN_X86
+void kvattn_attend_avx2(const kvattn_attend_args *);
+void kvattn_attend_avx512(const kvattn_attend_args *);
+void kvattn_attend_avx512_bf16(const kvattn_attend_args *);
+#endif
+
+namespace {
+
+struct Variant {
+  const char *name;
+  bool (*runs_here)();
+  void (*attend)(const kvattn_attend_args *);
+};
+
+#ifdef KVATTN_X86
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+const Variant kVariants[] = {
+#ifdef KVATTN_X86
+    {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16},
+    {"avx512", has_avx512, kvattn_attend_avx512},
+    {"avx2", has_avx2, kvattn_attend_avx2},
+#endif
+    {"portable", [] { return true; }, kvattn_attend_portable},
+};
+
+std::atomic<const Variant *> chosen{nullptr};
+
+const Variant &variant() {
+  const Variant *current = chosen.load(std::memory_order_relaxed);
+  if (!current) {
+    kvattn_select("");
+    current = chosen.load(std::memory_order_relaxed);
+  }
+  return *current;
+}
+
+}  // namespace
+
+extern "C" {
+
+int kvattn_abi_version(void) { return KVATTN_ABI_VERSION; }
+
+const char *kvattn_variant(void) { return variant().name; }
+
+int kvattn_select(const char *name) {
+  for (const Variant &candidate : kVariants) {
+    if (*name && std::strcmp(name, candidate.name) != 0) continue;
+    if (!candidate.runs_here()) continue;
+    chosen.store(&candidate, std::memory_order_relaxed);
+    return 0;
+  }
+  return 1;
+}
+
+int kvattn_has_openmp(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+int kvattn_attend(const kvattn_attend_args *a) {
+  if (!a || !a->q || !a->k || !a->v || !a->out || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->batch < 1 ||
+      a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 || a->kv_len < a->q_len ||
+      a->head_dim < 1 || a->window < 0 || a->threads < 1)
+    return KVATTN_BAD_ARGUMENT;
+  try {
+    variant().attend(a);
+  } catch (const std::bad_alloc &) {
+    return KVATTN_OUT_OF_MEMORY;
+  }
+  return KVATTN_OK;
+}
+
+uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads) {
+  const uint64_t *words = static_cast<const uint64_t *>(data);
+  int64_t count = bytes / 8;
+  std::atomic<uint64_t> total{0};
+  parallel(threads, [&](int thread, int team, auto) {
+    uint64_t sum[8] = {};
+    int64_t from = count * thread / team, to = count * (thread + 1) / team;
+    for (int64_t i = from; i + 8 <= to; i += 8)
+      for (int j = 0; j < 8; ++j) sum[j] += words[i + j];
+    for (uint64_t s : sum) total += s;
+  });
+  return total;
+}
+
+}  // extern "C"

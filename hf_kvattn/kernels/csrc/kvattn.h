@@ -1,0 +1,55 @@
+// The C ABI of the native kernels. No PyTorch and no Python headers: loaded with ctypes, mirrored in kernels/native.py.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define KVATTN_API __declspec(dllexport)
+#else
+#define KVATTN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { KVATTN_ABI_VERSION = 1 };
+enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
+enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
+
+// Attention of Tq query tokens over Tk stored tokens; query i stands at key position Tk - Tq + i.
+// Key j is visible to it when first[b] <= j, j <= position (causal) and j > position - window (window > 0).
+// Strides are in elements; the last dimension is contiguous. Slots at and beyond Tk are never read.
+typedef struct {
+  int32_t dtype;    // of q, k, v and out
+  int32_t causal;   // 0 or 1
+  int32_t threads;  // at most this many
+  int32_t reserved;
+  int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
+  int64_t window;  // visible keys including the query's own; 0 = all
+  float scale;
+  float softcap;         // scores become softcap * tanh(score / softcap); 0 = off
+  const void *q;         // (B, Hq, Tq, D)
+  const void *k;         // (B, Hkv, Tk, D)
+  const void *v;         // (B, Hkv, Tk, D)
+  const int32_t *first;  // (B), first visible key of each row; null = 0
+  void *out;             // (B, Tq, Hq, D), contiguous
+  float *lse;            // (B, Hq, Tq), natural log-sum-exp of the scores, -inf for an empty row; may be null
+  int64_t q_stride[3];   // batch, head, token
+  int64_t k_stride[3];
+  int64_t v_stride[3];
+} kvattn_attend_args;
+
+KVATTN_API int kvattn_abi_version(void);
+// Name of the SIMD variant in use: chosen from the CPU's features at the first call.
+KVATTN_API const char *kvattn_variant(void);
+// Forces a variant ("avx512_bf16", "avx512", "avx2", "portable"; "" = best). Returns 0, or 1 if this CPU lacks it.
+KVATTN_API int kvattn_select(const char *name);
+// Whether the kernels were built with OpenMP.
+KVATTN_API int kvattn_has_openmp(void);
+KVATTN_API int kvattn_attend(const kvattn_attend_args *args);
+// Sums all bytes with `threads` threads: the read bandwidth that attention is compared with.
+KVATTN_API uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif

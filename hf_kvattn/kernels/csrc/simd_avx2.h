@@ -1,0 +1,57 @@
+// AVX2 + FMA + F16C: eight floats, sixteen registers.
+#pragma once
+#include <immintrin.h>
+
+#include "scalar.h"
+
+namespace {  // one per variant: each is compiled with its own flags and must not be merged with another's
+
+struct Simd {
+  static constexpr int kLanes = 8;
+  static constexpr int kRows = 2;
+  static constexpr int kVectors = 4;
+  static constexpr bool kDotsBf16 = false;
+  using Vec = __m256;
+
+  static Vec set(float x) { return _mm256_set1_ps(x); }
+  static Vec load(const float *p) { return _mm256_loadu_ps(p); }
+  static void store(float *p, Vec a) { _mm256_storeu_ps(p, a); }
+  static Vec widen(const float *p) { return load(p); }
+  static Vec widen(const bf16_t *p) {
+    __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  static Vec widen(const f16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
+  template <typename T>
+  static Vec widen_some(const T *p, int n) {
+    T padded[kLanes] = {};
+    for (int i = 0; i < n; ++i) padded[i] = p[i];
+    return widen(padded);
+  }
+  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // returns b when either is NaN
+  static Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Vec scale_pow2(Vec a, Vec n) {
+    __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static float sum(Vec a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  static float max_lane(Vec a) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+  }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+  }
+};
+
+}  // namespace

@@ -1,0 +1,41 @@
+"""What every attention op means, in fp32 PyTorch. All other backends are tested against this file."""
+
+from __future__ import annotations
+
+import torch
+
+from .call import AttendCall
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def unsupported(call: AttendCall) -> str | None:
+    return None
+
+
+def attend(call: AttendCall) -> torch.Tensor:
+    """The attention of `call`, computed in fp32 and rounded once: `(B, Tq, Hq, D)` in the dtype of `q`."""
+    return attend_with_lse(call)[0].to(call.q.dtype)
+
+
+def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unrounded fp32 result `(B, Tq, Hq, D)`, and the log-sum-exp of each query's scores, `(B, Hq, Tq)`.
+
+    The log-sum-exp (natural, after scale, softcap and mask) is -inf where nothing is visible.
+    """
+    group = call.q.shape[1] // call.k.shape[1]
+    q = call.q.float()
+    k = call.k.float().repeat_interleave(group, dim=1)
+    v = call.v.float().repeat_interleave(group, dim=1)
+    scores = q @ k.transpose(-1, -2) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = call.visible() if call.mask is None else call.mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
+    weights = torch.nn.functional.dropout(weights, call.dropout, training=call.dropout > 0)
+    return (weights @ v).transpose(1, 2), lse

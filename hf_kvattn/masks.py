@@ -1,0 +1,110 @@
+"""The mask function registered with the attention function: compact where the pattern is plain, dense elsewhere.
+
+transformers asks it once per forward and pattern, and hands what it returns to every layer. Three answers:
+
+- None: causal, no padding.
+- A compact mask, int32 `(B, 1, 1 + window, 1)`: causal with a left-padded batch, a sliding window, or both. The numbers
+  are the first visible key of each row, counted from the first key that the layer sees; the third dimension says the
+  window, 1 meaning none (it is an expanded view and takes no memory). Four dimensions, because transformers passes 4-D
+  masks on untouched; a shape, because reading a number back from a GPU would stall it.
+- A dense bool mask `(B, 1, Tq, Tk)`, as for `sdpa`: everything else (packed sequences, bidirectional, chunked or custom
+  masks, right padding, caches whose tail is not filled yet).
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+
+
+def kvattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> torch.Tensor | None:
+    """The mask of one forward; see the module. Arguments as in `transformers.masking_utils.sdpa_mask`."""
+    window = _window_of(mask_function)
+    # A traced offset cannot be compared, and a cache with an unfilled tail (StaticCache) is not bottom-right aligned.
+    aligned = not (isinstance(q_offset, torch.Tensor) and torch.compiler.is_compiling()) and bool(
+        q_offset + q_length == kv_offset + kv_length
+    )
+    if window is not None and aligned and not use_vmap:
+        first = _left_padding(attention_mask, kv_length, kv_offset)
+        if first is None and not window:
+            return None
+        if not isinstance(first, bool):
+            return compact_mask(first, window, batch_size, device)
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,  # type: ignore[arg-type]  # a tensor works, StaticCache passes one
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        device=device,
+        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+    )
+
+
+def compact_mask(first: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str) -> torch.Tensor:
+    """Packs `first` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1)`."""
+    if first is None:
+        first = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return first.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1)
+
+
+def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+    """`first` `(B,)` int32 and the window (None: none) of a compact mask."""
+    return mask[:, 0, 0, 0], mask.shape[2] - 1 or None
+
+
+def is_compact(mask: torch.Tensor) -> bool:
+    return mask.dtype == torch.int32
+
+
+def _window_of(mask_function) -> int | None:
+    """0 for the plain causal function, W for the sliding causal one of window W, None for any other.
+
+    transformers builds the sliding function anew for every forward, as closures; it is known by the code of its parts.
+    """
+    if mask_function is causal_mask_function:
+        return 0
+    model = sliding_window_causal_mask_function(1)
+    if getattr(mask_function, "__code__", None) is not model.__code__:
+        return None
+    parts, model_parts = (_cells(f).get("mask_functions", ()) for f in (mask_function, model))
+    if [getattr(p, "__code__", None) for p in parts] != [p.__code__ for p in model_parts]:
+        return None
+    windows = [w for part in parts if (w := _cells(part).get("sliding_window")) is not None]
+    return windows[0] if len(windows) == 1 and isinstance(windows[0], int) else None
+
+
+def _cells(function) -> dict:
+    closure = function.__closure__ or ()
+    return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in closure), strict=True))
+
+
+def _left_padding(mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None | bool:
+    """First visible key of each row, `(B,)`; None where nothing is padded; False where the padding is not at the left.
+
+    Args:
+        mask: `(B, n)` bool over all tokens seen, True is a token; slots beyond n count as padding.
+    """
+    if mask is None:
+        return None
+    if mask.shape[-1] < kv_offset + kv_length:
+        return False
+    mask = mask[:, kv_offset : kv_offset + kv_length]
+    if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+        return False
+    first = kv_length - mask.sum(-1)
+    return first if bool(first.any()) else None

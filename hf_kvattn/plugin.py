@@ -1,0 +1,187 @@
+"""`enable` and `disable`: the door between a transformers model and this package.
+
+transformers calls `past_key_values.update(k, v, layer_idx)` inside an attention module and hands the result to the
+attention function, which never sees the cache. `enable` puts a forward pre-hook on each attention module: when the
+cache is one of ours, the hook swaps in that layer's writer and adds `kv_layer=`, which flows through the module's
+keyword arguments to our attention function. Nothing global is armed and no forward is copied; with any other cache,
+or none, the hook does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+
+from .attention import NAME, kvattn_attention
+from .caches.base import KVCache, check_config
+from .caches.static import StaticKVCache
+from .masks import kvattn_mask
+
+CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {"static": StaticKVCache}
+
+_STATE = "_hf_kvattn"
+
+
+@dataclass
+class _Enabled:
+    """What `disable` needs to put a model back exactly."""
+
+    request: tuple
+    hooks: list
+    configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
+    make_cache: Callable[[PreTrainedConfig], object] | None
+    generate: object  # an instance attribute that was there before, or None
+
+
+def enable(
+    model: PreTrainedModel, cache: str | Callable[[PreTrainedConfig], object] | None = None, compile: bool = False
+) -> PreTrainedModel:
+    """Switches `model` to this package's attention; returns `model`.
+
+    Changes this model only: its config is replaced by a private copy while enabled, so that another model built from
+    the same config object is not affected. Calling it again with other arguments replaces the first call.
+
+    Args:
+        model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
+        cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`), a callable
+            `config -> Cache`, or None to leave `generate()` as it is.
+        compile: reserved; only False is served.
+
+    Raises:
+        ValueError: an unsupported model, with the reason, or an unknown cache name.
+    """
+    if compile:
+        raise ValueError(f"compile={compile!r} is not served by this version; compile=False is")
+    make_cache = _cache_maker(cache)
+    attention_modules = _check_model(model)
+    request = (cache, compile)
+    if (state := getattr(model, _STATE, None)) is not None:
+        if state.request == request:
+            return model
+        disable(model)
+    # Together: a name with an attention function but no mask function would get no masks at all.
+    AttentionInterface.register(NAME, kvattn_attention)
+    AttentionMaskInterface.register(NAME, kvattn_mask)
+    configs = _use_private_configs(model)
+    model.config.get_text_config(decoder=True)._attn_implementation = NAME
+    hook = functools.partial(_open_door, n_layers=len(attention_modules))
+    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in attention_modules]
+    setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, model.__dict__.get("generate")))
+    if make_cache is not None:
+        model.__dict__["generate"] = types.MethodType(_generate_with_cache, model)
+    return model
+
+
+def disable(model: PreTrainedModel) -> PreTrainedModel:
+    """Puts `model` back exactly as it was before `enable`; does nothing to a model that is not enabled."""
+    state = model.__dict__.pop(_STATE, None)
+    if state is None:
+        return model
+    for hook in state.hooks:
+        hook.remove()
+    for module, config in state.configs:
+        module.config = config
+    if state.make_cache is not None:
+        del model.__dict__["generate"]
+        if state.generate is not None:
+            model.__dict__["generate"] = state.generate
+    return model
+
+
+@contextlib.contextmanager
+def enabled(model: PreTrainedModel, cache=None, compile: bool = False) -> Iterator[PreTrainedModel]:
+    """`enable` for the body of a `with`; afterwards the model is as it was, enabled by an earlier call or not."""
+    before = getattr(model, _STATE, None)
+    enable(model, cache, compile)
+    try:
+        yield model
+    finally:
+        if before is None:
+            disable(model)
+        else:
+            enable(model, *before.request)
+
+
+def is_enabled(model: PreTrainedModel) -> bool:
+    return getattr(model, _STATE, None) is not None
+
+
+def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict, n_layers: int):
+    cache = kwargs.get("past_key_values")
+    # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
+    if not isinstance(cache, KVCache) or _implementation(module) != NAME:
+        return None
+    if len(cache.layers) != n_layers:
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
+        )
+    index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
+    return args, {**kwargs, "past_key_values": cache.writer(index), "kv_layer": cache.layers[index]}
+
+
+def _implementation(module: torch.nn.Module) -> str | None:
+    return getattr(module.config, "_attn_implementation", None)
+
+
+def _generate_with_cache(self, *args, **kwargs):
+    """`generate()` that makes a fresh cache when the caller brings none and has not asked for another kind."""
+    config = kwargs.get("generation_config") or self.generation_config
+    asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    uses_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
+    if kwargs.get("past_key_values") is None and not asked and uses_cache is not False:
+        kwargs["past_key_values"] = getattr(self, _STATE).make_cache(self.config)
+    return type(self).generate(self, *args, **kwargs)
+
+
+def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
+    if cache is None or callable(cache):
+        return cache
+    if cache not in CACHES:
+        raise ValueError(f"unknown cache {cache!r}; known: {', '.join(CACHES)}, or a callable config -> Cache")
+    return CACHES[cache]
+
+
+def _check_model(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The model's attention modules, one a layer; ValueError with the reason where it cannot be served."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"enable() takes a transformers PreTrainedModel, got {type(model).__name__}")
+    check_config(model.config)
+    if not model._can_set_attn_implementation():
+        raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
+    modules = [m for m in model.modules() if _is_cached_attention(m)]
+    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if sorted(int(m.layer_idx) for m in modules) != list(range(n_layers)):  # type: ignore[arg-type]  # as above
+        raise ValueError(
+            f"{type(model).__name__}: expected one cached attention module for each of {n_layers} layers, found "
+            f"{[f'{type(m).__name__} {m.layer_idx}' for m in modules]}"
+        )
+    return modules
+
+
+def _is_cached_attention(module: torch.nn.Module) -> bool:
+    if not hasattr(module, "layer_idx") or not hasattr(module, "scaling"):
+        return False
+    parameters = inspect.signature(module.forward).parameters
+    return "past_key_values" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _use_private_configs(model: PreTrainedModel) -> list[tuple[torch.nn.Module, PreTrainedConfig]]:
+    """Replaces the model's config and its parts by copies, everywhere in the model; returns what was replaced."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    replaced = []
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig) and id(config) in copies:
+            replaced.append((module, config))
+            module.config = copies[id(config)]
+    return replaced
