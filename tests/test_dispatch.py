@@ -1,0 +1,137 @@
+"""Backends: the choice, its scope, its refusals, and what describe() says of it."""
+
+import logging
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from models import generate, prompt, tiny_model
+from problems import problem
+from tolerance import assert_close_to_reference
+
+import hf_kvattn
+from hf_kvattn import StaticKVCache, dispatch
+from hf_kvattn.kernels import native
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice(monkeypatch):
+    monkeypatch.setattr(dispatch, "_for_process", [])
+    monkeypatch.delenv("HF_KVATTN_BACKEND", raising=False)
+    dispatch._log_once.cache_clear()
+
+
+def taken(call) -> str:
+    return dispatch.auto_choice(call)[0].__name__.rsplit(".")[-1]
+
+
+def test_auto_takes_the_fast_one_for_each_case():
+    assert taken(problem("long-split")) == "native"
+    assert taken(problem("padded")) == "native"
+    assert taken(problem("short-query")) == "native"
+    assert taken(problem("prefill")) == "sdpa"
+    assert taken(problem("softcap-window")) == "native"
+    softcapped_prefill = problem("prefill")
+    softcapped_prefill.softcap = 5.0
+    assert taken(softcapped_prefill) == "native"
+    training = problem("prefill")
+    training.q = training.q.detach().requires_grad_()
+    training.softcap = 5.0
+    assert taken(training) == "reference"
+
+
+def test_auto_falls_back_with_one_logged_reason(monkeypatch, caplog):
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler was found")
+    with caplog.at_level(logging.INFO, logger="hf_kvattn"):
+        for _ in range(3):
+            call = problem("long-split")
+            assert_close_to_reference(dispatch.attend(call), call)
+    assert [r.message for r in caplog.records] == ["auto backend: sdpa, because no compiler was found"]
+
+
+def test_explicit_choices_raise_where_they_cannot_serve(monkeypatch):
+    masked = problem("g1-31")
+    masked.mask = torch.ones(1, 1, 1, 31, dtype=torch.bool)
+    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="'native' cannot serve.*dense mask"):
+        dispatch.attend(masked)
+    with hf_kvattn.backend("sdpa"), pytest.raises(ValueError, match="'sdpa' cannot serve.*softcap"):
+        dispatch.attend(problem("softcap"))
+    call = problem("g1-31")
+    call.q, call.k, call.v = (t.to("meta") for t in (call.q, call.k, call.v))
+    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="run on the CPU, the tensors are on meta"):
+        dispatch.attend(call)
+    model = tiny_model("gemma2")
+    with hf_kvattn.enabled(model), hf_kvattn.backend("sdpa"), pytest.raises(ValueError, match="softcap"):
+        generate(model, prompt(), past_key_values=StaticKVCache(model.config))
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler was found")
+    for choose in (hf_kvattn.set_backend, lambda name: hf_kvattn.backend(name).__enter__()):
+        with pytest.raises(ValueError, match="'native' .* cannot be used here: no compiler was found"):
+            choose("native")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: setattr(c, "q", c.q.double()), "float64"),
+        (lambda c: setattr(c, "k", c.k.half()), "one dtype is needed"),
+        (lambda c: setattr(c, "dropout", 0.5), "no dropout"),
+        (lambda c: setattr(c, "q", c.q.detach().requires_grad_()), "no gradients"),
+        (lambda c: setattr(c, "v", c.v[..., :32]), "but v"),
+    ],
+)
+def test_what_native_refuses(change, message):
+    call = problem("g1-31")
+    change(call)
+    assert message in native.unsupported(call)
+
+
+def test_unknown_names_are_refused_everywhere(monkeypatch):
+    with pytest.raises(
+        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native"
+    ):
+        hf_kvattn.set_backend("cuda9")
+    with pytest.raises(ValueError, match="unknown backend 'x' in backend"), hf_kvattn.backend("x"):
+        pass
+    monkeypatch.setenv("HF_KVATTN_BACKEND", "quick")
+    with pytest.raises(ValueError, match="unknown backend 'quick' in HF_KVATTN_BACKEND"):
+        dispatch.attend(problem("g1-31"))
+
+
+def test_context_goes_before_set_backend_goes_before_environment(monkeypatch):
+    assert dispatch.chosen_backend() == "auto"
+    monkeypatch.setenv("HF_KVATTN_BACKEND", "reference")
+    assert dispatch.chosen_backend() == "reference"
+    hf_kvattn.set_backend("sdpa")
+    assert dispatch.chosen_backend() == "sdpa"
+    seen = []
+    with hf_kvattn.backend("native"):
+        with hf_kvattn.backend("reference"):
+            assert dispatch.chosen_backend() == "reference"
+        assert dispatch.chosen_backend() == "native"
+        other = threading.Thread(target=lambda: seen.append(dispatch.chosen_backend()))
+        other.start()
+        other.join()
+    assert seen == ["sdpa"], "a context is its thread's own, set_backend is everybody's"
+    assert dispatch.chosen_backend() == "sdpa"
+
+
+def test_describe_tells_backends_cases_and_reasons(monkeypatch):
+    description = hf_kvattn.describe()
+    assert description.backends == {"reference": None, "sdpa": None, "native": None}
+    assert description.cases["decode, 1 token"] == ("native", None)
+    name, reason = description.cases["decode, custom dense mask"]
+    assert name == "sdpa" and "dense mask" in reason
+    softcapped = hf_kvattn.describe(tiny_model("gemma2"))
+    assert softcapped.cases["prefill, 512 tokens"][0] == "native"
+    with hf_kvattn.backend("sdpa"):
+        assert hf_kvattn.describe(tiny_model("gemma2")).cases["decode, 1 token"][0] == "raises"
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler was found")
+    text = str(hf_kvattn.describe())
+    assert "not usable: no compiler was found" in text and "decode, 1 token" in text
+
+
+def test_the_command_line_prints_the_description():
+    out = subprocess.run([sys.executable, "-m", "hf_kvattn"], capture_output=True, text=True, check=True).stdout
+    assert "native     usable" in out and "backend asked for: auto" in out

@@ -1,0 +1,152 @@
+"""Every backend against the fp32 reference, and the reference against a loop that spells attention out."""
+
+import math
+
+import pytest
+import torch
+from problems import SHAPES, problem
+from tolerance import LSE, assert_close_to_reference, plain_torch
+
+from hf_kvattn.kernels import native, reference, sdpa
+from hf_kvattn.kernels.call import AttendCall
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+VARIANTS = ["avx512_bf16", "avx512", "avx2", "portable"]
+
+
+def usable_variants() -> list[str]:
+    usable = []
+    for name in VARIANTS:
+        try:
+            native.select_variant(name)
+        except ValueError:
+            continue
+        usable.append(name)
+    native.select_variant(None)
+    return usable
+
+
+@pytest.fixture
+def variant(request):
+    if request.param not in usable_variants():
+        pytest.skip(f"this CPU has no {request.param}")  # the variant cannot run here; portable always does
+    native.select_variant(request.param)
+    yield request.param
+    native.select_variant(None)
+
+
+def spelled_out(call: AttendCall) -> torch.Tensor:
+    """Attention one number at a time, in Python floats: `(B, Tq, Hq, D)`."""
+    batch, q_heads, q_len, dim = call.q.shape
+    kv_len, group = call.k.shape[2], q_heads // call.k.shape[1]
+    out = torch.zeros(batch, q_len, q_heads, dim)
+    for b in range(batch):
+        for h in range(q_heads):
+            for i in range(q_len):
+                position = kv_len - q_len + i
+                low = 0 if call.first is None else int(call.first[b])
+                if call.window is not None:
+                    low = max(low, position - call.window + 1)
+                keys = range(low, position + 1 if call.causal else kv_len)
+                scores = [
+                    float(call.q[b, h, i].double() @ call.k[b, h // group, j].double()) * call.scale for j in keys
+                ]
+                if call.softcap is not None:
+                    scores = [call.softcap * math.tanh(s / call.softcap) for s in scores]
+                weights = [math.exp(s - max(scores)) for s in scores]
+                for j, w in zip(keys, weights, strict=True):
+                    out[b, i, h] += w / sum(weights) * call.v[b, h // group, j]
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in SHAPES if SHAPES[n][1] * SHAPES[n][2] * SHAPES[n][0] < 2500])
+def test_reference_is_attention_spelled_out(name):
+    call = problem(name)
+    torch.testing.assert_close(reference.attend(call), spelled_out(call), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference_rounds_once(name, dtype):
+    call = problem(name, dtype)
+    assert_close_to_reference(reference.attend(call), call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in SHAPES if "softcap" not in n])
+def test_sdpa(name, dtype):
+    call = problem(name, dtype)
+    assert sdpa.unsupported(call) is None
+    assert_close_to_reference(sdpa.attend(call), call)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+@pytest.mark.parametrize("name", SHAPES)
+def test_native(name, variant, dtype):
+    call = problem(name, dtype)
+    lse = torch.full(call.q.shape[:3], torch.nan)
+    assert native.unsupported(call) is None
+    assert_close_to_reference(native.attend(call, lse), call)
+    torch.testing.assert_close(lse, reference.attend_with_lse(call)[1], rtol=0, atol=LSE)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["long-split", "padded", "one-token", "window-many-queries"])
+def test_native_splits_the_work_over_any_number_of_threads(name, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for kv_heads in (1, 2, 5):
+            call = problem(name, kv_heads=kv_heads)
+            lse = torch.full(call.q.shape[:3], torch.nan)
+            assert_close_to_reference(native.attend(call, lse), call)
+            torch.testing.assert_close(lse, reference.attend_with_lse(call)[1], rtol=0, atol=LSE)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("module", [sdpa, native, reference], ids=lambda m: m.__name__.rsplit(".")[-1])
+@pytest.mark.parametrize("scale", [1e-3, 40.0])
+def test_extreme_scores(module, scale):
+    """Scores of several hundred: exp overflows without the running maximum, and one key takes all the weight."""
+    call = problem("prefill-after-past")
+    call.q, call.scale = call.q * scale, 1.0
+    assert_close_to_reference(module.attend(call), call)
+
+
+def test_native_shows_nan_instead_of_hiding_it():
+    call = problem("g3-65")
+    call.k[0, 1, 13, 5] = torch.nan
+    out = native.attend(call)
+    assert out[0, :, 3:].isnan().all() and not out[0, :, :3].isnan().any() and not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_dense_masks(kind, heads):
+    call = problem("short-query")
+    mask = torch.rand(2, heads, 5, 77) > 0.4
+    call.mask = mask if kind == "bool" else torch.randn(2, heads, 5, 77).masked_fill(~mask, -torch.inf)
+    assert_close_to_reference(sdpa.attend(call), call)
+    assert "dense mask" in native.unsupported(call)
+
+
+def test_a_longer_key_range_is_noticed():
+    """The bound can fail: one visible key more or less in 3,001 exceeds it."""
+    call = problem("long-split")
+    shorter = AttendCall(call.q, call.k[:, :, 1:], call.v[:, :, 1:], call.scale)
+    lse = [reference.attend_with_lse(c)[1] for c in (call, shorter)]
+    assert (lse[0] - lse[1]).abs().max() > 10 * LSE
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_close_to_reference(plain_torch(shorter), call)
+
+
+def test_select_variant_refuses_what_the_cpu_lacks():
+    with pytest.raises(ValueError, match="'neon512'.*now"):
+        native.select_variant("neon512")
+
+
+def test_read_bandwidth_is_a_plausible_number():
+    bytes_s = native.read_bandwidth_bytes_s(torch.ones(4 << 20), seconds=0.05)
+    assert 1e8 < bytes_s < 1e13

@@ -1,0 +1,33 @@
+"""The one place that says how far from the fp32 reference a result may be."""
+
+import torch
+
+from hf_kvattn.kernels import reference
+from hf_kvattn.kernels.call import AttendCall
+
+FACTOR = 2.0  # a backend may be this much worse than PyTorch's plain formula in the same dtype
+FLOOR = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}  # half a unit in the last place of 0.5, about
+LSE = 5e-6  # of fp32 log-sum-exps, absolute; a key more or less in a thousand moves it by 1e-3
+
+
+def plain_torch(call: AttendCall) -> torch.Tensor:
+    """The textbook formula, every step in the call's own dtype: `(B, Tq, Hq, D)`."""
+    group = call.q.shape[1] // call.k.shape[1]
+    k, v = call.k.repeat_interleave(group, 1), call.v.repeat_interleave(group, 1)
+    scores = call.q @ k.transpose(-1, -2) * call.scale
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    mask = call.visible() if call.mask is None else call.mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.nan_to_num(torch.softmax(scores, -1, dtype=torch.float32)).to(call.q.dtype)
+    return (weights @ v).transpose(1, 2)
+
+
+def assert_close_to_reference(out: torch.Tensor, call: AttendCall) -> None:
+    """`out` errs at most FACTOR times as much as plain PyTorch in the same dtype does, both against fp32."""
+    exact, _ = reference.attend_with_lse(call)
+    assert out.shape == exact.shape and out.dtype == call.q.dtype
+    error = (out.float() - exact).abs().max().item()
+    allowed = FACTOR * (plain_torch(call).float() - exact).abs().max().item() + FLOOR[call.q.dtype]
+    assert error <= allowed, f"error {error:.3e} against fp32, {allowed:.3e} allowed"  # false for NaN too
