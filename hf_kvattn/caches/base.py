@@ -143,10 +143,8 @@ class KVCache(Cache):
         dim = getattr(decoder, "head_dim", None)
         if dim is None and hasattr(decoder, "hidden_size") and hasattr(decoder, "num_attention_heads"):
             dim = decoder.hidden_size // decoder.num_attention_heads
-        _, per_layer = get_layer_types_and_kwargs(decoder)
-        super().__init__(
-            layers=[make_layer(i, heads, dim, kwargs.get("sliding_window")) for i, kwargs in enumerate(per_layer)]
-        )
+        windows = native_windows(decoder)
+        super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
 
     def writer(self, layer_idx: int) -> LayerWriter:
         """The stand-in for this cache in the forward of attention layer `layer_idx`."""
@@ -176,6 +174,15 @@ class KVCache(Cache):
         if not numbers:
             raise ValueError("an empty cache has no bits per element: its dtype is known after the first forward")
         return 8 * self.nbytes / numbers
+
+
+def native_windows(decoder: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer of a decoder's config, None for full attention."""
+    layer_types, kwargs = get_layer_types_and_kwargs(decoder)
+    if isinstance(kwargs, dict):  # transformers 5.17: one dict for all layers
+        kwargs = [kwargs] * len(layer_types)
+    pairs = zip(layer_types, kwargs, strict=True)
+    return [each["sliding_window"] if kind == "sliding_attention" else None for kind, each in pairs]
 
 
 def check_config(config: PreTrainedConfig) -> None:

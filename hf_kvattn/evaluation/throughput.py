@@ -1,0 +1,409 @@
+"""How fast is a decode step inside the real `model.generate()`, and what does its memory cost.
+
+For every context length and batch size, each variant gets its own cache and is prefilled with the same prompt. Then
+the variants decode in turns, a short block of steps each, round after round, so that a slow minute of the machine hits
+all of them. Two numbers compare a variant with a stock cache: the ratio of the median step times, and the median of
+the ratios within each round, where the noise of the machine cancels.
+
+A step is the time from one chosen token to the next, taken inside generate() by a stopping criterion. The first steps
+of a block carry generate()'s own set-up and caches gone cold while the others ran, so they are dropped.
+
+Greedy tokens are compared with those of the stock cache. Two exact backends in a 16-bit dtype may part at a near tie:
+where a row first differs, the stock model decides that step again, and its logits tell how near the two tokens were.
+
+Memory: after the timing, a few more steps run untimed while `variants.PeakMemory` watches. Transient copies of the past
+show up there, and the growth of a cache too.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_kvattn.evaluation import variants as caches
+from hf_kvattn.evaluation.variants import BASELINE, STATIC_BASELINE, Variant
+
+DROPPED_STEPS = 1  # of every block
+WARM_UP_STEPS = 2  # decoded after the prefill and thrown away: a compiling cache does it here
+MEMORY_STEPS = 3  # of the untimed memory pass
+WARM_UP_CONTEXT = 32
+# Two exact bf16 backends moved the margin of the top two logits by up to 3 units in the last place of a 135M model.
+NEAR_TIE_ULPS = 3
+NEAR_TIE_FP32 = 1e-4
+STOCK = (BASELINE, STATIC_BASELINE)
+
+
+class _StepClock(StoppingCriteria):
+    """Never stops; notes the time at which each token was chosen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+
+
+@dataclass
+class _Lane:
+    """One variant on its way through one context and batch size."""
+
+    variant: Variant
+    cache: Cache | None
+    ids: torch.Tensor  # (batch, prompt + tokens decoded so far)
+    ttft_s: float = 0.0
+    rounds_s: list[list[float]] = field(default_factory=list)  # the timed steps of each round
+    dropped: int = 0
+    bytes: int = 0
+    extra_bytes: int = 0
+
+    def block_steps(self, steps: int) -> int:
+        """Without a cache every step is a whole prefill, so one timed step a round must do."""
+        return steps if self.cache is not None else DROPPED_STEPS + 1
+
+
+@contextmanager
+def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Only greedy search: none of the sampling, penalties or cache that the model's own defaults may ask for."""
+    saved = model.generation_config
+    end = saved.eos_token_id
+    first_end = end[0] if isinstance(end, list) else end
+    padding = next((i for i in (saved.pad_token_id, tokenizer.pad_token_id, first_end) if i is not None), 0)
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=padding)
+    try:
+        yield
+    finally:
+        model.generation_config = saved
+
+
+def _decode(model: PreTrainedModel, lane: _Lane, steps: int) -> list[float]:
+    """Decode `steps` tokens, and give the seconds from the call to each of them."""
+    clock = _StepClock(lane.ids.device)
+    with caches.running(model, lane.variant):
+        generate: Any = model.generate  # a mixin's method, which the type checker takes for a Tensor
+        start_s = time.perf_counter()
+        lane.ids = generate(
+            input_ids=lane.ids,
+            attention_mask=torch.ones_like(lane.ids),
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            **({"use_cache": False} if lane.cache is None else {"past_key_values": lane.cache}),
+        )
+    return [time_s - start_s for time_s in clock.times_s]
+
+
+def _time_round(model: PreTrainedModel, lane: _Lane, steps: int) -> None:
+    times_s = _decode(model, lane, lane.block_steps(steps))
+    # times_s[0] ends the first step, so step i lasts from times_s[i - 1] to times_s[i].
+    lane.rounds_s.append([b - a for a, b in zip(times_s[DROPPED_STEPS - 1 :], times_s[DROPPED_STEPS:], strict=False)])
+    lane.dropped += DROPPED_STEPS
+
+
+def _stock_logits(model: PreTrainedModel, lane: _Lane, position: int) -> torch.Tensor:
+    """The logits from which the stock model chose the token at `position`, (batch, vocabulary).
+
+    The cache is cropped to the step, so that it is computed as it was then; call with falling positions. Where a cache
+    cannot be cropped (sliding windows), the whole prefix runs again.
+    """
+    if isinstance(lane.cache, DynamicCache) and not any(lane.cache.is_sliding):
+        lane.cache.crop(position - 1 - lane.cache.get_seq_length())
+        output = model(lane.ids[:, position - 1 : position], past_key_values=lane.cache, use_cache=True)
+    else:
+        output = model(lane.ids[:, :position], use_cache=False, logits_to_keep=1)
+    return output.logits[:, -1].float()
+
+
+def near_tie_tolerance(dtype: torch.dtype, logit: float) -> float:
+    """The largest margin between two logits of this size that two exact backends may decide differently."""
+    if dtype == torch.float32:
+        return NEAR_TIE_FP32
+    return NEAR_TIE_ULPS * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-30)))
+
+
+def _compare_tokens(model: PreTrainedModel, stock: _Lane, lanes: list[_Lane], context: int) -> list[dict[str, Any]]:
+    """For each lane: how many of its tokens were compared, where rows first differ, and whether that is a near tie."""
+    found: list[dict[str, Any]] = []
+    for lane in lanes:
+        length = min(lane.ids.shape[1], stock.ids.shape[1])
+        unequal = lane.ids[:, context:length] != stock.ids[:, context:length]
+        differences = [
+            {
+                "row": row,
+                "new_token": int(unequal[row].nonzero()[0]),
+                "stock_id": int(stock.ids[row, context + int(unequal[row].nonzero()[0])]),
+                "variant_id": int(lane.ids[row, context + int(unequal[row].nonzero()[0])]),
+            }
+            for row in unequal.any(dim=1).nonzero().flatten().tolist()
+        ]
+        found.append({"compared": length - context, "differences": differences})
+    exact = [item for lane, item in zip(lanes, found, strict=True) if lane.variant.exact]
+    undecided = [difference for item in exact for difference in item["differences"]]
+    for new_token in sorted({difference["new_token"] for difference in undecided}, reverse=True):
+        logits = _stock_logits(model, stock, context + new_token)
+        for difference in undecided:
+            if difference["new_token"] == new_token:
+                pair = logits[difference["row"], [difference["stock_id"], difference["variant_id"]]].tolist()
+                tolerance = near_tie_tolerance(model.dtype, max(map(abs, pair)))
+                difference |= {"margin": abs(pair[0] - pair[1]), "tolerance": tolerance}
+    for lane, item in zip(lanes, found, strict=True):
+        item["verdict"] = _verdict(lane.variant, item["differences"])
+    return found
+
+
+def _verdict(variant: Variant, differences: list[dict[str, Any]]) -> str:
+    if not differences:
+        return "same"
+    if not variant.exact:
+        return "differs"  # lossy by design
+    near = all(difference["margin"] <= difference["tolerance"] for difference in differences)
+    return "near_tie" if near else "MISMATCH"
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = torch.tensor(values, dtype=torch.float64)
+    p20, median, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    return {"median": median, "p20": p20, "p80": p80}
+
+
+def _median_ms(lane: _Lane) -> float:
+    return 1e3 * statistics.median(step_s for steps_s in lane.rounds_s for step_s in steps_s)
+
+
+def _speedup(lane: _Lane, stock: _Lane | None) -> dict[str, float] | None:
+    """How many times faster than the stock lane: of medians, and paired within each round."""
+    if stock is None:
+        return None
+    pairs = zip(stock.rounds_s, lane.rounds_s, strict=True)
+    paired = _spread([statistics.median(other) / statistics.median(own) for other, own in pairs])
+    return {"of_medians": _median_ms(stock) / _median_ms(lane)} | {f"paired_{key}": paired[key] for key in paired}
+
+
+def _row(lane: _Lane, stock: dict[str, _Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
+    batch_size = lane.ids.shape[0]
+    steps_s = [step_s for round_s in lane.rounds_s for step_s in round_s]
+    return {
+        "variant": lane.variant.name,
+        "hooked": lane.variant.hooked,
+        "ttft_ms": 1e3 * lane.ttft_s,
+        "prefill_tok_s": batch_size * context / lane.ttft_s,
+        "step_ms": _spread([1e3 * step_s for step_s in steps_s]),
+        "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
+        "decode_tok_s": 1e3 * batch_size / _median_ms(lane),
+        "steps_timed": len(steps_s),
+        "steps_dropped": lane.dropped,
+        "cache_bytes": lane.bytes,
+        "decode_extra_bytes": lane.extra_bytes,
+        "speedup": {name: _speedup(lane, stock.get(name)) for name in STOCK},
+        "tokens": tokens,
+    }
+
+
+def _price_of_context(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the largest context costs a step over the smallest one, for each batch size and variant."""
+    prices: list[dict[str, Any]] = []
+    for batch_size in sorted({cell["batch"] for cell in cells}):
+        ordered = sorted((cell for cell in cells if cell["batch"] == batch_size), key=lambda cell: cell["context"])
+        small, large = ordered[0], ordered[-1]
+        if small is large:
+            continue
+        small_ms = {row["variant"]: row["step_ms"]["median"] for row in small["rows"]}
+        large_ms = {row["variant"]: row["step_ms"]["median"] for row in large["rows"]}
+        extra_ms = {name: large_ms[name] - small_ms[name] for name in large_ms if name in small_ms}
+        for name, extra in extra_ms.items():
+            prices.append(
+                {
+                    "batch": batch_size,
+                    "contexts": [small["context"], large["context"]],
+                    "variant": name,
+                    "extra_ms": extra,
+                    "growth": large_ms[name] / small_ms[name],
+                    "share_of": {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK},
+                }
+            )
+    return prices
+
+
+@dataclass(frozen=True)
+class _Settings:
+    block: int
+    rounds: int
+    none_limit_s: float
+    progress: bool
+
+    def capacity(self, context: int) -> int:
+        return context + 1 + WARM_UP_STEPS + self.rounds * self.block + MEMORY_STEPS
+
+
+def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Variant]) -> None:
+    """Run every variant once, unmeasured: imports, extensions that compile and thread pools happen here."""
+    prompt = token_ids[None, :WARM_UP_CONTEXT].to(model.device)
+    for variant in variants:
+        cache, reason = caches.try_make(variant, model.config, prompt.shape[1] + 1 + WARM_UP_STEPS)
+        if reason is None:
+            lane = _Lane(variant, cache, prompt)
+            _decode(model, lane, 1)
+            _decode(model, lane, WARM_UP_STEPS)
+
+
+def _prefill(
+    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
+) -> tuple[list[_Lane], list[dict[str, Any]]]:
+    """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
+    batch_size, context = prompt.shape
+    lanes: list[_Lane] = []
+    skipped: list[dict[str, Any]] = []
+    for variant in variants:
+        cache, reason = caches.try_make(variant, model.config, settings.capacity(context))
+        # A step without cache is a forward over the whole prompt, which the stock prefill has just timed.
+        if reason is None and cache is None and lanes[0].ttft_s > settings.none_limit_s:
+            reason = f"a step would take about {lanes[0].ttft_s:.1f} s, the limit is {settings.none_limit_s:g} s"
+        if reason is not None:
+            skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
+            continue
+        lane = _Lane(variant, cache, prompt)
+        lane.ttft_s = _decode(model, lane, 1)[0]
+        if cache is not None:
+            _decode(model, lane, WARM_UP_STEPS)
+        lanes.append(lane)
+    return lanes, skipped
+
+
+def _measure_cell(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    variants: list[Variant],
+    settings: _Settings,
+    memory: caches.PeakMemory,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    batch_size, context = prompt.shape
+    lanes, skipped = _prefill(model, prompt, variants, settings)
+    label = f"context {context}, batch {batch_size}"
+    for turn in tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress):
+        for i in range(len(lanes)):  # every round starts with another variant
+            _time_round(model, lanes[(turn + i) % len(lanes)], settings.block)
+    for lane in lanes:
+        lane.bytes = caches.cache_bytes(lane.cache)
+        memory.start()
+        _decode(model, lane, MEMORY_STEPS if lane.cache is not None else 1)
+        lane.extra_bytes = memory.stop()
+    tokens = _compare_tokens(model, lanes[0], lanes, context)
+    stock = {lane.variant.name: lane for lane in lanes if lane.variant.name in STOCK}
+    rows = [_row(lane, stock, found, context) for lane, found in zip(lanes, tokens, strict=True)]
+    return {"context": context, "batch": batch_size, "rows": rows}, skipped
+
+
+def _prompt(token_ids: torch.Tensor, context: int, batch_size: int) -> torch.Tensor:
+    """Consecutive pieces of the text, one a row."""
+    if len(token_ids) < batch_size * context:
+        raise ValueError(
+            f"context {context} x batch {batch_size} = {context * batch_size} tokens, the text has {len(token_ids)}"
+        )
+    return token_ids[: batch_size * context].view(batch_size, context)
+
+
+def _over_limit(context: int, batch_size: int, max_batch_tokens: int) -> bool:
+    """The limit is there to leave out large batches of long prompts; single rows may be as long as asked."""
+    return batch_size > 1 and batch_size * context > max_batch_tokens
+
+
+def tokens_needed(contexts: Sequence[int], batch_sizes: Sequence[int], max_batch_tokens: int) -> int:
+    """How much text `measure` reads."""
+    sizes = [(context, batch_size) for context in contexts for batch_size in batch_sizes]
+    return max((c * b for c, b in sizes if not _over_limit(c, b, max_batch_tokens)), default=0)
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: torch.Tensor,
+    *,
+    variants: Sequence[Variant],
+    contexts: Sequence[int],
+    batch_sizes: Sequence[int],
+    new_tokens: int = 45,
+    rounds: int = 5,
+    none_limit_s: float = 4.0,
+    max_batch_tokens: int = 16384,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Time the variants against each other on one model, and give everything as a dict that JSON can hold.
+
+    Args:
+        token_ids: the text as a 1-D tensor; see `tokens_needed`.
+        variants: what to compare; the stock baseline is added in front when it is not among them.
+        contexts: prompt lengths.
+        batch_sizes: rows decoded together.
+        new_tokens: tokens decoded in the timed rounds together, a multiple of `rounds`.
+        rounds: turns that each variant gets; `new_tokens / rounds` steps are one block.
+        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
+        progress: show bars on stderr.
+    """
+    if not variants or not contexts or not batch_sizes:
+        raise ValueError(f"nothing to measure: {len(variants)} variants, {contexts=}, {batch_sizes=}")
+    if tokens_needed(contexts, batch_sizes, max_batch_tokens) == 0:
+        raise ValueError(f"{contexts=} x {batch_sizes=} are all over {max_batch_tokens=}")
+    if min(contexts) < 2 or min(batch_sizes) < 1 or rounds < 1:
+        raise ValueError(f"contexts start at 2, batch sizes and rounds at 1: {contexts=}, {batch_sizes=}, {rounds=}")
+    if new_tokens % rounds or new_tokens // rounds <= DROPPED_STEPS:
+        raise ValueError(f"{new_tokens=} is not {rounds=} times at least {DROPPED_STEPS + 1} steps")
+    stock = caches.VARIANTS[BASELINE]
+    ordered = [stock] + [variant for variant in variants if variant.name != BASELINE]
+    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, progress)
+    memory = caches.PeakMemory(model.device)
+    cells: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    with _plain_greedy(model, tokenizer):
+        _warm_up(model, token_ids, ordered)
+        for batch_size in sorted(set(batch_sizes)):
+            for context in sorted(set(contexts)):
+                if _over_limit(context, batch_size, max_batch_tokens):
+                    reason = f"{batch_size * context} prompt tokens are over the limit of {max_batch_tokens}"
+                    skipped.append({"variant": "all", "context": context, "batch": batch_size, "reason": reason})
+                    continue
+                prompt = _prompt(token_ids, context, batch_size).to(model.device)
+                cell, left_out = _measure_cell(model, prompt, ordered, settings, memory)
+                cells.append(cell)
+                skipped += left_out
+    return {
+        "kind": "throughput",
+        "settings": {
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+            "block_steps": settings.block,
+            "dropped_steps_per_block": DROPPED_STEPS,
+            "warm_up_steps": WARM_UP_STEPS,
+            "none_limit_s": none_limit_s,
+            "max_batch_tokens": max_batch_tokens,
+            "memory_method": memory.method,
+            "near_tie": f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last "
+            "place of the larger logit in 16-bit dtypes",
+        },
+        "cells": cells,
+        "price_of_context": _price_of_context(cells),
+        "skipped": skipped,
+        "mismatches": sum(row["tokens"]["verdict"] == "MISMATCH" for cell in cells for row in cell["rows"]),
+    }
