@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_kvattn.evaluation import inputs, perplexity, report, throughput, variants
+from hf_kvattn.evaluation import bandwidth, inputs, perplexity, plots, report, throughput, variants
+from hf_kvattn.evaluation import tokens as token_check
 from hf_kvattn.evaluation.variants import VARIANTS, Variant
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -228,14 +229,14 @@ def test_a_wrong_cache_is_a_mismatch_and_a_lossy_one_differs(model, tokens):
     verdicts = {row["variant"]: row["tokens"] for row in results["cells"][0]["rows"]}
     assert verdicts["wrong"]["verdict"] == "MISMATCH" and results["mismatches"] == 1
     found = verdicts["wrong"]["differences"][0]
-    assert found["margin"] > found["tolerance"] == throughput.NEAR_TIE_FP32
+    assert found["margin"] > found["tolerance"] == token_check.NEAR_TIE_FP32
     assert verdicts["lossy"]["verdict"] == "differs" and verdicts["none"]["verdict"] == "same"
 
 
 def test_the_stock_margin_decides_between_near_tie_and_mismatch(model, tokens):
     """Lanes with one token changed by hand: the recorded margin is that of a plain forward."""
     context, prompt = 10, tokens[:20].view(2, 10)
-    stock = throughput._Lane(VARIANTS["stock-dynamic"], DynamicCache(config=model.config), prompt)
+    stock = token_check.Lane(VARIANTS["stock-dynamic"], DynamicCache(config=model.config), prompt)
     throughput._decode(model, stock, 1)
     throughput._decode(model, stock, 6)
     with torch.no_grad():
@@ -245,9 +246,9 @@ def test_the_stock_margin_decides_between_near_tie_and_mismatch(model, tokens):
     for row, new_token in changes:
         ids = stock.ids.clone()
         ids[row, context + new_token] = logits[row, context + new_token - 1].topk(2).indices[1]
-        lanes.append(throughput._Lane(planted("changed", DynamicCache), None, ids))
+        lanes.append(token_check.Lane(planted("changed", DynamicCache), None, ids))
     with torch.no_grad():
-        found = throughput._compare_tokens(model, stock, lanes, context)
+        found = token_check.compare_tokens(model, stock, lanes, context)
     for (row, new_token), item in zip(changes, found, strict=True):
         top = logits[row, context + new_token - 1].topk(2).values
         (difference,) = item["differences"]
@@ -255,14 +256,14 @@ def test_the_stock_margin_decides_between_near_tie_and_mismatch(model, tokens):
         assert difference["margin"] == pytest.approx((top[0] - top[1]).item(), abs=1e-4)
         assert item["verdict"] == "MISMATCH" and item["compared"] == 7
         difference["margin"] = 0.5 * difference["tolerance"]
-        assert throughput._verdict(lanes[0].variant, [difference]) == "near_tie"
+        assert token_check._verdict(lanes[0].variant, [difference]) == "near_tie"
 
 
 def test_near_tie_tolerance_follows_the_dtype():
-    assert throughput.near_tie_tolerance(torch.float32, 20.0) == throughput.NEAR_TIE_FP32
-    one_unit = throughput.near_tie_tolerance(torch.bfloat16, 20.0) / throughput.NEAR_TIE_ULPS
+    assert token_check.near_tie_tolerance(torch.float32, 20.0) == token_check.NEAR_TIE_FP32
+    one_unit = token_check.near_tie_tolerance(torch.bfloat16, 20.0) / token_check.NEAR_TIE_ULPS
     assert one_unit == torch.tensor(20.0, dtype=torch.bfloat16).nextafter(torch.tensor(99.0, dtype=torch.bfloat16)) - 20
-    assert throughput.near_tie_tolerance(torch.float16, -20.0) == throughput.NEAR_TIE_ULPS * 2**-6
+    assert token_check.near_tie_tolerance(torch.float16, -20.0) == token_check.NEAR_TIE_ULPS * 2**-6
 
 
 def test_the_models_own_generation_settings_are_left_out_and_restored(model, tokens):
@@ -458,14 +459,14 @@ def test_a_foreign_results_file_is_not_overwritten(tmp_path, content):
 
 
 def test_missing_matplotlib_is_named_before_measuring(tmp_path, monkeypatch):
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
     report.check_out_dir(None)
     with pytest.raises(ImportError, match=r"pip install hf_kvattn\[eval\]"):
         report.check_out_dir(str(tmp_path))
 
 
 def test_labels_are_moved_apart_in_order():
-    moved = report._apart([5.0, 5.0, 5.1, 40.0, 0.2], gap=2.0, low=0.0, high=40.0)
+    moved = plots._apart([5.0, 5.0, 5.1, 40.0, 0.2], gap=2.0, low=0.0, high=40.0)
     ordered = sorted(moved)
     assert all(b - a >= 2.0 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
     assert moved[3] == 40.0 and moved[4] == min(moved) >= 0.0 and moved[0] < moved[2]
@@ -486,3 +487,13 @@ def test_scripts_measure_a_local_model(tiny_folder, tmp_path, monkeypatch, capsy
     assert {"cpu", "threads", "torch", "transformers", "commit", "command", "date"} <= set(timed["conditions"])
     monkeypatch.setitem(variants.VARIANTS, "wrong", planted("wrong", ScaledValues))
     assert script("throughput").main([*common[:-2], *fast, "--variants", "wrong"]) == 1
+
+
+def test_bandwidth_reports_shares_of_what_was_read():
+    found = bandwidth.measure(6, 2, 16, 4096, torch.float32, rounds=1)
+    assert found["layer_bytes"] == 2 * 2 * 4096 * 16 * 4
+    for row in found["backends"].values():
+        assert row["bytes_s"] == pytest.approx(found["layer_bytes"] / row["median_ms"] * 1e3)
+        assert 0 < row["share"] == pytest.approx(row["bytes_s"] / found["read_bytes_s"])
+    with pytest.raises(ValueError, match="q_heads=5, kv_heads=2"):
+        bandwidth.measure(5, 2, 16, 64)

@@ -1,7 +1,7 @@
 """The evaluation room: is a cache faster, smaller and right, measured the way a user would meet it.
 
-One row of `variants.py` is one cache to compare. `throughput.py` times decode steps inside the real
-`model.generate()`, `perplexity.py` measures what a cache does to the predictions, `inputs.py` loads the model and the
-text, `report.py` turns the results into JSON, tables and plots. The two command lines over this room are
-`scripts/throughput.py` and `scripts/perplexity.py`.
+One row of `variants.py` is one cache to compare. `throughput.py` times decode steps inside the real `model.generate()`
+and `tokens.py` compares what they give; `perplexity.py` measures what a cache does to the predictions; `inputs.py`
+loads the model and the text; `report.py` and `plots.py` turn the results into JSON, tables and plots. The two command
+lines over this room are `scripts/throughput.py` and `scripts/perplexity.py`.
 """

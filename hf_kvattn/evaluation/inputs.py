@@ -82,7 +82,9 @@ def _check_hub() -> None:
     """Fail within seconds when the hub cannot be reached: its own client retries a dead network for half a minute."""
     if getproxies() or os.environ.get("HF_HUB_OFFLINE"):
         return  # the proxy resolves the name, or only the local copy is asked for
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    from huggingface_hub.constants import ENDPOINT
+
+    address = urlsplit(ENDPOINT)
     host, port = address.hostname or "", address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((host, port), timeout=HUB_TIMEOUT_S).close()

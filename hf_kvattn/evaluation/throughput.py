@@ -8,8 +8,7 @@ the ratios within each round, where the noise of the machine cancels.
 A step is the time from one chosen token to the next, taken inside generate() by a stopping criterion. The first steps
 of a block carry generate()'s own set-up and caches gone cold while the others ran, so they are dropped.
 
-Greedy tokens are compared with those of the stock cache. Two exact backends in a 16-bit dtype may part at a near tie:
-where a row first differs, the stock model decides that step again, and its logits tell how near the two tokens were.
+Greedy tokens are compared with those of the stock cache, see `tokens.py`.
 
 Memory: after the timing, a few more steps run untimed while `variants.PeakMemory` watches. Transient copies of the past
 show up there, and the growth of a cache too.
@@ -17,19 +16,16 @@ show up there, and the growth of a cache too.
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import (
-    Cache,
-    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,15 +34,13 @@ from transformers import (
 )
 
 from hf_kvattn.evaluation import variants as caches
+from hf_kvattn.evaluation.tokens import NEAR_TIE_FP32, NEAR_TIE_ULPS, Lane, compare_tokens
 from hf_kvattn.evaluation.variants import BASELINE, STATIC_BASELINE, Variant
 
 DROPPED_STEPS = 1  # of every block
 WARM_UP_STEPS = 2  # decoded after the prefill and thrown away: a compiling cache does it here
 MEMORY_STEPS = 3  # of the untimed memory pass
 WARM_UP_CONTEXT = 32
-# Two exact bf16 backends moved the margin of the top two logits by up to 3 units in the last place of a 135M model.
-NEAR_TIE_ULPS = 3
-NEAR_TIE_FP32 = 1e-4
 STOCK = (BASELINE, STATIC_BASELINE)
 
 
@@ -64,24 +58,6 @@ class _StepClock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 
-@dataclass
-class _Lane:
-    """One variant on its way through one context and batch size."""
-
-    variant: Variant
-    cache: Cache | None
-    ids: torch.Tensor  # (batch, prompt + tokens decoded so far)
-    ttft_s: float = 0.0
-    rounds_s: list[list[float]] = field(default_factory=list)  # the timed steps of each round
-    dropped: int = 0
-    bytes: int = 0
-    extra_bytes: int = 0
-
-    def block_steps(self, steps: int) -> int:
-        """Without a cache every step is a whole prefill, so one timed step a round must do."""
-        return steps if self.cache is not None else DROPPED_STEPS + 1
-
-
 @contextmanager
 def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Only greedy search: none of the sampling, penalties or cache that the model's own defaults may ask for."""
@@ -96,7 +72,7 @@ def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         model.generation_config = saved
 
 
-def _decode(model: PreTrainedModel, lane: _Lane, steps: int) -> list[float]:
+def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     """Decode `steps` tokens, and give the seconds from the call to each of them."""
     clock = _StepClock(lane.ids.device)
     with caches.running(model, lane.variant):
@@ -114,71 +90,16 @@ def _decode(model: PreTrainedModel, lane: _Lane, steps: int) -> list[float]:
     return [time_s - start_s for time_s in clock.times_s]
 
 
-def _time_round(model: PreTrainedModel, lane: _Lane, steps: int) -> None:
-    times_s = _decode(model, lane, lane.block_steps(steps))
+def _block_steps(lane: Lane, steps: int) -> int:
+    """Without a cache every step is a whole prefill, so one timed step a round must do."""
+    return steps if lane.cache is not None else DROPPED_STEPS + 1
+
+
+def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
+    times_s = _decode(model, lane, _block_steps(lane, steps))
     # times_s[0] ends the first step, so step i lasts from times_s[i - 1] to times_s[i].
     lane.rounds_s.append([b - a for a, b in zip(times_s[DROPPED_STEPS - 1 :], times_s[DROPPED_STEPS:], strict=False)])
     lane.dropped += DROPPED_STEPS
-
-
-def _stock_logits(model: PreTrainedModel, lane: _Lane, position: int) -> torch.Tensor:
-    """The logits from which the stock model chose the token at `position`, (batch, vocabulary).
-
-    The cache is cropped to the step, so that it is computed as it was then; call with falling positions. Where a cache
-    cannot be cropped (sliding windows), the whole prefix runs again.
-    """
-    if isinstance(lane.cache, DynamicCache) and not any(lane.cache.is_sliding):
-        lane.cache.crop(position - 1 - lane.cache.get_seq_length())
-        output = model(lane.ids[:, position - 1 : position], past_key_values=lane.cache, use_cache=True)
-    else:
-        output = model(lane.ids[:, :position], use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1].float()
-
-
-def near_tie_tolerance(dtype: torch.dtype, logit: float) -> float:
-    """The largest margin between two logits of this size that two exact backends may decide differently."""
-    if dtype == torch.float32:
-        return NEAR_TIE_FP32
-    return NEAR_TIE_ULPS * torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(max(abs(logit), 1e-30)))
-
-
-def _compare_tokens(model: PreTrainedModel, stock: _Lane, lanes: list[_Lane], context: int) -> list[dict[str, Any]]:
-    """For each lane: how many of its tokens were compared, where rows first differ, and whether that is a near tie."""
-    found: list[dict[str, Any]] = []
-    for lane in lanes:
-        length = min(lane.ids.shape[1], stock.ids.shape[1])
-        unequal = lane.ids[:, context:length] != stock.ids[:, context:length]
-        differences = [
-            {
-                "row": row,
-                "new_token": int(unequal[row].nonzero()[0]),
-                "stock_id": int(stock.ids[row, context + int(unequal[row].nonzero()[0])]),
-                "variant_id": int(lane.ids[row, context + int(unequal[row].nonzero()[0])]),
-            }
-            for row in unequal.any(dim=1).nonzero().flatten().tolist()
-        ]
-        found.append({"compared": length - context, "differences": differences})
-    exact = [item for lane, item in zip(lanes, found, strict=True) if lane.variant.exact]
-    undecided = [difference for item in exact for difference in item["differences"]]
-    for new_token in sorted({difference["new_token"] for difference in undecided}, reverse=True):
-        logits = _stock_logits(model, stock, context + new_token)
-        for difference in undecided:
-            if difference["new_token"] == new_token:
-                pair = logits[difference["row"], [difference["stock_id"], difference["variant_id"]]].tolist()
-                tolerance = near_tie_tolerance(model.dtype, max(map(abs, pair)))
-                difference |= {"margin": abs(pair[0] - pair[1]), "tolerance": tolerance}
-    for lane, item in zip(lanes, found, strict=True):
-        item["verdict"] = _verdict(lane.variant, item["differences"])
-    return found
-
-
-def _verdict(variant: Variant, differences: list[dict[str, Any]]) -> str:
-    if not differences:
-        return "same"
-    if not variant.exact:
-        return "differs"  # lossy by design
-    near = all(difference["margin"] <= difference["tolerance"] for difference in differences)
-    return "near_tie" if near else "MISMATCH"
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -187,11 +108,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "p20": p20, "p80": p80}
 
 
-def _median_ms(lane: _Lane) -> float:
+def _median_ms(lane: Lane) -> float:
     return 1e3 * statistics.median(step_s for steps_s in lane.rounds_s for step_s in steps_s)
 
 
-def _speedup(lane: _Lane, stock: _Lane | None) -> dict[str, float] | None:
+def _speedup(lane: Lane, stock: Lane | None) -> dict[str, float] | None:
     """How many times faster than the stock lane: of medians, and paired within each round."""
     if stock is None:
         return None
@@ -200,7 +121,7 @@ def _speedup(lane: _Lane, stock: _Lane | None) -> dict[str, float] | None:
     return {"of_medians": _median_ms(stock) / _median_ms(lane)} | {f"paired_{key}": paired[key] for key in paired}
 
 
-def _row(lane: _Lane, stock: dict[str, _Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
+def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
     batch_size = lane.ids.shape[0]
     steps_s = [step_s for round_s in lane.rounds_s for step_s in round_s]
     return {
@@ -262,17 +183,17 @@ def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Var
     for variant in variants:
         cache, reason = caches.try_make(variant, model.config, prompt.shape[1] + 1 + WARM_UP_STEPS)
         if reason is None:
-            lane = _Lane(variant, cache, prompt)
+            lane = Lane(variant, cache, prompt)
             _decode(model, lane, 1)
             _decode(model, lane, WARM_UP_STEPS)
 
 
 def _prefill(
     model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
-) -> tuple[list[_Lane], list[dict[str, Any]]]:
+) -> tuple[list[Lane], list[dict[str, Any]]]:
     """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
     batch_size, context = prompt.shape
-    lanes: list[_Lane] = []
+    lanes: list[Lane] = []
     skipped: list[dict[str, Any]] = []
     for variant in variants:
         cache, reason = caches.try_make(variant, model.config, settings.capacity(context))
@@ -282,7 +203,7 @@ def _prefill(
         if reason is not None:
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
-        lane = _Lane(variant, cache, prompt)
+        lane = Lane(variant, cache, prompt)
         lane.ttft_s = _decode(model, lane, 1)[0]
         if cache is not None:
             _decode(model, lane, WARM_UP_STEPS)
@@ -308,7 +229,7 @@ def _measure_cell(
         memory.start()
         _decode(model, lane, MEMORY_STEPS if lane.cache is not None else 1)
         lane.extra_bytes = memory.stop()
-    tokens = _compare_tokens(model, lanes[0], lanes, context)
+    tokens = compare_tokens(model, lanes[0], lanes, context)
     stock = {lane.variant.name: lane for lane in lanes if lane.variant.name in STOCK}
     rows = [_row(lane, stock, found, context) for lane, found in zip(lanes, tokens, strict=True)]
     return {"context": context, "batch": batch_size, "rows": rows}, skipped

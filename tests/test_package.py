@@ -1,0 +1,148 @@
+"""The package as a user meets it: what importing does, what the README says is there, and what installs."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code: str, **environment: str) -> str:
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_import_is_quick_and_changes_nothing():
+    out = python(
+        "import time, torch, transformers\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel\n"
+        "before = [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
+        "threads = torch.get_num_threads()\n"
+        "start = time.perf_counter(); import hf_kvattn; seconds = time.perf_counter() - start\n"
+        "assert before == [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
+        "assert threads == torch.get_num_threads()\n"
+        "print(seconds)"
+    )
+    assert float(out) < 0.3
+
+
+def test_one_openmp_runtime_is_shared_with_torch():
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")  # the question itself is Linux's: which libgomp is mapped
+    out = python(
+        "import torch, hf_kvattn\n"
+        "from hf_kvattn.kernels import native\n"
+        "assert native.unavailable() is None, native.unavailable()\n"
+        "print(native.variant())\n"
+        "maps = open('/proc/self/maps').read().split()\n"
+        "print(len({m for m in maps if 'libgomp' in m or 'libiomp' in m or 'libomp' in m}))"
+    )
+    variant, runtimes = out.splitlines()
+    assert "no OpenMP" not in variant and runtimes == "1"
+
+
+def test_readme_names_every_file():
+    readme = (ROOT / "README.md").read_text()
+    files = [*ROOT.glob("hf_kvattn/**/*.py"), *ROOT.glob("scripts/*"), *ROOT.glob("hf_kvattn/kernels/csrc/*.cpp")]
+    missing = [
+        f.name
+        for f in files
+        if f.name != "__init__.py" and not f.name.startswith("variant_") and f.name not in readme and f.is_file()
+    ]
+    assert not missing, f"not in the README's file map: {missing}"
+
+
+def test_imports_point_one_way():
+    """plugin -> caches, attention -> dispatch -> kernels; cache_utils in one file only."""
+    allowed = {
+        "kernels": {"kernels"},
+        "caches": {"caches", "autograd", "quant"},
+        "masks": {"kernels"},
+        "dispatch": {"kernels"},
+        "attention": {"dispatch", "kernels", "masks", "autograd"},
+        "autograd": set(),
+    }
+    for path in ROOT.glob("hf_kvattn/**/*.py"):
+        room = path.relative_to(ROOT / "hf_kvattn").parts[0].removesuffix(".py")
+        text = path.read_text()
+        if room in allowed:
+            depth = len(path.relative_to(ROOT / "hf_kvattn").parts)
+            used = set(re.findall(r"^from " + r"\." * depth + r"(\w+)", text, re.M))
+            used |= set(re.findall(r"^from " + r"\." * depth + r" import (\w+)", text, re.M))
+            inside = {room} if depth > 1 else set()
+            assert used - inside <= allowed[room], f"{path.name} imports {used - allowed[room]}"
+        if "cache_utils" in text and "import" in text.split("cache_utils")[0].rsplit("\n", 1)[-1]:
+            assert path.name == "base.py"
+        if re.search(r"^from transformers\.cache_utils", text, re.M):
+            assert path.name == "base.py"
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    for name in ("hf_kvattn", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(source, folder / name, ignore=ignore) if source.is_dir() else shutil.copy(source, folder)
+    return folder
+
+
+def build_wheel(sources: Path, out: Path, **environment: str) -> list[str]:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(out), str(sources)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert run.returncode == 0, run.stderr
+    (wheel,) = out.glob("*.whl")
+    return [wheel.name, *zipfile.ZipFile(wheel).namelist()]
+
+
+def test_one_wheel_serves_every_python(sources, tmp_path):
+    name, *files = build_wheel(sources, tmp_path)
+    assert "-py3-none-" in name and "hf_kvattn/kernels/libkvattn.so" in files
+    assert not [f for f in files if f.endswith((".cpp", ".h"))]
+
+
+def test_without_a_compiler_the_package_installs_and_sdpa_serves(sources, tmp_path):
+    _, *files = build_wheel(sources, tmp_path / "wheel", CXX="/no/such/compiler", CC="/no/such/compiler")
+    assert "hf_kvattn/plugin.py" in files and not [f for f in files if f.endswith(".so")]
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    out = python(
+        "import sys; sys.path[:] = [p for p in sys.path if p]\n"
+        f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import importlib.metadata as m\n"
+        "def absent(name): raise m.PackageNotFoundError(name)\n"
+        "m.distribution = absent\n"  # the installed package's own library must not stand in
+        "import hf_kvattn, torch\n"
+        f"assert hf_kvattn.__file__.startswith({str(tmp_path)!r})\n"
+        "print(hf_kvattn.describe())\n"
+        "try: hf_kvattn.set_backend('native')\n"
+        "except ValueError as error: print(error)"
+    )
+    assert "native     not usable: the C++ kernels were not built" in out
+    assert re.search(r"decode, 1 token +sdpa  \(the C\+\+ kernels were not built", out)
+    assert "'native' in set_backend cannot be used here" in out
+
+
+def test_simd_variants_share_no_code(sources, tmp_path):
+    """A weak function compiled for AVX-512 could replace its portable twin at link time, and crash older CPUs."""
+    if not all(map(shutil.which, ("g++", "nm"))):
+        pytest.skip("needs g++ and nm")  # only where the package itself was built elsewhere
+    flags = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+    for variant, extra in flags.items():
+        if variant != "portable" and os.uname().machine != "x86_64":
+            continue
+        source = sources / f"hf_kvattn/kernels/csrc/variant_{variant}.cpp"
+        command = ["g++", "-std=c++17", "-O3", "-c", *extra, str(source), "-o", str(tmp_path / "v.o")]
+        subprocess.run(command, check=True, capture_output=True)
+        symbols = subprocess.run(["nm", str(tmp_path / "v.o")], check=True, capture_output=True, text=True).stdout
+        weak = [line for line in symbols.splitlines() if re.search(r" [Wu] ", line)]
+        assert not weak, weak
