@@ -14,8 +14,9 @@ bin=$environment/bin
 oldest=5.17.0
 if [ ! -d "$environment/oldest/transformers" ]; then
   # Beside the environment's own version, which stays as it is. transformers does not depend on torch.
-  "$bin/python" -m pip --disable-pip-version-check install --quiet --target "$environment/oldest" \
-    "transformers==$oldest"
+  "$bin/python" -m pip --disable-pip-version-check install --quiet --target "$environment/oldest.new" \
+    --upgrade "transformers==$oldest"
+  mv "$environment/oldest.new" "$environment/oldest"
 fi
 echo "transformers $oldest, the oldest supported:"
 PYTHONPATH=$environment/oldest "$bin/pytest" tests/test_masks.py tests/test_plugin.py tests/test_generate.py \
