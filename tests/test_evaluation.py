@@ -407,7 +407,7 @@ def test_wikitext_comes_from_datasets(monkeypatch):
 def test_an_unreachable_hub_is_found_out_at_once(monkeypatch):
     monkeypatch.setattr(inputs, "getproxies", dict)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="127.0.0.1.*HF_HUB_OFFLINE"):
         inputs._check_hub()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
