@@ -160,20 +160,16 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, `-dirty` when changed since; None elsewhere."""
-    here = Path(__file__).resolve()
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
-        found = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            check=True,
-            text=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
+    """The commit of the checkout that this file, or else the running script, is tracked in; `-dirty` when changed."""
+    for path in (Path(__file__).resolve(), Path(sys.argv[0]).resolve()):
+        git = ["git", "-C", str(path.parent)]
+        try:
+            subprocess.run([*git, "ls-files", "--error-unmatch", path.name], capture_output=True, check=True)
+            command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None
 
 
 def conditions(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
