@@ -96,7 +96,7 @@ uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads) {
   const uint64_t *words = static_cast<const uint64_t *>(data);
   int64_t count = bytes / 8;
   std::atomic<uint64_t> total{0};
-  parallel(threads, [&](int thread, int team, auto) {
+  parallel(threads, [&](int thread, int team) {
     uint64_t sum[8] = {};
     int64_t from = count * thread / team, to = count * (thread + 1) / team;
     for (int64_t i = from; i + 8 <= to; i += 8)

@@ -7,22 +7,18 @@
 
 namespace {
 
-// Calls f(thread, count, barrier) on each thread of a team of at most `threads`.
+// Calls f(thread, count) on each thread of a team of at most `threads`.
 template <typename F>
 void parallel(int threads, F f) {
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    {
-      f(omp_get_thread_num(), omp_get_num_threads(), [] {
-#pragma omp barrier
-      });
-    }
+    f(omp_get_thread_num(), omp_get_num_threads());
     return;
   }
 #endif
   (void)threads;
-  f(0, 1, [] {});
+  f(0, 1);
 }
 
 }  // namespace
