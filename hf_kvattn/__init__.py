@@ -8,6 +8,7 @@ model.generate(**inputs, past_key_values=StaticKVCache(model.config, max_cache_l
 """
 
 from .caches.base import KVCache
+from .caches.quantized import QuantizedKVCache
 from .caches.static import StaticKVCache
 from .describe import describe
 from .dispatch import backend, set_backend
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KVCache",
+    "QuantizedKVCache",
     "StaticKVCache",
     "backend",
     "describe",

@@ -49,20 +49,21 @@ def kvattn_attention(
             raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} (layer {module.layer_idx})")
     if kwargs.get("output_attentions"):
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
-    k, v = (key, value) if kv_layer is None else kv_layer.dense()
+    k, v, packed = (key, value, None) if kv_layer is None else kv_layer.kv()
     call = AttendCall(query, k, v, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
-    call.dropout = dropout
+    call.dropout, call.packed = dropout, packed
     if attention_mask is None:
         call.causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         call.window = sliding_window if call.causal else None
     elif is_compact(attention_mask):
         call.first, call.window = read_compact_mask(attention_mask)
     else:
-        q_len, kv_len = query.shape[2], k.shape[2]
+        q_len, kv_len = query.shape[2], call.kv_len
         if attention_mask.shape[-2:] != (q_len, kv_len):
             raise ValueError(f"mask {tuple(attention_mask.shape)} does not fit {q_len} queries and {kv_len} keys")
         call.mask = attention_mask
     out = dispatch.attend(call)
     if kv_layer is not None:
+        kv_layer.settle()
         out = cut_graph(out, query, key, value)
     return out.contiguous(), None

@@ -80,7 +80,7 @@ def attend(call: AttendCall) -> torch.Tensor:
 def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
-    few = call.q.device.type == "cpu" and rows <= NATIVE_MAX_ROWS
+    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or call.packed is not None)
     order = (native, sdpa, reference) if few else (sdpa, native, reference)
     passed_over = None
     for module in order:

@@ -23,10 +23,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache, check_config
+from .caches.quantized import QuantizedKVCache
 from .caches.static import StaticKVCache
 from .masks import kvattn_mask
 
-CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {"static": StaticKVCache}
+CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {
+    "static": StaticKVCache,
+    "int8": functools.partial(QuantizedKVCache, bits=8),
+    "int4": functools.partial(QuantizedKVCache, bits=4),
+    "int2": functools.partial(QuantizedKVCache, bits=2),
+}
 
 _STATE = "_hf_kvattn"
 
@@ -52,8 +58,8 @@ def enable(
 
     Args:
         model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
-        cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`), a callable
-            `config -> Cache`, or None to leave `generate()` as it is.
+        cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`, `"int8"`,
+            `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is.
         compile: reserved; only False is served.
 
     Raises:

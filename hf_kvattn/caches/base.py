@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and_kwargs
 
 from ..autograd import cut_graph
+from ..quant.packed import PackedKV
 
 
 class KVLayer(CacheLayerMixin):
@@ -46,6 +47,13 @@ class KVLayer(CacheLayerMixin):
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the stored tokens, `(B, Hkv, stored, D)` each, after the first append."""
 
+    def kv(self) -> tuple[torch.Tensor, torch.Tensor, PackedKV | None]:
+        """What attention reads: dense keys and values, and the packed ones that stand before them, if any."""
+        return *self.dense(), None
+
+    def settle(self) -> None:
+        """Called when the attention over what was appended is done: the time to compress it."""
+
     # transformers has plain attributes here, which it assigns to in its own layers only.
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -72,6 +80,7 @@ class KVLayer(CacheLayerMixin):
         """transformers' entry on a model that is not enabled: appends, and returns dense keys and values of all."""
         self.append(key_states, value_states)
         k, v = self.dense()
+        self.settle()
         return cut_graph(k, key_states), cut_graph(v, value_states)
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:

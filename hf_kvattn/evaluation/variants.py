@@ -95,6 +95,15 @@ def _kvattn_static_fit(config: PreTrainedConfig, capacity: int) -> Cache:
     return StaticKVCache(config, max_cache_len=capacity)
 
 
+def _kvattn_quantized(**settings: Any) -> MakeCache:
+    def make(config: PreTrainedConfig, capacity: int) -> Cache:
+        from hf_kvattn import QuantizedKVCache
+
+        return QuantizedKVCache(config, max_cache_len=capacity, **settings)
+
+    return make
+
+
 BASELINE = "stock-dynamic"  # the default of generate(): what every variant is compared with
 STATIC_BASELINE = "stock-static"
 
@@ -113,6 +122,10 @@ VARIANTS: dict[str, Variant] = {
         Variant("stock-fp8", False, _stock_quantized("fp8"), exact=False),
         Variant("kvattn-static", True, _kvattn_static),
         Variant("kvattn-static-fit", True, _kvattn_static_fit),
+        Variant("kvattn-int8", True, _kvattn_quantized(bits=8), exact=False),
+        Variant("kvattn-int4", True, _kvattn_quantized(bits=4), exact=False),
+        Variant("kvattn-k8v4", True, _kvattn_quantized(key_bits=8, value_bits=4), exact=False),
+        Variant("kvattn-int2", True, _kvattn_quantized(bits=2), exact=False),
     )
 }
 

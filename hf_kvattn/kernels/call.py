@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..quant.packed import PackedKV
+
 
 @dataclass(slots=True)
 class AttendCall:
@@ -35,6 +37,7 @@ class AttendCall:
         mask: replaces `causal`, `window` and `first`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
             (added to the scores after the softcap), or None.
         dropout: probability of dropping a weight, for training.
+        packed: quantized keys and values that stand before `k` and `v`, or None. Tk counts both.
     """
 
     q: torch.Tensor
@@ -47,6 +50,12 @@ class AttendCall:
     first: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     dropout: float = 0.0
+    packed: PackedKV | None = None
+
+    @property
+    def kv_len(self) -> int:
+        """Tk: all keys, packed ones included."""
+        return self.k.shape[2] + (0 if self.packed is None else self.packed.tokens)
 
     @property
     def needs_grad(self) -> bool:
@@ -56,7 +65,7 @@ class AttendCall:
 
     def visible(self) -> torch.Tensor | None:
         """What the rules above allow, as a bool mask `(B or 1, 1, Tq, Tk)`, or None when everything is visible."""
-        q_len, kv_len, device = self.q.shape[2], self.k.shape[2], self.q.device
+        q_len, kv_len, device = self.q.shape[2], self.kv_len, self.q.device
         rules = []
         key = torch.arange(kv_len, device=device)
         position = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]

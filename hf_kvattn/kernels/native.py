@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ..quant.packed import PackedKV
 from .call import AttendCall
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
@@ -52,6 +53,18 @@ class _AttendArgs(ctypes.Structure):
         ("q_stride", _Strides),
         ("k_stride", _Strides),
         ("v_stride", _Strides),
+        ("packed_len", ctypes.c_int64),
+        ("packed_blocks", ctypes.c_int64),
+        ("v_group", ctypes.c_int64),
+        ("k_bits", ctypes.c_int32),
+        ("v_bits", ctypes.c_int32),
+        ("k_codes", ctypes.c_void_p),
+        ("k_scale", ctypes.c_void_p),
+        ("k_zero", ctypes.c_void_p),
+        ("k_mean", ctypes.c_void_p),
+        ("v_codes", ctypes.c_void_p),
+        ("v_scale", ctypes.c_void_p),
+        ("v_zero", ctypes.c_void_p),
     ]
 
 
@@ -122,6 +135,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
     if call.v.shape != call.k.shape:
         return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
+    if call.packed is not None and call.q.shape[-1] > 512:
+        return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if call.mask is not None:
         return "native kernels take causal, window and left-padding rules, not a dense mask"
     if call.dropout > 0 or call.needs_grad:
@@ -149,7 +164,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         q_heads,
         k.shape[1],
         q_len,
-        k.shape[2],
+        call.kv_len,
         dim,
         call.window or 0,
         call.scale,
@@ -164,6 +179,8 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         k.stride()[:3],
         v.stride()[:3],
     )
+    if call.packed is not None:
+        _add_packed(args, call.packed)
     status = _library().kvattn_attend(ctypes.byref(args))
     if status:
         raise RuntimeError(
@@ -171,6 +188,16 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
             f"k {tuple(k.shape)}, window {call.window}"
         )
     return out
+
+
+def _add_packed(args: _AttendArgs, packed: PackedKV) -> None:
+    args.packed_len, args.k_bits, args.v_bits = packed.tokens, packed.k_bits, packed.v_bits
+    args.packed_blocks = packed.k_codes.shape[2]
+    args.v_group = packed.k_scale.shape[-1] // packed.v_scale.shape[3]
+    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"):
+        tensor = getattr(packed, name)
+        assert tensor.is_contiguous()  # as caches allocate them
+        setattr(args, name, tensor.data_ptr())
 
 
 def read_bandwidth_bytes_s(data: torch.Tensor, seconds: float = 0.5) -> float:

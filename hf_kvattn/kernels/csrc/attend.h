@@ -53,6 +53,13 @@ struct Buffer {
   N *data;
 };
 
+}  // namespace
+
+// Built on the helpers above.
+#include "packed.h"
+
+namespace {
+
 // 2^x for x <= 0; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
 Simd::Vec exp2_nonpositive(Simd::Vec x) {
   x = Simd::max(Simd::set(-127.f), x);
@@ -188,7 +195,8 @@ class Attend {
         d(static_cast<int>(a.head_dim)),
         d_pad(round_up(d, 64)),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
-        tile(d > 64 ? kTile / 2 : kTile),
+        tile(a.packed_len == 0 && d > 64 ? kTile / 2 : kTile),
+        groups(a.packed_len > 0 ? static_cast<int>((d + a.v_group - 1) / a.v_group) : 0),
         jobs(a.batch * a.kv_heads * chunks),
         piece_floats(kChunk * (2 + d_pad)) {}
 
@@ -207,11 +215,13 @@ class Attend {
     Buffer<float> pieces((jobs + threads) * piece_floats);
     Buffer<Scratch> scratch(threads);
     Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
+    Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
     int team = 1;
     parallel(threads, [&](int thread, int count) {
       Scratch &mine = scratch.data[thread];
       mine.wide = wide.data + thread * kTile * d_pad;
       mine.q = queries.data + thread * kChunk * d_pad;
+      mine.q_bf16 = queries_bf16.data + thread * kChunk * d_pad;
       int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
       while (start.data[j + 1] <= from) ++j;
       for (; j < jobs && start.data[j] < to; ++j) {
@@ -239,7 +249,11 @@ class Attend {
   struct Scratch {
     float scores[kChunk * kTile];
     float *wide;  // a tile widened to fp32, (kTile, d_pad)
-    float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded: fp32, or bf16 where the scores are
+    float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded
+    bf16_t *q_bf16;
+    float folded[Simd::kRows * 512];  // queries or weights of a row block, with a block's scales folded in
+    float weights[Simd::kRows * kMaxGroups * kBlock];
+    float offset[Simd::kRows * kMaxGroups];
   };
 
   int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
@@ -255,7 +269,7 @@ class Attend {
     job.end_row = least<int64_t>(rows, job.row + kChunk);
     job.h = j / chunks % a.kv_heads;
     job.b = j / chunks / a.kv_heads;
-    job.begin = lowest(job.b, job.row);
+    job.begin = lowest(job.b, job.row) / tile * tile;  // tiles and blocks of 32 tokens begin together
     job.end = most(job.begin, limit(job.end_row - 1));
     return job;
   }
@@ -282,46 +296,95 @@ class Attend {
     for (int r = 0; r < n_rows; ++r) load_query(query(job, job.row + r), r, scratch);
     const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
     const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
+    int64_t head_block = (job.b * a.kv_heads + job.h) * a.packed_blocks;
     for (int64_t t = job.begin + lo * tile, stop = least(job.end, job.begin + hi * tile); t < stop; t += tile) {
       int n = static_cast<int>(least<int64_t>(tile, stop - t));
-      score_tile(k + t * a.k_stride[2], n, n_rows, scratch);
+      // Blocks are read whole: the rows' limits mask what lies beyond them.
+      int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), most<int64_t>(0, a.packed_len - t)));
+      n = most(n, packed);
+      for (int i = 0; i < packed; i += kBlock)
+        score_packed(job, head_block + (t + i) / kBlock, n_rows, scratch, i);
+      int64_t dense = t + packed - a.packed_len;  // the first dense token of the tile
+      if (packed < n) score_tile(k + dense * a.k_stride[2], n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r)
         soften(job.b, job.row + r, t, n, &scratch.scores[r * kTile], maxima(piece) + r, sums(piece) + r,
                outputs(piece) + r * d_pad);
-      value_tile(v + t * a.v_stride[2], n, n_rows, scratch, outputs(piece));
+      for (int i = 0; i < packed; i += kBlock)
+        value_packed(head_block + (t + i) / kBlock, n_rows, scratch, i, outputs(piece));
+      if (packed < n) value_tile(v + dense * a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
     }
   }
 
   void load_query(const T *from, int r, Scratch &scratch) const {
-    if constexpr (kInBf16) {
-      bf16_t *to = reinterpret_cast<bf16_t *>(scratch.q) + r * d_pad;
-      for (int64_t c = 0; c < d_pad; ++c) to[c] = c < d ? from[c] : bf16_t{0};
-    } else {
-      fill(scratch.q + r * d_pad, scratch.q + (r + 1) * d_pad, 0.f);
-      widen_row(from, d, scratch.q + r * d_pad);
-    }
+    fill(scratch.q + r * d_pad, scratch.q + (r + 1) * d_pad, 0.f);
+    widen_row(from, d, scratch.q + r * d_pad);
+    if constexpr (kInBf16)
+      for (int64_t c = 0; c < d_pad; ++c) scratch.q_bf16[r * d_pad + c] = c < d ? from[c] : bf16_t{0};
   }
 
-  void score_tile(const T *k, int n, int n_rows, Scratch &scratch) const {
+  // Scores of n tokens, written from column `at` of the tile on.
+  void score_tile(const T *k, int n, int n_rows, Scratch &scratch, int at) const {
     if constexpr (kInBf16) {
-      const bf16_t *q = reinterpret_cast<const bf16_t *>(scratch.q);
       for_row_blocks(n_rows, [&](auto block, int r) {
-        score_block_bf16<block.value>(q + r * d_pad, d_pad, k, a.k_stride[2], n, d, &scratch.scores[r * kTile]);
+        score_block_bf16<block.value>(scratch.q_bf16 + r * d_pad, d_pad, k, a.k_stride[2], n, d, &scratch.scores[r * kTile + at]);
       });
     } else {
       with_wide_tile(k, a.k_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
         for_row_blocks(n_rows, [&](auto block, int r) {
-          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, stride, n, d, &scratch.scores[r * kTile]);
+          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, stride, n, d, &scratch.scores[r * kTile + at]);
         });
       });
     }
   }
 
-  void value_tile(const T *v, int n, int n_rows, Scratch &scratch, float *acc) const {
+  void value_tile(const T *v, int n, int n_rows, Scratch &scratch, int at, float *acc) const {
     with_wide_tile(v, a.v_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
       for_row_blocks(n_rows, [&](auto block, int r) {
-        value_block<block.value>(&scratch.scores[r * kTile], tile, stride, n, d, acc + r * d_pad, d_pad);
+        value_block<block.value>(&scratch.scores[r * kTile + at], tile, stride, n, d, acc + r * d_pad, d_pad);
       });
+    });
+  }
+
+  static const bf16_t *bf16_at(const uint16_t *p, int64_t i) { return reinterpret_cast<const bf16_t *>(p) + i; }
+
+  void score_packed(const Job &job, int64_t block, int n_rows, Scratch &scratch, int at) const {
+    const uint8_t *codes = a.k_codes + block * 4 * a.k_bits * d;
+    const float *mean = a.k_mean + (job.b * a.kv_heads + job.h) * d;
+    for_row_blocks(n_rows, [&](auto some, int r) {
+      constexpr int R = some.value;
+      float offset[R];
+      for (int i = 0; i < R; ++i)
+        offset[i] = fold_query(scratch.q + (r + i) * d_pad, bf16_at(a.k_scale, block * d), bf16_at(a.k_zero, block * d),
+                               mean, d, scratch.folded + i * 512);
+      float *scores = &scratch.scores[r * kTile + at];
+#ifdef __AVX512VNNI__
+      if (a.k_bits == 8) packed_scores_bytes<R, 8>(scratch.folded, 512, offset, codes, d, scores, kTile);
+      if (a.k_bits == 4) packed_scores_bytes<R, 4>(scratch.folded, 512, offset, codes, d, scores, kTile);
+      if (a.k_bits == 2) packed_scores_bytes<R, 2>(scratch.folded, 512, offset, codes, d, scores, kTile);
+#else
+      packed_scores<R>(scratch.folded, 512, offset, codes, a.k_bits, d, scores, kTile);
+#endif
+    });
+  }
+
+  void value_packed(int64_t block, int n_rows, Scratch &scratch, int at, float *acc) const {
+    int group = static_cast<int>(a.v_group);
+    const uint8_t *codes = a.v_codes + block * 4 * a.v_bits * d;
+    for_row_blocks(n_rows, [&](auto some, int r) {
+      constexpr int R = some.value;
+      for (int i = 0; i < R; ++i)
+        fold_weights(&scratch.scores[(r + i) * kTile + at], bf16_at(a.v_scale, block * groups * kBlock),
+                     bf16_at(a.v_zero, block * groups * kBlock), groups, scratch.weights + i * kMaxGroups * kBlock,
+                     scratch.offset + i * kMaxGroups);
+      float *to = acc + r * d_pad;
+      const float *w = scratch.weights, *offset = scratch.offset;
+#ifdef __AVX512VNNI__
+      if (a.v_bits == 8) packed_values_bytes<R, 8>(w, offset, groups, group, codes, d, to, d_pad);
+      if (a.v_bits == 4) packed_values_bytes<R, 4>(w, offset, groups, group, codes, d, to, d_pad);
+      if (a.v_bits == 2) packed_values_bytes<R, 2>(w, offset, groups, group, codes, d, to, d_pad);
+#else
+      packed_values<R>(w, offset, groups, group, codes, a.v_bits, d, to, d_pad);
+#endif
     });
   }
 
@@ -423,7 +486,9 @@ class Attend {
   int group;
   int64_t rows, chunks;
   int d;
-  int64_t d_pad, tile, jobs, piece_floats;
+  int64_t d_pad, tile;
+  int groups;
+  int64_t jobs, piece_floats;
 };
 
 }  // namespace

@@ -30,7 +30,9 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 #endif
 
 const Variant kVariants[] = {
@@ -41,6 +43,8 @@ const Variant kVariants[] = {
 #endif
     {"portable", [] { return true; }, kvattn_attend_portable},
 };
+
+bool is_bits(int bits) { return bits == 8 || bits == 4 || bits == 2; }
 
 std::atomic<const Variant *> chosen{nullptr};
 
@@ -80,9 +84,16 @@ int kvattn_has_openmp(void) {
 }
 
 int kvattn_attend(const kvattn_attend_args *a) {
-  if (!a || !a->q || !a->k || !a->v || !a->out || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->batch < 1 ||
+  const bool all_packed = a && a->packed_len > 0 && a->packed_len == a->kv_len;  // then k and v are empty
+  if (!a || !a->q || !a->out || ((!a->k || !a->v) && !all_packed) || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->batch < 1 ||
       a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 || a->kv_len < a->q_len ||
       a->head_dim < 1 || a->window < 0 || a->threads < 1)
+    return KVATTN_BAD_ARGUMENT;
+  if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_len > a->kv_len ||
+                        a->packed_blocks * 32 < a->packed_len || a->head_dim > 512 || a->v_group < 16 ||
+                        a->v_group % 16 || a->head_dim > 32 * a->v_group || a->head_dim % a->v_group != 0 || !is_bits(a->k_bits) ||
+                        !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_zero || !a->k_mean || !a->v_codes ||
+                        !a->v_scale || !a->v_zero))
     return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);

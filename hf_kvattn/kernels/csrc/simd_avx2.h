@@ -28,6 +28,10 @@ struct Simd {
     for (int i = 0; i < n; ++i) padded[i] = p[i];
     return widen(padded);
   }
+  static Vec codes(const uint8_t *p, int shift, uint32_t mask) {
+    __m256i words = _mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), _mm_cvtsi32_si128(shift));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(mask))));
+  }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }

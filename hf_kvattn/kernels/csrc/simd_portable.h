@@ -39,6 +39,16 @@ struct Simd {
     for (int i = 0; i < n; ++i) r.lane[i] = to_float(p[i]);
     return r;
   }
+  // kLanes 32-bit words, each shifted right and masked, as floats.
+  static Vec codes(const uint8_t *p, int shift, uint32_t mask) {
+    Vec r;
+    KVATTN_EACH {
+      uint32_t word;
+      memcpy(&word, p + 4 * i, 4);
+      r.lane[i] = static_cast<float>(word >> shift & mask);
+    }
+    return r;
+  }
   static Vec add(Vec a, Vec b) {
     KVATTN_EACH a.lane[i] += b.lane[i];
     return a;

@@ -1,0 +1,306 @@
+"""`QuantizedKVCache`: keys and values as 8, 4 or 2-bit codes, written once and read packed."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..quant.affine import check_bits, quantize
+from ..quant.layout import BLOCK, pack_keys, pack_values, padded_dim
+from ..quant.packed import PackedKV
+from .base import KVCache, KVLayer
+from .static import KVStaticLayer
+
+logger = logging.getLogger("hf_kvattn")
+
+_GROWTH = 1.5
+_CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """What `QuantizedKVCache` was asked for; see there."""
+
+    k_bits: int
+    v_bits: int
+    group_size: int
+    residual_length: int
+    max_cache_len: int | None
+
+
+class KVQuantizedLayer(KVLayer):
+    """One layer: blocks of 32 tokens as packed codes, then the newest tokens, exact, in `_tail_k` and `_tail_v`.
+
+    A block is quantized once, when attention over its tokens is done (`settle`) and `residual_length` newer tokens
+    follow it; its codes never change again. The arrays of codes and scales have room for `_blocks` blocks; what the
+    tail holds goes up to `residual_length + 32` tokens between forwards.
+    """
+
+    def __init__(
+        self,
+        settings: QuantSettings,
+        layer_idx: int,
+        expected_heads: int | None = None,
+        expected_dim: int | None = None,
+        window: int | None = None,
+    ):
+        super().__init__(layer_idx, expected_heads, expected_dim, window)
+        self.settings = settings
+        self.packed_tokens = 0
+        self._tail_k = self._tail_v = torch.empty(0)
+        self._packed: dict[str, torch.Tensor] = {}
+
+    @property
+    def stored(self) -> int:
+        return self.seen
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self._tail_k, self._tail_v, *self._packed.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def kv(self) -> tuple[torch.Tensor, torch.Tensor, PackedKV | None]:
+        tail = slice(0, self.seen - self.packed_tokens)
+        k, v = self._tail_k[:, :, tail], self._tail_v[:, :, tail]
+        if not self.packed_tokens:
+            return k, v, None
+        return k, v, PackedKV(self.packed_tokens, self.settings.k_bits, self.settings.v_bits, **self._packed)
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything dequantized, in the model's dtype: a copy."""
+        k, v, packed = self.kv()
+        if packed is None:
+            return k, v
+        packed_k, packed_v = packed.dense(0, packed.tokens)
+        return torch.cat([packed_k.to(k.dtype), k], 2), torch.cat([packed_v.to(v.dtype), v], 2)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        _warn_dense()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.check(k, v)
+        end, limit = self.seen + k.shape[2], self.settings.max_cache_len
+        if limit is not None and end > limit:
+            raise ValueError(
+                f"layer {self.layer_idx}: {self.seen} stored tokens and {k.shape[2]} new ones exceed "
+                f"max_cache_len={limit}"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        tail, new_tail = self.seen - self.packed_tokens, end - self.packed_tokens
+        if new_tail > self._tail_k.shape[2]:  # a prompt: the tail is as long as it until `settle`
+            self._resize_tail(new_tail, tail)
+        self._tail_k[:, :, tail:new_tail].copy_(k.detach())
+        self._tail_v[:, :, tail:new_tail].copy_(v.detach())
+        self.seen = end
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        group_size = self.settings.group_size
+        if self.head_dim % group_size:
+            raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
+        limit = self.settings.max_cache_len
+        self._allocate(0 if limit is None else max(0, limit - self.settings.residual_length) // BLOCK)
+        self._resize_tail(self.settings.residual_length + BLOCK, 0)
+        self.is_initialized = True
+
+    def settle(self) -> None:
+        """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
+
+        Raises:
+            ValueError: NaN or infinite keys or values; no block has been written then.
+        """
+        tail = self.seen - self.packed_tokens
+        count = max(0, tail - self.settings.residual_length) // BLOCK
+        if not count:
+            return
+        done = count * BLOCK
+        for name, tensor in (("keys", self._tail_k), ("values", self._tail_v)):
+            if not bool(torch.isfinite(tensor[:, :, :done]).all()):
+                raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
+        first = self.packed_tokens // BLOCK
+        if first + count > self._packed["k_codes"].shape[2]:
+            self._allocate(max(first + count, int((first + count) * _GROWTH)))
+        for start in range(0, count, _CHUNK_BLOCKS):
+            stop = min(start + _CHUNK_BLOCKS, count)
+            part = slice(start * BLOCK, stop * BLOCK)
+            self._write_blocks(first + start, self._tail_k[:, :, part], self._tail_v[:, :, part])
+        rest = self._tail_k[:, :, done:tail].clone(), self._tail_v[:, :, done:tail].clone()
+        self._resize_tail(self.settings.residual_length + BLOCK, 0)
+        self._tail_k[:, :, : tail - done], self._tail_v[:, :, : tail - done] = rest
+        self.packed_tokens += done
+
+    def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
+        settings, packed = self.settings, self._packed
+        if first == 0:  # the channels' means of the first tokens: offsets that no block must spend its range on
+            packed["k_mean"].copy_(k.float().mean(2))
+        slots = slice(first, first + k.shape[2] // BLOCK)
+        blocks = (k.float() - packed["k_mean"][:, :, None]).unflatten(2, (-1, BLOCK))
+        codes, scale, zero = quantize(blocks, settings.k_bits, dim=-2)
+        packed["k_codes"][:, :, slots] = pack_keys(codes, settings.k_bits)
+        packed["k_scale"][:, :, slots], packed["k_zero"][:, :, slots] = scale[..., 0, :], zero[..., 0, :]
+        groups = v.float().unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, settings.group_size))
+        codes, scale, zero = quantize(groups, settings.v_bits, dim=-1)
+        packed["v_codes"][:, :, slots] = pack_values(codes.flatten(-2), settings.v_bits)
+        packed["v_scale"][:, :, slots] = scale[..., 0].transpose(-1, -2)
+        packed["v_zero"][:, :, slots] = zero[..., 0].transpose(-1, -2)
+
+    def _allocate(self, blocks: int) -> None:
+        """Room for `blocks` blocks; codes that are there move, they are not made again."""
+        lead, dim = (self.batch_size, self.kv_heads), self.head_dim
+        shapes = {
+            "k_codes": (*lead, blocks, 4 * self.settings.k_bits * padded_dim(dim)),
+            "k_scale": (*lead, blocks, dim),
+            "k_zero": (*lead, blocks, dim),
+            "v_codes": (*lead, blocks, 4 * self.settings.v_bits * padded_dim(dim)),
+            "v_scale": (*lead, blocks, dim // self.settings.group_size, BLOCK),
+            "v_zero": (*lead, blocks, dim // self.settings.group_size, BLOCK),
+        }
+        used = self.packed_tokens // BLOCK
+        grown = {}
+        for name, shape in shapes.items():
+            dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
+            grown[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            if used:
+                grown[name][:, :, :used] = self._packed[name][:, :, :used]
+        empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
+        self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
+        limit = self.settings.max_cache_len
+        self.capacity = limit or blocks * BLOCK + self.settings.residual_length + BLOCK
+
+    def _resize_tail(self, capacity: int, keep: int) -> None:
+        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
+        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        if keep:
+            k[:, :, :keep], v[:, :, :keep] = self._tail_k[:, :, :keep], self._tail_v[:, :, :keep]
+        self._tail_k, self._tail_v = k, v
+
+    def get_max_length(self) -> int:
+        return self.settings.max_cache_len or -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens. A block that is cut goes back to the tail, dequantized."""
+        if not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        kept = self.seen + tokens_to_remove
+        if kept < self.packed_tokens:
+            whole = kept // BLOCK * BLOCK
+            packed = self.kv()[2]
+            assert packed is not None
+            if kept > whole:
+                k, v = packed.dense(whole, whole + BLOCK)
+                self._tail_k[:, :, :BLOCK], self._tail_v[:, :, :BLOCK] = k, v
+            self.packed_tokens = whole
+        self.seen = kept
+
+    def reset(self) -> None:
+        """Forgets all tokens; the buffers stay."""
+        self.seen = self.packed_tokens = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        rows = rows.to(self.device)
+        self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
+        self._tail_k, self._tail_v = self._tail_k[rows], self._tail_v[rows]
+        self.batch_size = self._tail_k.shape[0]
+
+    def offload(self) -> None:
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self._packed = {name: tensor.to(device) for name, tensor in self._packed.items()}
+        self._tail_k, self._tail_v = self._tail_k.to(device), self._tail_v.to(device)
+
+
+class QuantizedKVCache(KVCache):
+    """Keys and values as integer codes, quantized once and read packed by the attention kernels.
+
+        cache = QuantizedKVCache(model.config, bits=4)
+        model.generate(**inputs, past_key_values=cache)
+
+    Keys share a scale per channel in blocks of 32 tokens, after the channel's mean is taken off; values per token in
+    groups of channels (KIVI, arXiv:2402.02750). The prompt's own forward sees exact keys and values.
+
+    Args:
+        config: the model's config.
+        bits: of keys and values: 8, 4 or 2.
+        key_bits, value_bits: other than `bits`, each on its own.
+        group_size: channels that share a value scale; a multiple of 16 that divides head_dim.
+        residual_length: newest tokens that stay exact, at least; None means 0. Up to 31 more wait for their block.
+        skip_layers: layers that are not quantized, by index; negative ones count from the end.
+        max_cache_len: tokens that fit, allocated at once; None grows by half.
+
+    Raises:
+        ValueError: impossible settings, with their values, or an unsupported model.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        group_size: int = 32,
+        residual_length: int | None = None,
+        skip_layers: Sequence[int] = (),
+        max_cache_len: int | None = None,
+    ):
+        settings = QuantSettings(
+            bits if key_bits is None else key_bits,
+            bits if value_bits is None else value_bits,
+            group_size,
+            residual_length or 0,
+            max_cache_len,
+        )
+        check_bits(settings.k_bits)
+        check_bits(settings.v_bits)
+        if type(group_size) is not int or group_size < 16 or group_size % 16:
+            raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
+        if type(settings.residual_length) is not int or settings.residual_length < 0:
+            raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
+        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+            raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
+        n_layers = config.get_text_config(decoder=True).num_hidden_layers
+        wrong = [i for i in skip_layers if not -n_layers <= i < n_layers]
+        if wrong:
+            raise ValueError(f"skip_layers {wrong} do not exist in a model of {n_layers} layers")
+        skipped = {i % n_layers for i in skip_layers}
+        quantized = functools.partial(KVQuantizedLayer, settings)
+        exact = functools.partial(KVStaticLayer, max_cache_len)
+
+        def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:
+            return (exact if layer_idx in skipped else quantized)(layer_idx, *shape)
+
+        super().__init__(config, make_layer)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_dense() -> None:
+    logger.warning(
+        "a quantized cache is read through update(), which dequantizes all of it in every layer at every step: "
+        "call hf_kvattn.enable(model) to have it read packed"
+    )

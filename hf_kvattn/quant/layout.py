@@ -1,0 +1,73 @@
+"""How the codes of a block of 32 tokens lie in memory: the contract between `caches`, `kernels` and `csrc`.
+
+A kernel multiplies codes with a broadcast of four numbers at a time and sums the four products into one lane (dot
+products of bytes: `vpdpbusd` on x86, `udot` on Arm). So 64 codes, one vector, are a *unit* of 16 lanes of 4:
+
+- keys: a lane is a token, its 4 codes are neighbouring channels. Unit (c, h) holds channels 4c to 4c+3 of the tokens
+  16h to 16h+15. The sum over units c of a half h gives the scores of 16 tokens, without any sum across lanes.
+- values: a lane is a channel, its 4 codes are neighbouring tokens. Unit (c, t) holds tokens 4t to 4t+3 of the channels
+  16c to 16c+15. The sum over t gives 16 channels of the output.
+
+Channels are padded with zero codes to a multiple of 16, `padded_dim`. With 8 bits the units follow each other; with 4
+bits, 64 bytes hold two units, the first in the low bits; with 2 bits four:
+
+    keys,   order of units: c outer, h inner;    values: c outer, t inner
+
+Either way a block of `D` padded channels takes `4 * bits * D` bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+BLOCK = 32  # tokens
+LANES = 16
+
+
+def padded_dim(dim: int) -> int:
+    return -(-dim // LANES) * LANES
+
+
+def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * padded_dim(D))` bytes."""
+    codes = pad(codes, (0, padded_dim(codes.shape[-1]) - codes.shape[-1]))
+    units = codes.unflatten(-1, (-1, 4)).unflatten(-3, (2, LANES))  # (..., h, lane, c, 4)
+    units = units.movedim(-2, -4)  # (..., c, h, lane, 4)
+    return _pack(units.flatten(-2).flatten(-3, -2), bits)
+
+
+def unpack_keys(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The inverse of `pack_keys`: `(..., 32, D)` uint8."""
+    units = _unpack(packed, bits).unflatten(-2, (-1, 2)).unflatten(-1, (LANES, 4))  # (..., c, h, lane, 4)
+    return units.movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :dim]
+
+
+def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * padded_dim(D))` bytes."""
+    codes = pad(codes, (0, padded_dim(codes.shape[-1]) - codes.shape[-1]))
+    units = codes.unflatten(-1, (-1, LANES)).unflatten(-3, (BLOCK // 4, 4))  # (..., t, 4, c, lane)
+    units = units.movedim(-2, -4).transpose(-2, -1)  # (..., c, t, lane, 4)
+    return _pack(units.flatten(-2).flatten(-3, -2), bits)
+
+
+def unpack_values(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The inverse of `pack_values`: `(..., 32, D)` uint8."""
+    units = _unpack(packed, bits).unflatten(-2, (-1, BLOCK // 4)).unflatten(-1, (LANES, 4))  # (..., c, t, lane, 4)
+    return units.transpose(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :dim]
+
+
+def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
+    """`(..., units, 64)` codes to bytes `(..., units * 8 * bits)`."""
+    together = units.unflatten(-2, (-1, 8 // bits))  # units that share their bytes
+    packed = together[..., 0, :].clone()
+    for i in range(1, 8 // bits):
+        packed |= together[..., i, :] << (bits * i)
+    return packed.flatten(-2)
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `_pack`: `(..., units, 64)`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    shared = packed.unflatten(-1, (-1, 1, 64))
+    return ((shared >> shifts[:, None]) & (2**bits - 1)).flatten(-3, -2)
