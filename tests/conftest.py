@@ -1,7 +1,9 @@
-"""Every test runs with `torch.empty` filled with NaN, so that reading a slot nobody wrote shows."""
+"""Shared fixtures. Every test runs with `torch.empty` filled with NaN, so that reading a slot nobody wrote shows."""
 
 import pytest
 import torch
+
+from hf_kvattn.kernels import native
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +13,16 @@ def nan_filled_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def variant(request):
+    """The native kernels' SIMD variant `request.param`; the test is skipped where the CPU lacks it."""
+    try:
+        native.select_variant(request.param)
+    except ValueError as error:
+        if request.param == "portable":  # runs everywhere, or the kernels are not built
+            raise
+        pytest.skip(str(error))  # the CPU lacks it
+    yield request.param
+    native.select_variant(None)

@@ -6,6 +6,8 @@ from hf_kvattn.kernels.call import AttendCall
 
 POISON = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}  # finite: 0 * inf would hide in a NaN anyway
 
+VARIANTS = ["avx512_bf16", "avx512", "avx2", "portable"]  # of the native kernels
+
 # (G, Tq, Tk, D, rules): odd sizes, one tile of 64 and 32 tokens more or less, chunks of 32 rows crossed, Tq != Tk
 SHAPES = {
     "one-token": (3, 1, 1, 64, {}),

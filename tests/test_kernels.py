@@ -4,35 +4,13 @@ import math
 
 import pytest
 import torch
-from problems import SHAPES, problem
+from problems import SHAPES, VARIANTS, problem
 from tolerance import LSE, assert_close_to_reference, plain_torch
 
 from hf_kvattn.kernels import native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-VARIANTS = ["avx512_bf16", "avx512", "avx2", "portable"]
-
-
-def usable_variants() -> list[str]:
-    usable = []
-    for name in VARIANTS:
-        try:
-            native.select_variant(name)
-        except ValueError:
-            continue
-        usable.append(name)
-    native.select_variant(None)
-    return usable
-
-
-@pytest.fixture
-def variant(request):
-    if request.param not in usable_variants():
-        pytest.skip(f"this CPU has no {request.param}")  # the variant cannot run here; portable always does
-    native.select_variant(request.param)
-    yield request.param
-    native.select_variant(None)
 
 
 def spelled_out(call: AttendCall) -> torch.Tensor:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from models import prompt, tiny_config, tiny_model
-from problems import problem
-from test_kernels import VARIANTS, variant  # noqa: F401  # the fixture
+from problems import VARIANTS, problem
 from tolerance import LSE
 
 import hf_kvattn
@@ -132,7 +131,7 @@ def test_reference_and_sdpa_on_packed_tokens(name, bits):
 @pytest.mark.parametrize("bits", [(8, 8), (4, 4), (2, 2), (8, 4), (4, 2)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 @pytest.mark.parametrize("name", PACKED)
-def test_native_reads_packed_tokens(name, variant, bits):  # noqa: F811  # the fixture
+def test_native_reads_packed_tokens(name, variant, bits):
     call = packed_problem(name, *bits)
     lse = torch.full(call.q.shape[:3], torch.nan)
     out = native.attend(call, lse)
