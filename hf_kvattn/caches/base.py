@@ -36,7 +36,15 @@ class KVLayer(CacheLayerMixin):
     dtype: torch.dtype
     device: torch.device
 
-    def __init__(self, layer_idx: int, expected_heads: int | None, expected_dim: int | None, window: int | None):
+    def __init__(
+        self,
+        max_cache_len: int | None,
+        layer_idx: int,
+        expected_heads: int | None = None,
+        expected_dim: int | None = None,
+        window: int | None = None,
+    ):
+        self.max_cache_len = max_cache_len
         self.layer_idx, self.expected_heads, self.expected_dim = layer_idx, expected_heads, expected_dim
         self.sliding_window = window
         self.is_sliding = window is not None
@@ -90,7 +98,7 @@ class KVLayer(CacheLayerMixin):
             raise ValueError(f"{where}: keys {tuple(k.shape)} and values {tuple(v.shape)} must both be (B, Hkv, T, D)")
         if (k.dtype, k.device) != (v.dtype, v.device):
             raise ValueError(f"{where}: keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}")
-        batch, heads, _, dim = k.shape
+        batch, heads, new, dim = k.shape
         if self.expected_heads not in (None, heads) or self.expected_dim not in (None, dim):
             raise ValueError(
                 f"{where}: the cache was made for {self.expected_heads} KV heads of {self.expected_dim}, "
@@ -102,12 +110,45 @@ class KVLayer(CacheLayerMixin):
             if (k.dtype, k.device) != (self.dtype, self.device):
                 raise ValueError(f"{where}: the cache holds {self.dtype} on {self.device}, got {k.dtype} on {k.device}")
 
+        if self.max_cache_len is not None and self.seen + new > self.max_cache_len:
+            raise ValueError(
+                f"{where}: {self.seen} stored tokens and {new} new ones exceed max_cache_len={self.max_cache_len}"
+            )
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        if not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+
+    @abstractmethod
+    def select(self, rows: torch.Tensor) -> None:
+        """Gathers batch rows of what is stored; `rows` are indices or bools on the layer's device."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
+        if self.is_initialized:
+            self.select(indices.to(self.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and first position of the keys that `query_length` new tokens will see."""
         return self.stored + query_length, self.seen - self.stored
+
+
+def check_max_cache_len(max_cache_len: int | None) -> None:
+    if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
+        raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
 
 
 class LayerWriter:

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from ..quant.affine import check_bits, quantize
 from ..quant.layout import BLOCK, pack_keys, pack_values, padded_dim
 from ..quant.packed import PackedKV
-from .base import KVCache, KVLayer
+from .base import KVCache, KVLayer, check_max_cache_len
 from .static import KVStaticLayer
 
 logger = logging.getLogger("hf_kvattn")
@@ -30,7 +30,6 @@ class QuantSettings:
     v_bits: int
     group_size: int
     residual_length: int
-    max_cache_len: int | None
 
 
 class KVQuantizedLayer(KVLayer):
@@ -44,12 +43,13 @@ class KVQuantizedLayer(KVLayer):
     def __init__(
         self,
         settings: QuantSettings,
+        max_cache_len: int | None,
         layer_idx: int,
         expected_heads: int | None = None,
         expected_dim: int | None = None,
         window: int | None = None,
     ):
-        super().__init__(layer_idx, expected_heads, expected_dim, window)
+        super().__init__(max_cache_len, layer_idx, expected_heads, expected_dim, window)
         self.settings = settings
         self.packed_tokens = 0
         self._tail_k = self._tail_v = torch.empty(0)
@@ -85,12 +85,7 @@ class KVQuantizedLayer(KVLayer):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.check(k, v)
-        end, limit = self.seen + k.shape[2], self.settings.max_cache_len
-        if limit is not None and end > limit:
-            raise ValueError(
-                f"layer {self.layer_idx}: {self.seen} stored tokens and {k.shape[2]} new ones exceed "
-                f"max_cache_len={limit}"
-            )
+        end = self.seen + k.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         tail, new_tail = self.seen - self.packed_tokens, end - self.packed_tokens
@@ -106,7 +101,7 @@ class KVQuantizedLayer(KVLayer):
         group_size = self.settings.group_size
         if self.head_dim % group_size:
             raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
-        limit = self.settings.max_cache_len
+        limit = self.max_cache_len
         self._allocate(0 if limit is None else max(0, limit - self.settings.residual_length) // BLOCK)
         self._resize_tail(self.settings.residual_length + BLOCK, 0)
         self.is_initialized = True
@@ -173,7 +168,7 @@ class KVQuantizedLayer(KVLayer):
                 grown[name][:, :, :used] = self._packed[name][:, :, :used]
         empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
         self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
-        limit = self.settings.max_cache_len
+        limit = self.max_cache_len
         self.capacity = limit or blocks * BLOCK + self.settings.residual_length + BLOCK
 
     def _resize_tail(self, capacity: int, keep: int) -> None:
@@ -183,13 +178,9 @@ class KVQuantizedLayer(KVLayer):
             k[:, :, :keep], v[:, :, :keep] = self._tail_k[:, :, :keep], self._tail_v[:, :, :keep]
         self._tail_k, self._tail_v = k, v
 
-    def get_max_length(self) -> int:
-        return self.settings.max_cache_len or -1
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens. A block that is cut goes back to the tail, dequantized."""
-        if not -self.seen <= tokens_to_remove <= 0:
-            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        self.check_crop(tokens_to_remove)
         kept = self.seen + tokens_to_remove
         if kept < self.packed_tokens:
             whole = kept // BLOCK * BLOCK
@@ -205,21 +196,7 @@ class KVQuantizedLayer(KVLayer):
         """Forgets all tokens; the buffers stay."""
         self.seen = self.packed_tokens = 0
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
-
-    def _select(self, rows: torch.Tensor) -> None:
-        if not self.is_initialized:
-            return
-        rows = rows.to(self.device)
+    def select(self, rows: torch.Tensor) -> None:
         self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
         self._tail_k, self._tail_v = self._tail_k[rows], self._tail_v[rows]
         self.batch_size = self._tail_k.shape[0]
@@ -274,7 +251,6 @@ class QuantizedKVCache(KVCache):
             bits if value_bits is None else value_bits,
             group_size,
             residual_length or 0,
-            max_cache_len,
         )
         check_bits(settings.k_bits)
         check_bits(settings.v_bits)
@@ -282,14 +258,13 @@ class QuantizedKVCache(KVCache):
             raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
         if type(settings.residual_length) is not int or settings.residual_length < 0:
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
-        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
-            raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
+        check_max_cache_len(max_cache_len)
         n_layers = config.get_text_config(decoder=True).num_hidden_layers
         wrong = [i for i in skip_layers if not -n_layers <= i < n_layers]
         if wrong:
             raise ValueError(f"skip_layers {wrong} do not exist in a model of {n_layers} layers")
         skipped = {i % n_layers for i in skip_layers}
-        quantized = functools.partial(KVQuantizedLayer, settings)
+        quantized = functools.partial(KVQuantizedLayer, settings, max_cache_len)
         exact = functools.partial(KVStaticLayer, max_cache_len)
 
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:

@@ -7,7 +7,7 @@ import functools
 import torch
 from transformers import PreTrainedConfig
 
-from .base import KVCache, KVLayer
+from .base import KVCache, KVLayer, check_max_cache_len
 
 _MIN_CAPACITY = 256
 _GROWTH = 1.5
@@ -28,8 +28,7 @@ class KVStaticLayer(KVLayer):
         expected_dim: int | None = None,
         window: int | None = None,
     ):
-        super().__init__(layer_idx, expected_heads, expected_dim, window)
-        self.max_cache_len = max_cache_len
+        super().__init__(max_cache_len, layer_idx, expected_heads, expected_dim, window)
         self.capacity = 0
         self._k = self._v = torch.empty(0)
 
@@ -48,11 +47,6 @@ class KVStaticLayer(KVLayer):
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.check(k, v)
         end = self.seen + k.shape[2]
-        if self.max_cache_len is not None and end > self.max_cache_len:
-            raise ValueError(
-                f"layer {self.layer_idx}: {self.seen} stored tokens and {k.shape[2]} new ones exceed "
-                f"max_cache_len={self.max_cache_len}"
-            )
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         if end > self.capacity:
@@ -77,35 +71,17 @@ class KVStaticLayer(KVLayer):
             k[:, :, : self.seen], v[:, :, : self.seen] = self.dense()
         self._k, self._v, self.capacity = k, v, capacity
 
-    def get_max_length(self) -> int:
-        return -1 if self.max_cache_len is None else self.max_cache_len
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
-        if not -self.seen <= tokens_to_remove <= 0:
-            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay."""
         self.seen = 0
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
-
-    def _select(self, rows: torch.Tensor) -> None:
-        """Gathers batch rows, of the stored tokens only."""
-        if not self.is_initialized:
-            return
-        rows, stored = rows.to(self.device), self.seen
+    def select(self, rows: torch.Tensor) -> None:
+        stored = self.seen
         k, v = self._k[:, :, :stored][rows], self._v[:, :, :stored][rows]
         if k.shape[0] != self.batch_size:
             self.batch_size, self.seen = k.shape[0], 0
@@ -139,6 +115,5 @@ class StaticKVCache(KVCache):
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
-        if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
-            raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
+        check_max_cache_len(max_cache_len)
         super().__init__(config, functools.partial(KVStaticLayer, max_cache_len))
