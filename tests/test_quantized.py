@@ -5,10 +5,9 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from models import prompt, tiny_config, tiny_model
 from problems import VARIANTS, problem
-from tolerance import LSE
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
@@ -53,6 +52,7 @@ def test_the_packed_layout_is_the_documented_one(bits):
     st.floats(1e-6, 1e4),
     st.sampled_from(["normal", "outlier", "constant", "zero", "two"]),
 )
+@example(3103, 2, 29.0, 2365.0, "constant")  # the rounded zero lies above the group: a negative scale once
 def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
     if kind == "outlier":
@@ -68,7 +68,7 @@ def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
     # Zero and scale are rounded to bfloat16, 2^-9 relative, before the codes are chosen: half a step inside the range,
     # and at its upper end what the rounded scale falls short of.
     bound = scale / 2 + zero.abs() * 2**-8 + scale * (2**bits - 1) * 2**-8 + x.abs().amax(-1, keepdim=True) * 1e-6
-    assert (error <= bound).all() and int(codes.max()) < 2**bits
+    assert (scale >= 0).all() and (error <= bound).all() and int(codes.max()) < 2**bits
 
 
 def packed_problem(name: str, k_bits: int, v_bits: int, dtype=torch.float32, split: float = 0.7) -> AttendCall:
@@ -156,7 +156,6 @@ def test_a_wrong_bit_would_be_noticed():
     before = native.attend(call)
     call.packed.k_codes[:, :, 7] ^= 0x11
     assert (native.attend(call) - before).abs().max() > 1e-3
-    assert LSE < 1e-3
 
 
 def fill(cache: QuantizedKVCache, length: int, chunk: int, layer: int = 0, seed: int = 0):
@@ -277,7 +276,7 @@ def test_outlier_channels_like_those_of_qwen():
     cache = QuantizedKVCache(tiny_config(), bits=8, group_size=16)
     k, v = torch.randn(2, 2, 64, 16), torch.randn(2, 2, 64, 16)
     k[..., 3] += 600
-    keys, _ = cache.update(k, v, 0), None
+    cache.update(k, v, 0)
     keys, _ = cache.layers[0].dense()
     assert (keys - k).abs().max() < 0.05
 

@@ -75,10 +75,12 @@ def test_capacity_exceeded_inside_generate_leaves_the_cache_usable():
             generate(model, prompt(), new_tokens=30, past_key_values=cache)
         assert [layer.seen for layer in cache.layers] == [20, 20, 20]
         cache.crop(-10)
-        expected, _ = generate(model, prompt(10), new_tokens=5)
         cache.crop(-1)  # generate() wants one token that is not cached yet
-        ours, _ = generate(model, prompt(10), new_tokens=5, past_key_values=cache)
-    assert ours.shape == expected.shape
+        start = {name: tensor[:, :10] for name, tensor in prompt().items()}
+        ours, our_logits = generate(model, start, new_tokens=5, past_key_values=cache)
+    expected, logits = generate(model, start, new_tokens=5)
+    assert torch.equal(ours, expected)
+    torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-4)
 
 
 def test_bytes_are_those_allocated():

@@ -40,16 +40,8 @@ class KVQuantizedLayer(KVLayer):
     tail holds goes up to `residual_length + 32` tokens between forwards.
     """
 
-    def __init__(
-        self,
-        settings: QuantSettings,
-        max_cache_len: int | None,
-        layer_idx: int,
-        expected_heads: int | None = None,
-        expected_dim: int | None = None,
-        window: int | None = None,
-    ):
-        super().__init__(max_cache_len, layer_idx, expected_heads, expected_dim, window)
+    def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
+        super().__init__(max_cache_len, layer_idx, *shape)
         self.settings = settings
         self.packed_tokens = 0
         self._tail_k = self._tail_v = torch.empty(0)

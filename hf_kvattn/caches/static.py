@@ -20,16 +20,8 @@ class KVStaticLayer(KVLayer):
     a CPU capacity that was never written takes no physical memory.
     """
 
-    def __init__(
-        self,
-        max_cache_len: int | None,
-        layer_idx: int,
-        expected_heads: int | None = None,
-        expected_dim: int | None = None,
-        window: int | None = None,
-    ):
-        super().__init__(max_cache_len, layer_idx, expected_heads, expected_dim, window)
-        self.capacity = 0
+    def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
+        super().__init__(max_cache_len, layer_idx, *shape)
         self._k = self._v = torch.empty(0)
 
     @property

@@ -55,6 +55,7 @@ class _StepClock(StoppingCriteria):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times_s.append(time.perf_counter())
+        # transformers' annotations name subclasses that torch functions are not declared to return.
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
 
 

@@ -28,7 +28,8 @@ def quantize(x: torch.Tensor, bits: int, dim: int) -> tuple[torch.Tensor, torch.
     x = x.float()
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     zero = low.bfloat16().float()
-    scale = ((high - zero) / (2**bits - 1)).bfloat16().float()
+    # The rounded zero may lie above a nearly constant group: scale 0 then, never below.
+    scale = ((high - zero).clamp(min=0) / (2**bits - 1)).bfloat16().float()
     steps = torch.where(scale > 0, (x - zero) / scale, 0.0)
     return steps.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, zero
 
