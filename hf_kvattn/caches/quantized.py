@@ -1,4 +1,4 @@
-"""`QuantizedKVCache`: keys and values as 8, 4 or 2-bit codes, written once and read packed."""
+"""`QuantizedKVCache`: keys and values as 8, 4, 3 or 2-bit codes, written once and read packed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from ..quant.affine import check_bits, quantize
-from ..quant.layout import BLOCK, pack_keys, pack_values, padded_dim
+from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
+from ..quant.layout import BLOCK, pack_keys, pack_values
 from ..quant.packed import PackedKV
+from ..quant.rotation import rotate
 from .base import KVCache, KVLayer, check_max_cache_len
 from .static import KVStaticLayer
 
 logger = logging.getLogger("hf_kvattn")
+
+MAX_SINKS = 32
 
 _GROWTH = 1.5
 _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
@@ -30,21 +33,22 @@ class QuantSettings:
     v_bits: int
     group_size: int
     residual_length: int
+    sinks: int
 
 
 class KVQuantizedLayer(KVLayer):
-    """One layer: blocks of 32 tokens as packed codes, then the newest tokens, exact, in `_tail_k` and `_tail_v`.
+    """One layer: the first `sinks` tokens exact, then blocks of 32 tokens as packed codes, then the newest ones exact.
 
-    A block is quantized once, when attention over its tokens is done (`settle`) and `residual_length` newer tokens
-    follow it; its codes never change again. The arrays of codes and scales have room for `_blocks` blocks; what the
-    tail holds goes up to `residual_length + 32` tokens between forwards.
+    `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once, when
+    attention over its tokens is done (`settle`) and `residual_length` newer tokens follow it; its codes never change
+    again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
     """
 
     def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
         super().__init__(max_cache_len, layer_idx, *shape)
         self.settings = settings
         self.packed_tokens = 0
-        self._tail_k = self._tail_v = torch.empty(0)
+        self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
 
     @property
@@ -53,23 +57,44 @@ class KVQuantizedLayer(KVLayer):
 
     @property
     def nbytes(self) -> int:
-        tensors = [self._tail_k, self._tail_v, *self._packed.values()]
+        tensors = [self._exact_k, self._exact_v, *self._packed.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def kv(self) -> tuple[torch.Tensor, torch.Tensor, PackedKV | None]:
-        tail = slice(0, self.seen - self.packed_tokens)
-        k, v = self._tail_k[:, :, tail], self._tail_v[:, :, tail]
+        exact = slice(0, self.seen - self.packed_tokens)
+        k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return k, v, None
-        return k, v, PackedKV(self.packed_tokens, self.settings.k_bits, self.settings.v_bits, **self._packed)
+        settings, arrays = self.settings, self._packed
+        return (
+            k,
+            v,
+            PackedKV(
+                settings.sinks,
+                self.packed_tokens,
+                settings.k_bits,
+                settings.v_bits,
+                arrays["k_codes"],
+                arrays["k_scale"],
+                arrays.get("k_zero"),
+                arrays["k_mean"],
+                arrays["v_codes"],
+                arrays["v_scale"],
+                arrays.get("v_zero"),
+            ),
+        )
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything dequantized, in the model's dtype: a copy."""
         k, v, packed = self.kv()
         if packed is None:
             return k, v
-        packed_k, packed_v = packed.dense(0, packed.tokens)
-        return torch.cat([packed_k.to(k.dtype), k], 2), torch.cat([packed_v.to(v.dtype), v], 2)
+        sinks, newest = slice(0, packed.start), slice(packed.start, None)
+        packed_k, packed_v = packed.dense(0, packed.tokens // BLOCK)
+        return (
+            torch.cat([k[:, :, sinks], packed_k.to(k.dtype), k[:, :, newest]], 2),
+            torch.cat([v[:, :, sinks], packed_v.to(v.dtype), v[:, :, newest]], 2),
+        )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         _warn_dense()
@@ -80,11 +105,11 @@ class KVQuantizedLayer(KVLayer):
         end = self.seen + k.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        tail, new_tail = self.seen - self.packed_tokens, end - self.packed_tokens
-        if new_tail > self._tail_k.shape[2]:  # a prompt: the tail is as long as it until `settle`
-            self._resize_tail(new_tail, tail)
-        self._tail_k[:, :, tail:new_tail].copy_(k.detach())
-        self._tail_v[:, :, tail:new_tail].copy_(v.detach())
+        exact, new_exact = self.seen - self.packed_tokens, end - self.packed_tokens
+        if new_exact > self._exact_k.shape[2]:  # a prompt: all of it is exact until `settle`
+            self._resize_exact(new_exact, exact)
+        self._exact_k[:, :, exact:new_exact].copy_(k.detach())
+        self._exact_v[:, :, exact:new_exact].copy_(v.detach())
         self.seen = end
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -94,9 +119,13 @@ class KVQuantizedLayer(KVLayer):
         if self.head_dim % group_size:
             raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
         limit = self.max_cache_len
-        self._allocate(0 if limit is None else max(0, limit - self.settings.residual_length) // BLOCK)
-        self._resize_tail(self.settings.residual_length + BLOCK, 0)
+        self._allocate(0 if limit is None else max(0, limit - self._least_exact) // BLOCK)
+        self._resize_exact(self._least_exact + BLOCK, 0)
         self.is_initialized = True
+
+    @property
+    def _least_exact(self) -> int:
+        return self.settings.sinks + self.settings.residual_length
 
     def settle(self) -> None:
         """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
@@ -104,25 +133,27 @@ class KVQuantizedLayer(KVLayer):
         Raises:
             ValueError: NaN or infinite keys or values; no block has been written then.
         """
-        tail = self.seen - self.packed_tokens
-        count = max(0, tail - self.settings.residual_length) // BLOCK
+        exact, sinks = self.seen - self.packed_tokens, self.settings.sinks
+        count = max(0, exact - self._least_exact) // BLOCK
         if not count:
             return
-        done = count * BLOCK
-        for name, tensor in (("keys", self._tail_k), ("values", self._tail_v)):
-            if not bool(torch.isfinite(tensor[:, :, :done]).all()):
+        done = sinks + count * BLOCK
+        for name, tensor in (("keys", self._exact_k), ("values", self._exact_v)):
+            if not bool(torch.isfinite(tensor[:, :, sinks:done]).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
         first = self.packed_tokens // BLOCK
         if first + count > self._packed["k_codes"].shape[2]:
             self._allocate(max(first + count, int((first + count) * _GROWTH)))
         for start in range(0, count, _CHUNK_BLOCKS):
             stop = min(start + _CHUNK_BLOCKS, count)
-            part = slice(start * BLOCK, stop * BLOCK)
-            self._write_blocks(first + start, self._tail_k[:, :, part], self._tail_v[:, :, part])
-        rest = self._tail_k[:, :, done:tail].clone(), self._tail_v[:, :, done:tail].clone()
-        self._resize_tail(self.settings.residual_length + BLOCK, 0)
-        self._tail_k[:, :, : tail - done], self._tail_v[:, :, : tail - done] = rest
-        self.packed_tokens += done
+            part = slice(sinks + start * BLOCK, sinks + stop * BLOCK)
+            self._write_blocks(first + start, self._exact_k[:, :, part], self._exact_v[:, :, part])
+        rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
+        if self._exact_k.shape[2] != self._least_exact + BLOCK:  # it held a prompt
+            self._resize_exact(self._least_exact + BLOCK, sinks)
+        after = slice(sinks, sinks + exact - done)
+        self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
+        self.packed_tokens += count * BLOCK
 
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
@@ -131,26 +162,26 @@ class KVQuantizedLayer(KVLayer):
             packed["k_mean"].copy_(k.float().mean(2))
         slots = slice(first, first + k.shape[2] // BLOCK)
         blocks = (k.float() - packed["k_mean"][:, :, None]).unflatten(2, (-1, BLOCK))
-        codes, scale, zero = quantize(blocks, settings.k_bits, dim=-2)
+        codes, scale, zero = quantize(blocks, settings.k_bits, -2, KEYS)
         packed["k_codes"][:, :, slots] = pack_keys(codes, settings.k_bits)
-        packed["k_scale"][:, :, slots], packed["k_zero"][:, :, slots] = scale[..., 0, :], zero[..., 0, :]
-        groups = v.float().unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, settings.group_size))
-        codes, scale, zero = quantize(groups, settings.v_bits, dim=-1)
+        packed["k_scale"][:, :, slots] = scale[..., 0, :]
+        if zero is not None:
+            packed["k_zero"][:, :, slots] = zero[..., 0, :]
+        groups = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, settings.group_size))
+        codes, scale, zero = quantize(groups, settings.v_bits, -1, VALUES)
         packed["v_codes"][:, :, slots] = pack_values(codes.flatten(-2), settings.v_bits)
         packed["v_scale"][:, :, slots] = scale[..., 0].transpose(-1, -2)
-        packed["v_zero"][:, :, slots] = zero[..., 0].transpose(-1, -2)
+        if zero is not None:
+            packed["v_zero"][:, :, slots] = zero[..., 0].transpose(-1, -2)
 
     def _allocate(self, blocks: int) -> None:
         """Room for `blocks` blocks; codes that are there move, they are not made again."""
         lead, dim = (self.batch_size, self.kv_heads), self.head_dim
-        shapes = {
-            "k_codes": (*lead, blocks, 4 * self.settings.k_bits * padded_dim(dim)),
-            "k_scale": (*lead, blocks, dim),
-            "k_zero": (*lead, blocks, dim),
-            "v_codes": (*lead, blocks, 4 * self.settings.v_bits * padded_dim(dim)),
-            "v_scale": (*lead, blocks, dim // self.settings.group_size, BLOCK),
-            "v_zero": (*lead, blocks, dim // self.settings.group_size, BLOCK),
-        }
+        bits, groups = {"k": self.settings.k_bits, "v": self.settings.v_bits}, dim // self.settings.group_size
+        scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
+        shapes: dict[str, tuple[int, ...]] = {f"{x}_codes": (*lead, blocks, 4 * bits[x] * dim) for x in "kv"}
+        shapes |= {f"{x}_scale": scales[x] for x in "kv"}
+        shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
         used = self.packed_tokens // BLOCK
         grown = {}
         for name, shape in shapes.items():
@@ -161,27 +192,27 @@ class KVQuantizedLayer(KVLayer):
         empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
         self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
         limit = self.max_cache_len
-        self.capacity = limit or blocks * BLOCK + self.settings.residual_length + BLOCK
+        self.capacity = limit or blocks * BLOCK + self._least_exact + BLOCK
 
-    def _resize_tail(self, capacity: int, keep: int) -> None:
+    def _resize_exact(self, capacity: int, keep: int) -> None:
         shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
         k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         if keep:
-            k[:, :, :keep], v[:, :, :keep] = self._tail_k[:, :, :keep], self._tail_v[:, :, :keep]
-        self._tail_k, self._tail_v = k, v
+            k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
+        self._exact_k, self._exact_v = k, v
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens. A block that is cut goes back to the tail, dequantized."""
+        """Forgets the last `-tokens_to_remove` tokens. A block that is cut becomes exact tokens again, dequantized."""
         self.check_crop(tokens_to_remove)
-        kept = self.seen + tokens_to_remove
-        if kept < self.packed_tokens:
-            whole = kept // BLOCK * BLOCK
-            packed = self.kv()[2]
-            assert packed is not None
-            if kept > whole:
-                k, v = packed.dense(whole, whole + BLOCK)
-                self._tail_k[:, :, :BLOCK], self._tail_v[:, :, :BLOCK] = k, v
-            self.packed_tokens = whole
+        kept, sinks = self.seen + tokens_to_remove, self.settings.sinks
+        if kept < sinks + self.packed_tokens:
+            block, cut = divmod(max(0, kept - sinks), BLOCK)
+            if cut:
+                packed = self.kv()[2]
+                assert packed is not None
+                slots = slice(sinks, sinks + BLOCK)
+                self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
+            self.packed_tokens = block * BLOCK
         self.seen = kept
 
     def reset(self) -> None:
@@ -190,8 +221,8 @@ class KVQuantizedLayer(KVLayer):
 
     def select(self, rows: torch.Tensor) -> None:
         self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
-        self._tail_k, self._tail_v = self._tail_k[rows], self._tail_v[rows]
-        self.batch_size = self._tail_k.shape[0]
+        self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
+        self.batch_size = self._exact_k.shape[0]
 
     def offload(self) -> None:
         self._move("cpu")
@@ -202,7 +233,7 @@ class KVQuantizedLayer(KVLayer):
 
     def _move(self, device: torch.device | str) -> None:
         self._packed = {name: tensor.to(device) for name, tensor in self._packed.items()}
-        self._tail_k, self._tail_v = self._tail_k.to(device), self._tail_v.to(device)
+        self._exact_k, self._exact_v = self._exact_k.to(device), self._exact_v.to(device)
 
 
 class QuantizedKVCache(KVCache):
@@ -212,16 +243,19 @@ class QuantizedKVCache(KVCache):
         model.generate(**inputs, past_key_values=cache)
 
     Keys share a scale per channel in blocks of 32 tokens, after the channel's mean is taken off; values per token in
-    groups of channels (KIVI, arXiv:2402.02750). The prompt's own forward sees exact keys and values.
+    groups of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. The prompt's own forward sees
+    exact keys and values.
 
     Args:
         config: the model's config.
-        bits: of keys and values: 8, 4 or 2.
+        bits: of keys and values: 8, 4, 3 or 2.
         key_bits, value_bits: other than `bits`, each on its own.
         group_size: channels that share a value scale; a multiple of 16 that divides head_dim.
         residual_length: newest tokens that stay exact, at least; None means 0. Up to 31 more wait for their block.
         skip_layers: layers that are not quantized, by index; negative ones count from the end.
         max_cache_len: tokens that fit, allocated at once; None grows by half.
+        sinks: first tokens that stay exact, 0 to 32: a model attends to them from everywhere (StreamingLLM,
+            arXiv:2309.17453), so their errors count most.
 
     Raises:
         ValueError: impossible settings, with their values, or an unsupported model.
@@ -237,12 +271,14 @@ class QuantizedKVCache(KVCache):
         residual_length: int | None = None,
         skip_layers: Sequence[int] = (),
         max_cache_len: int | None = None,
+        sinks: int = 4,
     ):
         settings = QuantSettings(
             bits if key_bits is None else key_bits,
             bits if value_bits is None else value_bits,
             group_size,
             residual_length or 0,
+            sinks,
         )
         check_bits(settings.k_bits)
         check_bits(settings.v_bits)
@@ -250,6 +286,8 @@ class QuantizedKVCache(KVCache):
             raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
         if type(settings.residual_length) is not int or settings.residual_length < 0:
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
+        if type(sinks) is not int or not 0 <= sinks <= MAX_SINKS:
+            raise ValueError(f"sinks must be an int from 0 to {MAX_SINKS}, got {sinks!r}")
         check_max_cache_len(max_cache_len)
         n_layers = config.get_text_config(decoder=True).num_hidden_layers
         wrong = [i for i in skip_layers if not -n_layers <= i < n_layers]

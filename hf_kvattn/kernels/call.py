@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 
 
@@ -37,7 +39,8 @@ class AttendCall:
         mask: replaces `causal`, `window` and `first`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
             (added to the scores after the softcap), or None.
         dropout: probability of dropping a weight, for training.
-        packed: quantized keys and values that stand before `k` and `v`, or None. Tk counts both.
+        packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` stand before them,
+            the others after. Tk counts all.
     """
 
     q: torch.Tensor
@@ -62,6 +65,18 @@ class AttendCall:
         """Whether autograd must be able to differentiate the result."""
         tensors = (self.q, self.k, self.v)
         return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+    def tiles(self, tile: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """All keys and values in fp32, `tile` quantized tokens at a time: the first one's position, keys, values."""
+        packed, start, end = self.packed, 0, 0
+        if packed is not None:
+            start, end = packed.start, packed.start + packed.tokens
+            if start:
+                yield 0, self.k[:, :, :start].float(), self.v[:, :, :start].float()
+            for done in range(0, packed.tokens, tile):
+                yield start + done, *packed.dense(done // BLOCK, min(done + tile, packed.tokens) // BLOCK)
+        if self.k.shape[2] > start:
+            yield end, self.k[:, :, start:].float(), self.v[:, :, start:].float()
 
     def visible(self) -> torch.Tensor | None:
         """What the rules above allow, as a bool mask `(B or 1, 1, Tq, Tk)`, or None when everything is visible."""

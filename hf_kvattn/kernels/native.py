@@ -11,61 +11,24 @@ import ctypes
 import functools
 import importlib.metadata
 import os
+import struct
 import sys
 import time
 from pathlib import Path
 
 import torch
 
+from ..quant import rotation
 from ..quant.packed import PackedKV
 from .call import AttendCall
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
-_Strides = ctypes.c_int64 * 3
-
-
-class _AttendArgs(ctypes.Structure):
-    """Mirrors `kvattn_attend_args` in `csrc/kvattn.h`."""
-
-    _fields_ = [
-        ("dtype", ctypes.c_int32),
-        ("causal", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("batch", ctypes.c_int64),
-        ("q_heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("q_len", ctypes.c_int64),
-        ("kv_len", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("first", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("lse", ctypes.c_void_p),
-        ("q_stride", _Strides),
-        ("k_stride", _Strides),
-        ("v_stride", _Strides),
-        ("packed_len", ctypes.c_int64),
-        ("packed_blocks", ctypes.c_int64),
-        ("v_group", ctypes.c_int64),
-        ("k_bits", ctypes.c_int32),
-        ("v_bits", ctypes.c_int32),
-        ("k_codes", ctypes.c_void_p),
-        ("k_scale", ctypes.c_void_p),
-        ("k_zero", ctypes.c_void_p),
-        ("k_mean", ctypes.c_void_p),
-        ("v_codes", ctypes.c_void_p),
-        ("v_scale", ctypes.c_void_p),
-        ("v_zero", ctypes.c_void_p),
-    ]
+# `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer.
+_ARGS = struct.Struct("@4i7q2f6P9q5q2i7P")
+_NOTHING_PACKED = (0, 0, 0, 0, 1, 0, 0) + (0,) * 7
 
 
 def _candidates() -> list[Path]:
@@ -93,7 +56,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}: reinstall hf_kvattn"
     library.kvattn_variant.restype = ctypes.c_char_p
     library.kvattn_select.argtypes = [ctypes.c_char_p]
-    library.kvattn_attend.argtypes = [ctypes.POINTER(_AttendArgs)]
+    library.kvattn_attend.argtypes = [ctypes.c_char_p]  # the packed struct
     library.kvattn_read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.kvattn_read_bytes.restype = ctypes.c_uint64
     return library, None
@@ -155,7 +118,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
     first = None if call.first is None else call.first.to(torch.int32).contiguous()
-    args = _AttendArgs(
+    args = _ARGS.pack(
         _DTYPES[q.dtype],
         call.causal,
         torch.get_num_threads(),
@@ -172,16 +135,15 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        None if first is None else first.data_ptr(),
+        0 if first is None else first.data_ptr(),
         out.data_ptr(),
-        None if lse is None else lse.data_ptr(),
-        q.stride()[:3],
-        k.stride()[:3],
-        v.stride()[:3],
+        0 if lse is None else lse.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *(_NOTHING_PACKED if call.packed is None else _packed_args(call.packed)),
     )
-    if call.packed is not None:
-        _add_packed(args, call.packed)
-    status = _library().kvattn_attend(ctypes.byref(args))
+    status = _library().kvattn_attend(args)
     if status:
         raise RuntimeError(
             f"native attention failed ({_ERRORS.get(status, status)}) for q {tuple(q.shape)}, "
@@ -190,14 +152,29 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     return out
 
 
-def _add_packed(args: _AttendArgs, packed: PackedKV) -> None:
-    args.packed_len, args.k_bits, args.v_bits = packed.tokens, packed.k_bits, packed.v_bits
-    args.packed_blocks = packed.k_codes.shape[2]
-    args.v_group = packed.k_scale.shape[-1] // packed.v_scale.shape[3]
-    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"):
-        tensor = getattr(packed, name)
-        assert tensor.is_contiguous()  # as caches allocate them
-        setattr(args, name, tensor.data_ptr())
+def _packed_args(packed: PackedKV) -> tuple[int, ...]:
+    """The last fields of the struct, from `packed_start` on."""
+    arrays = (
+        packed.k_codes,
+        packed.k_scale,
+        packed.k_zero,
+        packed.k_mean,
+        packed.v_codes,
+        packed.v_scale,
+        packed.v_zero,
+    )
+    assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
+    dim = packed.k_scale.shape[-1]
+    return (
+        packed.start,
+        packed.tokens,
+        packed.k_codes.shape[2],
+        dim // packed.v_scale.shape[3],
+        rotation.size_for(dim),
+        packed.k_bits,
+        packed.v_bits,
+        *(0 if t is None else t.data_ptr() for t in arrays),
+    )
 
 
 def read_bandwidth_bytes_s(data: torch.Tensor, seconds: float = 0.5) -> float:

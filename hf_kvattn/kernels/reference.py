@@ -27,11 +27,8 @@ def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
     """
     group = call.q.shape[1] // call.k.shape[1]
     q = call.q.float()
-    k, v = call.k.float(), call.v.float()
-    if call.packed is not None:
-        packed_k, packed_v = call.packed.dense(0, call.packed.tokens)
-        k, v = torch.cat([packed_k, k], 2), torch.cat([packed_v, v], 2)
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    _, keys, values = zip(*call.tiles(call.kv_len), strict=True)
+    k, v = (torch.cat(parts, dim=2).repeat_interleave(group, dim=1) for parts in (keys, values))
     scores = q @ k.transpose(-1, -2) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)

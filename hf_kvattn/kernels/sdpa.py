@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..quant.packed import PackedKV
 from .call import AttendCall
 
 TILE = 1024  # tokens dequantized at once, a multiple of 32
@@ -67,8 +66,6 @@ def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 def _tiled(call: AttendCall) -> torch.Tensor:
     """Attention over quantized tokens, dequantized a tile at a time, with an online softmax in fp32."""
-    packed = call.packed
-    assert packed is not None
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads = call.k.shape[1]
     group = q_heads // kv_heads
@@ -76,12 +73,11 @@ def _tiled(call: AttendCall) -> torch.Tensor:
     mask = call.visible() if call.mask is None else call.mask
     top = q.new_full((*q.shape[:3], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for start in range(0, call.kv_len, TILE):
-        end = min(start + TILE, call.kv_len)
-        k, v = _tile(call, packed, start, end)
+    for start, k, v in call.tiles(TILE):
         scores = q @ k.transpose(-1, -2)
         if mask is not None:
-            tile = mask[..., start:end].expand(-1, q_heads, -1, -1).reshape(-1, kv_heads, group * q_len, end - start)
+            tile = mask[..., start : start + k.shape[2]].expand(-1, q_heads, -1, -1)
+            tile = tile.reshape(-1, kv_heads, group * q_len, k.shape[2])
             scores = scores.masked_fill(~tile, -torch.inf) if tile.dtype == torch.bool else scores + tile
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         finite = torch.where(new_top == -torch.inf, 0, new_top)  # nothing visible yet: no inf - inf
@@ -91,14 +87,3 @@ def _tiled(call: AttendCall) -> torch.Tensor:
         top = new_top
     out = torch.where(total > 0, out / total, 0).to(call.q.dtype)
     return out.reshape(batch, q_heads, q_len, dim).transpose(1, 2)
-
-
-def _tile(call: AttendCall, packed: PackedKV, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 keys and values of the tokens [start, end), packed and dense ones."""
-    parts = []
-    if start < packed.tokens:
-        parts.append(packed.dense(start, min(end, packed.tokens)))
-    if end > packed.tokens:
-        rest = slice(max(0, start - packed.tokens), end - packed.tokens)
-        parts.append((call.k[:, :, rest].float(), call.v[:, :, rest].float()))
-    return torch.cat([k for k, _ in parts], 2), torch.cat([v for _, v in parts], 2)

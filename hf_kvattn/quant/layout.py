@@ -8,57 +8,55 @@ products of bytes: `vpdpbusd` on x86, `udot` on Arm). So 64 codes, one vector, a
 - values: a lane is a channel, its 4 codes are neighbouring tokens. Unit (c, t) holds tokens 4t to 4t+3 of the channels
   16c to 16c+15. The sum over t gives 16 channels of the output.
 
-Channels are padded with zero codes to a multiple of 16, `padded_dim`. With 8 bits the units follow each other; with 4
-bits, 64 bytes hold two units, the first in the low bits; with 2 bits four:
+The 8 units of 16 channels of a block take `64 * bits` bytes. With 8 bits they follow each other; with 4 bits, 64 bytes
+hold two units, the first in the low bits; with 2 bits four; with 3 bits, 128 bytes hold the low two bits in that way,
+and 64 more the third ones, unit i's in bit i.
 
     keys,   order of units: c outer, h inner;    values: c outer, t inner
 
-Either way a block of `D` padded channels takes `4 * bits * D` bytes.
+Either way a block of `D` channels, a multiple of 16, takes `4 * bits * D` bytes.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 BLOCK = 32  # tokens
 LANES = 16
-
-
-def padded_dim(dim: int) -> int:
-    return -(-dim // LANES) * LANES
+UNITS = 8  # of 16 channels of a block
 
 
 def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * padded_dim(D))` bytes."""
-    codes = pad(codes, (0, padded_dim(codes.shape[-1]) - codes.shape[-1]))
+    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * D)` bytes."""
     units = codes.unflatten(-1, (-1, 4)).unflatten(-3, (2, LANES))  # (..., h, lane, c, 4)
-    units = units.movedim(-2, -4)  # (..., c, h, lane, 4)
-    return _pack(units.flatten(-2).flatten(-3, -2), bits)
+    return _pack(units.movedim(-2, -4).flatten(-2).flatten(-3, -2), bits)
 
 
-def unpack_keys(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `pack_keys`: `(..., 32, D)` uint8."""
     units = _unpack(packed, bits).unflatten(-2, (-1, 2)).unflatten(-1, (LANES, 4))  # (..., c, h, lane, 4)
-    return units.movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :dim]
+    return units.movedim(-4, -2).flatten(-2).flatten(-3, -2)
 
 
 def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * padded_dim(D))` bytes."""
-    codes = pad(codes, (0, padded_dim(codes.shape[-1]) - codes.shape[-1]))
+    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * D)` bytes."""
     units = codes.unflatten(-1, (-1, LANES)).unflatten(-3, (BLOCK // 4, 4))  # (..., t, 4, c, lane)
-    units = units.movedim(-2, -4).transpose(-2, -1)  # (..., c, t, lane, 4)
-    return _pack(units.flatten(-2).flatten(-3, -2), bits)
+    return _pack(units.movedim(-2, -4).transpose(-2, -1).flatten(-2).flatten(-3, -2), bits)
 
 
-def unpack_values(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+def unpack_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `pack_values`: `(..., 32, D)` uint8."""
     units = _unpack(packed, bits).unflatten(-2, (-1, BLOCK // 4)).unflatten(-1, (LANES, 4))  # (..., c, t, lane, 4)
-    return units.transpose(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)[..., :dim]
+    return units.transpose(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)
 
 
 def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
     """`(..., units, 64)` codes to bytes `(..., units * 8 * bits)`."""
+    if bits == 3:
+        low, third = (
+            _pack(part, b).unflatten(-1, (-1, UNITS * 8 * b)) for part, b in ((units & 3, 2), (units >> 2, 1))
+        )
+        return torch.cat((low, third), dim=-1).flatten(-2)
     together = units.unflatten(-2, (-1, 8 // bits))  # units that share their bytes
     packed = together[..., 0, :].clone()
     for i in range(1, 8 // bits):
@@ -68,6 +66,9 @@ def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_pack`: `(..., units, 64)`."""
+    if bits == 3:
+        low, third = packed.unflatten(-1, (-1, UNITS * 24)).split((UNITS * 16, UNITS * 8), dim=-1)
+        return _unpack(low.flatten(-2), 2) | _unpack(third.flatten(-2), 1) << 2
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     shared = packed.unflatten(-1, (-1, 1, 64))
     return ((shared >> shifts[:, None]) & (2**bits - 1)).flatten(-3, -2)

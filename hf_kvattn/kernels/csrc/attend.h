@@ -24,6 +24,7 @@ constexpr int kChunk = 32;   // query rows of one job
 constexpr int kFewRows = 8;  // up to here a tile is widened in registers, row block by row block
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
+constexpr float kSlack = 8.f;
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 template <typename N>
@@ -53,16 +54,9 @@ struct Buffer {
   N *data;
 };
 
-}  // namespace
-
-// Built on the helpers above.
-#include "packed.h"
-
-namespace {
-
-// 2^x for x <= 0; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
-Simd::Vec exp2_nonpositive(Simd::Vec x) {
-  x = Simd::max(Simd::set(-127.f), x);
+// 2^x for x < 127; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
+inline Simd::Vec exp2_vec(Simd::Vec x) {
+  x = Simd::max(Simd::set(Simd::kZeroPower), x);
   Simd::Vec n = Simd::round(x), f = Simd::fma(n, Simd::set(-1.f), x);
   Simd::Vec p = Simd::set(1.5403530e-4f);  // Taylor series of 2^f on [-0.5, 0.5]
   const float coefficients[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
@@ -70,15 +64,45 @@ Simd::Vec exp2_nonpositive(Simd::Vec x) {
   return Simd::scale_pow2(p, n);
 }
 
+// A row's weights become relative to a greater reference.
+inline void follow(float greater, float *reference, float *sum_lanes, float *acc, int d) {
+  Simd::Vec shrink = Simd::set(*reference == -kInf ? 0.f : exp2f(*reference - greater));
+  Simd::store(sum_lanes, Simd::mul(Simd::load(sum_lanes), shrink));
+  for (int c = 0; c < d; c += Simd::kLanes) Simd::store(acc + c, Simd::mul(Simd::load(acc + c), shrink));
+  *reference = greater;
+}
+
+}  // namespace
+
+// Built on the helpers above.
+#include "packed.h"
+
+namespace {
+
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
 Simd::Vec tanh_vec(Simd::Vec x) {
   Simd::Vec negative = Simd::mul(x, Simd::set(-1.f));
-  Simd::Vec e = exp2_nonpositive(Simd::mul(Simd::max(negative, x), Simd::set(-2.f * kLog2e)));
+  Simd::Vec e = exp2_vec(Simd::mul(Simd::max(negative, x), Simd::set(-2.f * kLog2e)));
   Simd::Vec t = Simd::div(Simd::fma(e, Simd::set(-1.f), Simd::set(1.f)), Simd::add(e, Simd::set(1.f)));
   float in[Simd::kLanes], out[Simd::kLanes];
   Simd::store(in, x), Simd::store(out, t);
   for (int i = 0; i < Simd::kLanes; ++i) out[i] = copysignf(out[i], in[i]);
   return Simd::load(out);
+}
+
+// Each `size` of the d numbers x times the orthonormal, symmetric Hadamard matrix of that size, a power of two. All
+// stages have the same pattern (Pease, 1968), one that compilers turn into vectors.
+inline void hadamard(float *x, int d, int size) {
+  const float norm = 1.f / sqrtf(static_cast<float>(size));
+  for (float *block = x; block < x + d; block += size) {
+    float y[kMaxDim];
+    for (int stage = 1; stage < size; stage *= 2) {
+      for (int i = 0; i < size / 2; ++i) y[i] = block[2 * i] + block[2 * i + 1];
+      for (int i = 0; i < size / 2; ++i) y[size / 2 + i] = block[2 * i] - block[2 * i + 1];
+      memcpy(block, y, size * sizeof(float));
+    }
+    for (int i = 0; i < size; ++i) block[i] *= norm;
+  }
 }
 
 template <typename T>
@@ -196,7 +220,8 @@ class Attend {
         d_pad(round_up(d, 64)),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
         tile(a.packed_len == 0 && d > 64 ? kTile / 2 : kTile),
-        groups(a.packed_len > 0 ? static_cast<int>((d + a.v_group - 1) / a.v_group) : 0),
+        lead(a.packed_len > 0 ? a.packed_start : 0),
+        origin(lead > 0 ? lead - tile : 0),
         jobs(a.batch * a.kv_heads * chunks),
         piece_floats(kChunk * (2 + d_pad)) {}
 
@@ -205,7 +230,7 @@ class Attend {
     start.data[0] = 0;
     for (int64_t j = 0; j < jobs; ++j) {
       Job job = job_at(j);
-      start.data[j + 1] = start.data[j] + most<int64_t>(1, (job.end - job.begin + tile - 1) / tile);
+      start.data[j + 1] = start.data[j] + job.end_tile - job.tile;
     }
     int64_t tiles = start.data[jobs];
     // Measured: waking a team costs as much as 8 tiles a thread gain.
@@ -244,16 +269,16 @@ class Attend {
 
  private:
   struct Job {
-    int64_t b, h, row, end_row, begin, end;  // rows [row, end_row) see keys within [begin, end)
+    int64_t b, h, row, end_row;   // rows [row, end_row) see keys
+    int64_t tile, end_tile, end;  // of the tiles [tile, end_tile), before `end`
   };
   struct Scratch {
     float scores[kChunk * kTile];
     float *wide;  // a tile widened to fp32, (kTile, d_pad)
     float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded
     bf16_t *q_bf16;
-    float folded[Simd::kRows * 512];  // queries or weights of a row block, with a block's scales folded in
-    float weights[Simd::kRows * kMaxGroups * kBlock];
-    float offset[Simd::kRows * kMaxGroups];
+    float sum_lanes[kChunk * Simd::kLanes];  // the running sums of weights, not yet added up
+    float mean_part[kChunk];  // what the packed keys' means contribute to the scores
   };
 
   int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
@@ -269,19 +294,24 @@ class Attend {
     job.end_row = least<int64_t>(rows, job.row + kChunk);
     job.h = j / chunks % a.kv_heads;
     job.b = j / chunks / a.kv_heads;
-    job.begin = lowest(job.b, job.row) / tile * tile;  // tiles and blocks of 32 tokens begin together
-    job.end = most(job.begin, limit(job.end_row - 1));
+    int64_t begin = lowest(job.b, job.row);
+    job.end = most(begin, limit(job.end_row - 1));
+    job.tile = tile_of(begin);
+    job.end_tile = most(job.tile + 1, tile_of(job.end - 1) + 1);
     return job;
   }
 
-  // A piece: maxima (base 2), sums and unnormalised outputs of kChunk rows.
-  static float *maxima(float *piece) { return piece; }
+  // Packed blocks begin together with tiles: exact tokens before them have a tile of their own.
+  int64_t tile_of(int64_t t) const { return t < lead ? 0 : (t - origin) / tile; }
+  int64_t tile_begin(int64_t i) const { return most<int64_t>(0, origin + i * tile); }
+
+  // A piece: references (base 2), sums and unnormalised outputs of kChunk rows.
+  static float *references(float *piece) { return piece; }
   static float *sums(float *piece) { return piece + kChunk; }
   static float *outputs(float *piece) { return piece + 2 * kChunk; }
 
   void clear(float *piece, int n_rows) const {
-    fill(maxima(piece), maxima(piece) + n_rows, -kInf);
-    fill(sums(piece), sums(piece) + n_rows, 0.f);
+    fill(references(piece), references(piece) + n_rows, -kInf);
     fill(outputs(piece), outputs(piece) + n_rows * d_pad, 0.f);
   }
 
@@ -293,25 +323,89 @@ class Attend {
   void attend_tiles(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *piece) const {
     int n_rows = static_cast<int>(job.end_row - job.row);
     clear(piece, n_rows);
+    fill(scratch.sum_lanes, scratch.sum_lanes + n_rows * Simd::kLanes, 0.f);
     for (int r = 0; r < n_rows; ++r) load_query(query(job, job.row + r), r, scratch);
     const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
     const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
-    int64_t head_block = (job.b * a.kv_heads + job.h) * a.packed_blocks;
-    for (int64_t t = job.begin + lo * tile, stop = least(job.end, job.begin + hi * tile); t < stop; t += tile) {
-      int n = static_cast<int>(least<int64_t>(tile, stop - t));
+    const PackedKeys keys = packed_keys(job);
+    const PackedValues values = packed_values_of(job);
+    if (a.packed_len > 0) add_means(job, n_rows, scratch);
+    bool rotated = false, empty = true;  // whether the sums stand in the basis of the packed values; are all zero
+    auto turn = [&](bool to) {
+      if (rotated != to && !empty)
+        for (int r = 0; r < n_rows; ++r) hadamard(outputs(piece) + r * d_pad, d, static_cast<int>(a.v_rotation));
+      rotated = to, empty = false;
+    };
+    for (int64_t i = job.tile + lo; i < job.tile + hi; ++i) {
+      int64_t t = tile_begin(i);
+#ifdef __AVX512VNNI__
+      if (int64_t run = least(whole_packed_tiles(job, t), job.tile + hi - i)) {
+        turn(true);
+        const float *q = scratch.q, factor = a.scale * kLog2e;
+        for_row_blocks(n_rows, [&](auto some, int r) {
+          attend_run<some.value>(keys.at((t - lead) / kBlock), values.at((t - lead) / kBlock), run, q + r * d_pad, d_pad,
+                                 scratch.mean_part + r, factor, references(piece) + r,
+                                 scratch.sum_lanes + r * Simd::kLanes, outputs(piece) + r * d_pad, d_pad);
+        });
+        i += run - 1;
+        continue;
+      }
+#endif
+      int n = static_cast<int>(most<int64_t>(0, least(job.end, tile_begin(i + 1)) - t));
       // Blocks are read whole: the rows' limits mask what lies beyond them.
-      int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), most<int64_t>(0, a.packed_len - t)));
+      int64_t left = t < lead ? 0 : most<int64_t>(0, lead + a.packed_len - t);
+      int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
+      int64_t block = (t - lead) / kBlock;
       n = most(n, packed);
-      for (int i = 0; i < packed; i += kBlock)
-        score_packed(job, head_block + (t + i) / kBlock, n_rows, scratch, i);
-      int64_t dense = t + packed - a.packed_len;  // the first dense token of the tile
+      for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
+        packed_scores<some.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_part + r,
+                                  &scratch.scores[r * kTile], kTile);
+      });
+      int64_t dense = t < lead ? t : t + packed - a.packed_len;  // the tile's first exact token, of those stored
       if (packed < n) score_tile(k + dense * a.k_stride[2], n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r)
-        soften(job.b, job.row + r, t, n, &scratch.scores[r * kTile], maxima(piece) + r, sums(piece) + r,
-               outputs(piece) + r * d_pad);
-      for (int i = 0; i < packed; i += kBlock)
-        value_packed(head_block + (t + i) / kBlock, n_rows, scratch, i, outputs(piece));
-      if (packed < n) value_tile(v + dense * a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
+        soften(job.b, job.row + r, t, n, &scratch.scores[r * kTile], references(piece) + r,
+               scratch.sum_lanes + r * Simd::kLanes, outputs(piece) + r * d_pad);
+      if (packed) turn(true);
+      for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
+        packed_values<some.value>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
+                                  outputs(piece) + r * d_pad, d_pad);
+      });
+      if (packed < n) {
+        turn(false);
+        value_tile(v + dense * a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
+      }
+    }
+    turn(false);
+    for (int r = 0; r < n_rows; ++r) sums(piece)[r] = Simd::sum(Simd::load(scratch.sum_lanes + r * Simd::kLanes));
+  }
+
+  // How many packed tiles from token t on are whole and seen whole by all rows, where few rows make it worth asking.
+  int64_t whole_packed_tiles(const Job &job, int64_t t) const {
+    if (t < lead || a.softcap > 0 || job.end_row - job.row > kFewRows) return 0;
+    if (t < lowest(job.b, job.end_row - 1)) return 0;
+    return most<int64_t>(0, least(lead + a.packed_len, limit(job.row)) - t) / kTile;
+  }
+
+  static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
+
+  int64_t head_blocks(const Job &job) const { return (job.b * a.kv_heads + job.h) * a.packed_blocks; }
+
+  PackedKeys packed_keys(const Job &job) const {
+    return PackedKeys{a.k_codes, as_bf16(a.k_scale), as_bf16(a.k_zero), a.k_bits, d}.at(head_blocks(job));
+  }
+
+  PackedValues packed_values_of(const Job &job) const {
+    PackedValues all{a.v_codes, as_bf16(a.v_scale), as_bf16(a.v_zero), a.v_bits, d, static_cast<int>(a.v_group)};
+    return a.packed_len > 0 ? all.at(head_blocks(job)) : all;
+  }
+
+  void add_means(const Job &job, int n_rows, Scratch &scratch) const {
+    const float *mean = a.k_mean + (job.b * a.kv_heads + job.h) * d;
+    for (int r = 0; r < n_rows; ++r) {
+      float sum = 0.f;
+      for (int c = 0; c < d; ++c) sum += scratch.q[r * d_pad + c] * mean[c];
+      scratch.mean_part[r] = sum;
     }
   }
 
@@ -345,49 +439,6 @@ class Attend {
     });
   }
 
-  static const bf16_t *bf16_at(const uint16_t *p, int64_t i) { return reinterpret_cast<const bf16_t *>(p) + i; }
-
-  void score_packed(const Job &job, int64_t block, int n_rows, Scratch &scratch, int at) const {
-    const uint8_t *codes = a.k_codes + block * 4 * a.k_bits * d;
-    const float *mean = a.k_mean + (job.b * a.kv_heads + job.h) * d;
-    for_row_blocks(n_rows, [&](auto some, int r) {
-      constexpr int R = some.value;
-      float offset[R];
-      for (int i = 0; i < R; ++i)
-        offset[i] = fold_query(scratch.q + (r + i) * d_pad, bf16_at(a.k_scale, block * d), bf16_at(a.k_zero, block * d),
-                               mean, d, scratch.folded + i * 512);
-      float *scores = &scratch.scores[r * kTile + at];
-#ifdef __AVX512VNNI__
-      if (a.k_bits == 8) packed_scores_bytes<R, 8>(scratch.folded, 512, offset, codes, d, scores, kTile);
-      if (a.k_bits == 4) packed_scores_bytes<R, 4>(scratch.folded, 512, offset, codes, d, scores, kTile);
-      if (a.k_bits == 2) packed_scores_bytes<R, 2>(scratch.folded, 512, offset, codes, d, scores, kTile);
-#else
-      packed_scores<R>(scratch.folded, 512, offset, codes, a.k_bits, d, scores, kTile);
-#endif
-    });
-  }
-
-  void value_packed(int64_t block, int n_rows, Scratch &scratch, int at, float *acc) const {
-    int group = static_cast<int>(a.v_group);
-    const uint8_t *codes = a.v_codes + block * 4 * a.v_bits * d;
-    for_row_blocks(n_rows, [&](auto some, int r) {
-      constexpr int R = some.value;
-      for (int i = 0; i < R; ++i)
-        fold_weights(&scratch.scores[(r + i) * kTile + at], bf16_at(a.v_scale, block * groups * kBlock),
-                     bf16_at(a.v_zero, block * groups * kBlock), groups, scratch.weights + i * kMaxGroups * kBlock,
-                     scratch.offset + i * kMaxGroups);
-      float *to = acc + r * d_pad;
-      const float *w = scratch.weights, *offset = scratch.offset;
-#ifdef __AVX512VNNI__
-      if (a.v_bits == 8) packed_values_bytes<R, 8>(w, offset, groups, group, codes, d, to, d_pad);
-      if (a.v_bits == 4) packed_values_bytes<R, 4>(w, offset, groups, group, codes, d, to, d_pad);
-      if (a.v_bits == 2) packed_values_bytes<R, 2>(w, offset, groups, group, codes, d, to, d_pad);
-#else
-      packed_values<R>(w, offset, groups, group, codes, a.v_bits, d, to, d_pad);
-#endif
-    });
-  }
-
   // With many rows the tile is widened to fp32 once; with few that would cost more than it saves.
   template <typename F>
   void with_wide_tile(const T *tile, int64_t stride, int n, int n_rows, Scratch &scratch, F f) const {
@@ -401,49 +452,36 @@ class Attend {
     f(tile, stride);
   }
 
-  // Scores of one row and tile become weights 2^(x - maximum); the row's running sums follow the new maximum.
-  void soften(int64_t b, int64_t row, int64_t t, int n, float *x, float *maximum, float *sum, float *acc) const {
+  // Scores of one row and tile become weights 2^(x - reference). The reference is a maximum seen earlier: it follows a
+  // greater one, and the running sums with it, only when weights would pass 2^kSlack (FlashAttention-4, 2025).
+  void soften(int64_t b, int64_t row, int64_t t, int n, float *x, float *reference, float *sum_lanes, float *acc) const {
     int begin = static_cast<int>(least<int64_t>(most<int64_t>(lowest(b, row) - t, 0), n));
     int end = static_cast<int>(least<int64_t>(most<int64_t>(limit(row) - t, begin), n));
-    int padded = static_cast<int>(round_up(n, Simd::kLanes));
+    const int padded = static_cast<int>(round_up(n, Simd::kLanes));
+    if (a.softcap > 0)
+      for (int i = 0; i < padded; i += Simd::kLanes) {
+        Simd::Vec capped = tanh_vec(Simd::mul(Simd::load(x + i), Simd::set(a.scale / a.softcap)));
+        Simd::store(x + i, Simd::mul(capped, Simd::set(a.softcap)));
+      }
+    const Simd::Vec factor = Simd::set((a.softcap > 0 ? 1.f : a.scale) * kLog2e);
+    Simd::Vec top = Simd::set(-kInf);
+    for (int i = 0; i < padded; i += Simd::kLanes) Simd::store(x + i, Simd::mul(Simd::load(x + i), factor));
     fill(x, x + begin, -kInf);
     fill(x + end, x + padded, -kInf);
-    Simd::Vec top = Simd::set(-kInf);
-    if (a.softcap > 0) {
-      // Masked scores must stay -inf, so only [begin, end) is capped.
-      for (int i = begin / Simd::kLanes * Simd::kLanes; i < end; i += Simd::kLanes) {
-        Simd::Vec capped = tanh_vec(Simd::mul(Simd::load(x + i), Simd::set(a.scale / a.softcap)));
-        Simd::store(x + i, Simd::mul(capped, Simd::set(a.softcap * kLog2e)));
-      }
-      fill(x, x + begin, -kInf);
-      fill(x + end, x + padded, -kInf);
-      for (int i = 0; i < padded; i += Simd::kLanes) top = Simd::max(top, Simd::load(x + i));
-    } else {
-      for (int i = 0; i < padded; i += Simd::kLanes) {
-        Simd::Vec scaled = Simd::mul(Simd::load(x + i), Simd::set(a.scale * kLog2e));
-        Simd::store(x + i, scaled);
-        top = Simd::max(top, scaled);
-      }
-    }
-    float new_max = most(*maximum, Simd::max_lane(top));
-    if (new_max == -kInf) {  // nothing visible yet: no weight, and no inf - inf
+    for (int i = 0; i < padded; i += Simd::kLanes) top = Simd::max(top, Simd::load(x + i));
+    if (!Simd::all_at_most(top, *reference + kSlack))
+      follow(most(*reference, Simd::max_lane(top)), reference, sum_lanes, acc, static_cast<int>(d_pad));
+    if (*reference == -kInf) {  // nothing visible yet: no weight, and no inf - inf
       fill(x, x + padded, 0.f);
       return;
     }
-    Simd::Vec total = Simd::set(0.f), shift = Simd::set(-new_max);
+    Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-*reference);
     for (int i = 0; i < padded; i += Simd::kLanes) {
-      Simd::Vec weight = exp2_nonpositive(Simd::add(Simd::load(x + i), shift));
+      Simd::Vec weight = exp2_vec(Simd::add(Simd::load(x + i), shift));
       Simd::store(x + i, weight);
       total = Simd::add(total, weight);
     }
-    if (new_max != *maximum) {
-      float shrink = *maximum == -kInf ? 0.f : exp2f(*maximum - new_max);
-      *sum *= shrink;
-      for (int64_t c = 0; c < d_pad; c += Simd::kLanes)
-        Simd::store(acc + c, Simd::mul(Simd::load(acc + c), Simd::set(shrink)));
-      *maximum = new_max;
-    }
-    *sum += Simd::sum(total);
+    Simd::store(sum_lanes, total);
   }
 
   void write(const Job &job, float *piece) const {
@@ -453,7 +491,7 @@ class Attend {
       T *out = static_cast<T *>(a.out) + ((job.b * a.q_len + i) * a.q_heads + head) * d;
       for (int c = 0; c < d; ++c) narrow(outputs(piece)[r * d_pad + c] * scale, out + c);
       if (a.lse)
-        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : maxima(piece)[r] * kLn2 + logf(sum);
+        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : references(piece)[r] * kLn2 + logf(sum);
     }
   }
 
@@ -470,10 +508,10 @@ class Attend {
     for (int64_t i = begin + 1; i <= end; ++i) {
       float *piece = pieces + (j + i) * piece_floats;
       for (int64_t r = 0; r < job.end_row - job.row; ++r) {
-        float top = most(maxima(into)[r], maxima(piece)[r]);
+        float top = most(references(into)[r], references(piece)[r]);
         if (top == -kInf) continue;
-        float keep = exp2f(maxima(into)[r] - top), take = exp2f(maxima(piece)[r] - top);
-        maxima(into)[r] = top;
+        float keep = exp2f(references(into)[r] - top), take = exp2f(references(piece)[r] - top);
+        references(into)[r] = top;
         sums(into)[r] = sums(into)[r] * keep + sums(piece)[r] * take;
         float *x = outputs(into) + r * d_pad, *y = outputs(piece) + r * d_pad;
         for (int64_t c = 0; c < d_pad; ++c) x[c] = x[c] * keep + y[c] * take;
@@ -487,7 +525,7 @@ class Attend {
   int64_t rows, chunks;
   int d;
   int64_t d_pad, tile;
-  int groups;
+  int64_t lead, origin;  // exact tokens before the packed ones; where tile 0 would begin if it were a whole one
   int64_t jobs, piece_floats;
 };
 

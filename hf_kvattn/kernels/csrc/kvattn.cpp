@@ -44,7 +44,7 @@ const Variant kVariants[] = {
     {"portable", [] { return true; }, kvattn_attend_portable},
 };
 
-bool is_bits(int bits) { return bits == 8 || bits == 4 || bits == 2; }
+bool is_bits(int bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
 
 std::atomic<const Variant *> chosen{nullptr};
 
@@ -89,11 +89,12 @@ int kvattn_attend(const kvattn_attend_args *a) {
       a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 || a->kv_len < a->q_len ||
       a->head_dim < 1 || a->window < 0 || a->threads < 1)
     return KVATTN_BAD_ARGUMENT;
-  if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_len > a->kv_len ||
-                        a->packed_blocks * 32 < a->packed_len || a->head_dim > 512 || a->v_group < 16 ||
-                        a->v_group % 16 || a->head_dim > 32 * a->v_group || a->head_dim % a->v_group != 0 || !is_bits(a->k_bits) ||
-                        !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_zero || !a->k_mean || !a->v_codes ||
-                        !a->v_scale || !a->v_zero))
+  if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_start < 0 || a->packed_start > 32 ||
+                        a->packed_start + a->packed_len > a->kv_len || a->packed_blocks * 32 < a->packed_len ||
+                        a->head_dim > 512 || a->v_group < 16 || a->v_group % 16 || a->head_dim % a->v_group ||
+                        a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) || a->head_dim % a->v_rotation ||
+                        !is_bits(a->k_bits) || !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_mean ||
+                        !a->v_codes || !a->v_scale))
     return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);

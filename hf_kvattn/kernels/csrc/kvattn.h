@@ -12,14 +12,15 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 2 };
+enum { KVATTN_ABI_VERSION = 3 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
 
 // Attention of Tq query tokens over Tk stored tokens; query i stands at key position Tk - Tq + i.
 // Key j is visible to it when first[b] <= j, j <= position (causal) and j > position - window (window > 0).
-// The first packed_len tokens may be quantized, in blocks of 32 (layout: quant/layout.py); k and v then hold the tokens
-// after them. `kv_len` counts both. Packed arrays are contiguous, with room for packed_blocks blocks of each KV head.
+// packed_len tokens from packed_start on may be quantized, in blocks of 32 (layout: quant/layout.py); k and v then hold
+// the tokens before and after them. `kv_len` counts all. Packed arrays are contiguous, with room for packed_blocks
+// blocks of each KV head.
 // Strides are in elements; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
   int32_t dtype;    // of q, k, v and out
@@ -39,13 +40,15 @@ typedef struct {
   int64_t q_stride[3];   // batch, head, token
   int64_t k_stride[3];
   int64_t v_stride[3];
-  int64_t packed_len, packed_blocks, v_group;  // v_group: channels that share a value scale
-  int32_t k_bits, v_bits;                      // 8, 4 or 2
-  const uint8_t *k_codes;                      // (B, Hkv, blocks, 4 * k_bits * D'), D' = D rounded up to 16
-  const uint16_t *k_scale, *k_zero;            // (B, Hkv, blocks, D), bf16
-  const float *k_mean;                         // (B, Hkv, D), added to every packed key
-  const uint8_t *v_codes;                      // (B, Hkv, blocks, 4 * v_bits * D')
-  const uint16_t *v_scale, *v_zero;            // (B, Hkv, blocks, groups, 32), bf16
+  int64_t packed_start, packed_len, packed_blocks;
+  int64_t v_group;                   // channels that share a value scale
+  int64_t v_rotation;                // packed values stand in the basis of a Hadamard matrix of this size; 1 = as they are
+  int32_t k_bits, v_bits;            // 8, 4, 3 or 2
+  const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
+  const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero: codes are signed, with 128 added
+  const float *k_mean;               // (B, Hkv, D), added to every packed key
+  const uint8_t *v_codes;            // (B, Hkv, blocks, 4 * v_bits * D)
+  const uint16_t *v_scale, *v_zero;  // (B, Hkv, blocks, D / v_group, 32), bf16; v_zero as k_zero
 } kvattn_attend_args;
 
 KVATTN_API int kvattn_abi_version(void);

@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 4;
+  static constexpr float kZeroPower = -127.f;
   static constexpr bool kDotsBf16 = false;
   using Vec = __m256;
 
@@ -28,9 +29,9 @@ struct Simd {
     for (int i = 0; i < n; ++i) padded[i] = p[i];
     return widen(padded);
   }
-  static Vec codes(const uint8_t *p, int shift, uint32_t mask) {
+  static Vec codes(const uint8_t *p, int shift) {
     __m256i words = _mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), _mm_cvtsi32_si128(shift));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(mask))));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xff)));
   }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
@@ -42,6 +43,7 @@ struct Simd {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
+  static bool all_at_most(Vec a, float x) { return _mm256_movemask_ps(_mm256_cmp_ps(a, set(x), _CMP_NLE_UQ)) == 0; }
   static float sum(Vec a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

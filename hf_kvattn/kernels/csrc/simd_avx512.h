@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 4;
+  static constexpr float kZeroPower = -200.f;  // 2 to this power times a number near 1 is 0
   using Vec = __m512;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
@@ -25,9 +26,9 @@ struct Simd {
   static Vec widen_some(const f16_t *p, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
   }
-  static Vec codes(const uint8_t *p, int shift, uint32_t mask) {
+  static Vec codes(const uint8_t *p, int shift) {
     __m512i words = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
-    return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(mask))));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xff)));
   }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
@@ -36,9 +37,9 @@ struct Simd {
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // returns b when either is NaN
   static Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Vec scale_pow2(Vec a, Vec n) {
-    __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-    return _mm512_mul_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23)));
+    return _mm512_scalef_ps(a, n);
   }
+  static bool all_at_most(Vec a, float x) { return _mm512_cmp_ps_mask(a, set(x), _CMP_NLE_UQ) == 0; }
   static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
   static float max_lane(Vec a) { return _mm512_reduce_max_ps(a); }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {

@@ -9,6 +9,7 @@ namespace {  // one per variant: each is compiled with its own flags and must no
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
+  static constexpr float kZeroPower = -127.f;
   static constexpr int kVectors = 2;  // vectors of a value row held at once
   static constexpr bool kDotsBf16 = false;
   struct Vec {
@@ -40,12 +41,12 @@ struct Simd {
     return r;
   }
   // kLanes 32-bit words, each shifted right and masked, as floats.
-  static Vec codes(const uint8_t *p, int shift, uint32_t mask) {
+  static Vec codes(const uint8_t *p, int shift) {
     Vec r;
     KVATTN_EACH {
       uint32_t word;
       memcpy(&word, p + 4 * i, 4);
-      r.lane[i] = static_cast<float>(word >> shift & mask);
+      r.lane[i] = static_cast<float>(word >> shift & 0xff);
     }
     return r;
   }
@@ -80,6 +81,11 @@ struct Simd {
       a.lane[i] *= from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
     }
     return a;
+  }
+  static bool all_at_most(Vec a, float x) {
+    bool all = true;
+    KVATTN_EACH all = all && a.lane[i] <= x;
+    return all;
   }
   static float sum(Vec a) {
     float s = 0;
