@@ -25,6 +25,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -55,26 +57,43 @@ def _gguf_arguments(path: Path, dtype: torch.dtype) -> dict[str, Any]:
     return arguments | {"quantization_config": GgufConfig(dequantize=True)}
 
 
+def gguf_path(name: str) -> Path | None:
+    """The local file that `name` means when it is `smollm2-135m` or ends in .gguf, else None."""
+    if name != SMOLLM2 and not name.endswith(".gguf"):
+        return None
+    path = _smollm2_path() if name == SMOLLM2 else Path(name)
+    if not path.is_file():
+        raise ValueError(f"no such model file: {name!r}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"loading {path.name} needs the package gguf: pip install hf_kvattn[demo]")
+    return path
+
+
 def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to run.
+
+    Raises ValueError for files that cannot be read or lack weights: transformers fills in missing ones with noise.
 
     Args:
         name: a hub id, a local folder, a path that ends in .gguf, or `smollm2-135m`.
         dtype: the dtype of weights and cache.
         device: where to put the model.
     """
-    if name == SMOLLM2 or name.endswith(".gguf"):
-        path = _smollm2_path() if name == SMOLLM2 else Path(name)
-        if not path.is_file():
-            raise ValueError(f"no such model file: {name!r}")
-        if importlib.util.find_spec("gguf") is None:
-            raise ImportError(f"loading {path.name} needs the package gguf: pip install hf_kvattn[demo]")
+    path = gguf_path(name)
+    if path is not None:
         source, arguments = str(path.parent), _gguf_arguments(path, dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=path.name)
+        named = {"gguf_file": path.name}
     else:
-        source, arguments = name, {"dtype": dtype}
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+        source, arguments, named = name, {"dtype": dtype}, {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **named)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+    except (RuntimeError, SafetensorError, StrictDataclassError) as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{name!r} lacks {len(missing)} of the model's weights, {missing[0]!r} among them")
     return model.eval().to(device), tokenizer
 
 

@@ -1,0 +1,269 @@
+"""GGUF to a safetensors folder that transformers loads by itself, with the same logits.
+
+A model loaded from a GGUF file cannot be saved in stock transformers when its weights stay packed. Here they are
+unpacked (`GgufConfig(dequantize=True)`), written with config, tokenizer, chat template, generation config and a card,
+loaded back, and compared before the folder gets its name.
+
+The header is checked first. A GGUF header is a list of counts and lengths, and readers believe them: a file of 60 bytes
+that promises 2**60 array items keeps the `gguf` package's reader busy until memory is full.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import mmap
+import struct
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_kvattn.convert.output import new_folder, write_card
+from hf_kvattn.evaluation import inputs
+
+# GGUF's metadata types: numbers by their struct format, then the two of variable size.
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+MAX_DIMENSIONS = 4
+CHECKED_TOKENS = 64  # whose logits are compared
+SAMPLE = "def f(x):\n    return x ** 2  # Größe, 東京, 12 345.6 <|im_end|>"
+
+# What transformers raises when a well-formed file describes no model that it can build.
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself: metadata (arrays as their lengths), and elements and type of each tensor."""
+
+    metadata: dict[str, Any]
+    elements: dict[str, int]
+    types: Counter[str]
+
+
+class _Reader:
+    """Reads forward through an open file, and never past its end."""
+
+    def __init__(self, file: BinaryIO, size_bytes: int) -> None:
+        self.file = file
+        self.left_bytes = size_bytes
+
+    def take(self, count: int) -> bytes:
+        if count > self.left_bytes:
+            raise ValueError("the file ends inside its header")
+        self.left_bytes -= count
+        return self.file.read(count)
+
+    def number(self, code: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def string(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8")
+
+    def value(self) -> Any:
+        kind = self.number("I")
+        if kind in NUMBERS:
+            return self.number(NUMBERS[kind])
+        if kind == STRING:
+            return self.string()
+        if kind != ARRAY:
+            raise ValueError(f"the header holds a value of unknown type {kind}")
+        kind, count = self.number("I"), self.number("Q")
+        if kind in NUMBERS:
+            self.take(count * struct.calcsize("<" + NUMBERS[kind]))
+        elif kind == STRING:
+            for _ in range(count):  # ends with the file: every string takes at least 8 bytes
+                self.take(self.number("Q"))
+        else:
+            raise ValueError(f"the header holds an array of unknown type {kind}")
+        return count
+
+
+def read_header(path: Path) -> Header:
+    """The header of a GGUF file, after checking that everything it promises lies inside the file.
+
+    Raises ValueError that names the file for anything else than a whole little-endian GGUF file of version 2 or 3.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _read_header(_Reader(file, path.stat().st_size))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from error
+
+
+def _read_header(reader: _Reader) -> Header:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if reader.take(4) != b"GGUF":
+        raise ValueError("it does not start with GGUF")
+    size_bytes = reader.left_bytes + 4
+    version = reader.number("I")
+    if version not in (2, 3):
+        raise ValueError(f"version {version} (little-endian 2 and 3 are supported)")
+    tensor_count, metadata_count = reader.number("Q"), reader.number("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(metadata_count):
+        key = reader.string()
+        if key in metadata:
+            raise ValueError(f"the key {key!r} is there twice")
+        metadata[key] = reader.value()
+    elements: dict[str, int] = {}
+    types: Counter[str] = Counter()
+    end_bytes = 0
+    for _ in range(tensor_count):
+        name, dimensions = reader.string(), reader.number("I")
+        if name in elements or not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise ValueError(f"tensor {name!r} is there twice or has {dimensions} dimensions")
+        shape = [reader.number("Q") for _ in range(dimensions)]
+        kind = GGMLQuantizationType(reader.number("I"))
+        block_elements, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[0] % block_elements:
+            raise ValueError(f"tensor {name!r} has rows of {shape[0]}, no multiple of {kind.name}'s {block_elements}")
+        elements[name] = math.prod(shape)
+        types[kind.name] += elements[name]
+        end_bytes = max(end_bytes, reader.number("Q") + elements[name] // block_elements * block_bytes)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    header_bytes = size_bytes - reader.left_bytes
+    end_bytes += -header_bytes % alignment + header_bytes
+    if end_bytes > size_bytes:
+        raise ValueError(f"its tensors end at byte {end_bytes}, the file at {size_bytes}")
+    return Header(metadata, elements, types)
+
+
+def _check_model(path: Path, header: Header) -> None:
+    """Raise unless the file holds as many numbers as the model that its metadata describes, before any is allocated."""
+    architecture = header.metadata.get("general.architecture")
+    blocks = header.metadata.get(f"{architecture}.block_count")
+    if not isinstance(blocks, int) or not 1 <= blocks <= len(header.elements):
+        raise ValueError(
+            f"{len(header.elements)} tensors cannot be {blocks} blocks of the architecture {architecture!r}"
+        )
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    held = sum(header.elements.values())
+    if needed > held:
+        raise ValueError(f"its metadata describes a model of {needed} numbers, its tensors hold {held}")
+
+
+def _load(path: Path, header: Header, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        _check_model(path, header)
+        return inputs.load_model(str(path), dtype)
+    except Exception as error:
+        # The tokenizers library raises plain Exception for a broken vocabulary; any other class is a bug.
+        if not isinstance(error, UNREADABLE) and type(error) is not Exception:
+            raise
+        raise ValueError(f"transformers cannot read {path}: {error or type(error).__name__}") from error
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> torch.Tensor:
+    """The logits of one fixed input, (1, CHECKED_TOKENS, vocabulary)."""
+    ids = torch.arange(CHECKED_TOKENS)[None] * 7919 % model.config.get_text_config().vocab_size
+    return model(ids, use_cache=False).logits
+
+
+def _check_written(folder: Path, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
+    """Raise unless the written folder gives these logits, bit by bit, and this tokenizer's ids."""
+    written, written_tokenizer = inputs.load_model(str(folder), dtype)
+    if not torch.equal(_logits(written), logits):
+        raise ValueError(f"the written model's logits differ by up to {(_logits(written) - logits).abs().max():.3g}")
+    if written_tokenizer(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
+        raise ValueError("the written tokenizer splits text in another way")
+    if written_tokenizer.chat_template != tokenizer.chat_template:
+        raise ValueError("the written tokenizer has another chat template")
+
+
+def _card_text(path: Path, header: Header, dtype: torch.dtype, has_template: bool) -> str:
+    total = sum(header.types.values())
+    types = ", ".join(f"{name} {count / total:.1%}" for name, count in header.types.most_common())
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        digest = hashlib.sha256(data).hexdigest()
+    name = " ".join(str(header.metadata.get("general.name", path.stem)).split())
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("transformers", "gguf"))
+    return f"""# {name}, converted from GGUF
+
+| | |
+| :-- | :-- |
+| source | `{path.name}`, {path.stat().st_size} bytes |
+| sha256 of the source | `{digest}` |
+| weights in the source | {types} of {total} numbers |
+| weights here | {str(dtype).removeprefix("torch.")}, unpacked; what quantization lost before stays lost |
+| chat template | {"kept" if has_template else "the source has none"} |
+| converted with | hf_kvattn, {versions} |
+
+Loaded back after writing, the logits of {CHECKED_TOKENS} tokens were equal to those of the GGUF-loaded model in the
+same dtype, bit by bit, and the tokenizer gave the same ids.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
+def convert(source: str, output: str | Path, dtype: torch.dtype, max_shard_size: str = "5GB") -> dict[str, Any]:
+    """Write a GGUF model as a safetensors folder, and give a dict that JSON can hold.
+
+    Raises ValueError, and leaves nothing at `output`, when the file is broken, the model cannot be read, the output
+    exists, or what was written does not give equal logits when loaded back.
+
+    Args:
+        source: a path that ends in .gguf, or `smollm2-135m`.
+        output: the folder to write; it must not exist.
+        dtype: of the written weights, and of the comparison.
+        max_shard_size: of one safetensors file, as `save_pretrained` takes it.
+    """
+    path = inputs.gguf_path(source)
+    if path is None:
+        raise ValueError(f"not a .gguf file: {source!r}")
+    with new_folder(output) as folder:
+        header = read_header(path)
+        model, tokenizer = _load(path, header, dtype)
+        logits = _logits(model)
+        if not torch.isfinite(logits).all():
+            raise ValueError(f"{path} gives logits that are not finite in {dtype}")
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        parameters = model.num_parameters()
+        del model  # before the written one is loaded beside it
+        _check_written(folder, logits, tokenizer, dtype)
+        license = header.metadata.get("general.license")
+        write_card(
+            folder,
+            _card_text(path, header, dtype, tokenizer.chat_template is not None),
+            ["converted-from-gguf"],
+            license,
+        )
+        written = sorted(folder.iterdir())
+        return {
+            "source": path.name,
+            "output": str(output),
+            "dtype": str(dtype).removeprefix("torch."),
+            "parameters": parameters,
+            "weight_types": dict(header.types),
+            "logits_equal_tokens": CHECKED_TOKENS,
+            "chat_template": tokenizer.chat_template is not None,
+            "files_bytes": {file.name: file.stat().st_size for file in written},
+        }

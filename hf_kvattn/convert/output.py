@@ -1,0 +1,57 @@
+"""What the converters share: a folder that appears whole or not at all, its card, and errors of one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that gets its name when the block succeeds, and is removed when it fails.
+
+    Raises ValueError when `path` exists or the folder that it should be in does not, before anything else is done.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path} exists already: move it away or choose another output folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for the output {path.name}")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone when renamed
+
+
+def _umask() -> int:
+    value = os.umask(0o022)
+    os.umask(value)
+    return value
+
+
+def write_card(folder: Path, text: str, tags: list[str], license: str | None = None) -> None:
+    """The model card `README.md` of a converted model: the metadata that the hub reads, and `text` in Markdown."""
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, license=license)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def exit_code(program: str, work: Callable[[], None]) -> int:
+    """Run a command line's work: 0, or 2 and one line on stderr that says what is wrong with the input."""
+    try:
+        work()
+    except (ValueError, ImportError, OSError, ArithmeticError, MemoryError, SafetensorError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{program}: error: {message}", file=sys.stderr)
+        return 2
+    return 0
