@@ -24,15 +24,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.convert.output import new_folder, write_card
+from hf_kvattn.convert.output import CHECKED_TOKENS, new_folder, save, write_card
 from hf_kvattn.evaluation import inputs
 
 # GGUF's metadata types: numbers by their struct format, then the two of variable size.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
-CHECKED_TOKENS = 64  # whose logits are compared
-SAMPLE = "def f(x):\n    return x ** 2  # Größe, 東京, 12 345.6 <|im_end|>"
 
 # What transformers raises when a well-formed file describes no model that it can build.
 UNREADABLE = (
@@ -175,24 +173,6 @@ def _load(path: Path, header: Header, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise ValueError(f"transformers cannot read {path}: {error or type(error).__name__}") from error
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel) -> torch.Tensor:
-    """The logits of one fixed input, (1, CHECKED_TOKENS, vocabulary)."""
-    ids = torch.arange(CHECKED_TOKENS)[None] * 7919 % model.config.get_text_config().vocab_size
-    return model(ids, use_cache=False).logits
-
-
-def _check_written(folder: Path, logits: torch.Tensor, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype) -> None:
-    """Raise unless the written folder gives these logits, bit by bit, and this tokenizer's ids."""
-    written, written_tokenizer = inputs.load_model(str(folder), dtype)
-    if not torch.equal(_logits(written), logits):
-        raise ValueError(f"the written model's logits differ by up to {(_logits(written) - logits).abs().max():.3g}")
-    if written_tokenizer(SAMPLE)["input_ids"] != tokenizer(SAMPLE)["input_ids"]:
-        raise ValueError("the written tokenizer splits text in another way")
-    if written_tokenizer.chat_template != tokenizer.chat_template:
-        raise ValueError("the written tokenizer has another chat template")
-
-
 def _card_text(path: Path, header: Header, dtype: torch.dtype, has_template: bool) -> str:
     total = sum(header.types.values())
     types = ", ".join(f"{name} {count / total:.1%}" for name, count in header.types.most_common())
@@ -241,14 +221,7 @@ def convert(source: str, output: str | Path, dtype: torch.dtype, max_shard_size:
     with new_folder(output) as folder:
         header = read_header(path)
         model, tokenizer = _load(path, header, dtype)
-        logits = _logits(model)
-        if not torch.isfinite(logits).all():
-            raise ValueError(f"{path} gives logits that are not finite in {dtype}")
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
-        tokenizer.save_pretrained(folder)
-        parameters = model.num_parameters()
-        del model  # before the written one is loaded beside it
-        _check_written(folder, logits, tokenizer, dtype)
+        save(model, tokenizer, folder, max_shard_size)
         license = header.metadata.get("general.license")
         write_card(
             folder,
@@ -261,7 +234,7 @@ def convert(source: str, output: str | Path, dtype: torch.dtype, max_shard_size:
             "source": path.name,
             "output": str(output),
             "dtype": str(dtype).removeprefix("torch."),
-            "parameters": parameters,
+            "parameters": model.num_parameters(),
             "weight_types": dict(header.types),
             "logits_equal_tokens": CHECKED_TOKENS,
             "chat_template": tokenizer.chat_template is not None,

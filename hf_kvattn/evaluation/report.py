@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_kvattn.evaluation.plots import plot_perplexity, plot_throughput, require_plotting
+from hf_kvattn.evaluation.plots import plot_conversion, plot_perplexity, plot_throughput, require_plotting
 from hf_kvattn.evaluation.variants import BASELINE, STATIC_BASELINE
 
 MIB = 2**20
@@ -135,15 +135,55 @@ def _perplexity_text(results: dict[str, Any]) -> str:
     return "\n".join(part for part in [notes, _table(header, rows), _skipped_list(results["skipped"])] if part)
 
 
+def _conversion_text(results: dict[str, Any]) -> str:
+    settings, before = results["settings"], results["perplexity_before"]
+    cache = (
+        "{cache_bytes_per_token_before} bytes of keys and values a token before, {cache_bytes_per_token_after} after"
+    )
+    notes = (
+        f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads for {settings['query_heads']} query "
+        f"heads in {settings['layers']} layers: {cache.format(**results)}. Perplexity in float32 on "
+        f"{settings['scored_tokens']} tokens of held-out text, in windows of {settings['window']}; the loss is that "
+        f"after minus that before, and in nats the logarithm of their ratio. `activation` was calibrated on "
+        f"{settings['calibration_tokens']} tokens of other text; uptraining is {settings['uptrain_steps']} steps, "
+        f"{settings['uptrain_tokens']} tokens, of distillation from the original on that text. The written checkpoint "
+        f"has the first method, in {results['written']['dtype']}, and a perplexity of "
+        f"{results['written']['perplexity']:.3f}.\n"
+    )
+    header = ["method", "perplexity", "loss", "loss, nats", "share of mean's loss"]
+    header += ["uptrained perplexity", "loss", "loss, nats"]
+    rows = [["original", _number(before, "{:.3f}"), *["-"] * 6]]
+    for row in results["rows"]:
+        uptrained = row.get("uptrained", {})
+        rows.append(
+            [row["method"], *(_number(row[key], "{:.3f}") for key in ("perplexity", "loss", "loss_nats"))]
+            + [_number(row["share_of_mean_loss"], "{:.3f}")]
+            + [_number(uptrained.get(key), "{:.3f}") for key in ("perplexity", "loss", "loss_nats")]
+        )
+    return notes + "\n" + _table(header, rows)
+
+
 def _conditions_text(found: dict[str, Any]) -> str:
     lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
 
 
-TITLES: dict[str, str] = {"throughput": "Throughput", "perplexity": "Perplexity"}
-TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {"throughput": _throughput_text, "perplexity": _perplexity_text}
-PLOTS: dict[str, str] = {"throughput": "step_ms.png", "perplexity": "kld_bits.png"}
-DRAW: dict[str, Callable[[dict[str, Any]], Any]] = {"throughput": plot_throughput, "perplexity": plot_perplexity}
+TITLES: dict[str, str] = {"throughput": "Throughput", "perplexity": "Perplexity", "conversion": "Conversion"}
+TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "throughput": _throughput_text,
+    "perplexity": _perplexity_text,
+    "conversion": _conversion_text,
+}
+PLOTS: dict[str, str] = {
+    "throughput": "step_ms.png",
+    "perplexity": "kld_bits.png",
+    "conversion": "perplexity_by_method.png",
+}
+DRAW: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "throughput": plot_throughput,
+    "perplexity": plot_perplexity,
+    "conversion": plot_conversion,
+}
 
 
 def table(results: dict[str, Any]) -> str:

@@ -1,0 +1,142 @@
+"""What a conversion costs: perplexity on other text than it was calibrated on, method by method, and after uptraining.
+
+Perplexity is measured in float32, so that rounding the weights is no part of it; `written_perplexity` is that of the
+checkpoint as it is written. A loss is perplexity after minus perplexity before; in nats, the logarithm of their ratio.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_kvattn.convert import gqa, training
+from hf_kvattn.evaluation import perplexity, report
+
+EXPAND = "expand"
+REFERENCE = "mean"  # the method whose loss the others are compared with
+
+
+def perplexity_of(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Of all tokens but the first of each window; `windows` are token ids, (windows, tokens)."""
+    count, window = windows.shape
+    found = perplexity.measure(
+        model, windows.flatten(), variants=[], window=window, prefill=1, stride=window, windows=count
+    )
+    return float(found["rows"][0]["perplexity"])
+
+
+def _loss(after: float, before: float) -> dict[str, float]:
+    return {"perplexity": after, "loss": after - before, "loss_nats": math.log(after / before)}
+
+
+def compare(
+    model: PreTrainedModel,
+    methods: Sequence[str],
+    *,
+    kv_heads: int | None,
+    text_windows: torch.Tensor,
+    calibration_windows: int,
+    heldout_windows: torch.Tensor,
+    uptrain_steps: int = 0,
+    learning_rate: float = 2e-4,
+    batch_size: int = 4,
+    progress: bool = False,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Convert a model by each method and measure; the model made by the first, and a dict that JSON can hold.
+
+    Args:
+        model: the original, in float32.
+        methods: of `gqa.METHODS`, or `expand` alone.
+        kv_heads: how many there shall be; None with `expand`.
+        text_windows: token ids to calibrate and train on, (windows, tokens).
+        calibration_windows: how many of them, from the first, the method `activation` sees.
+        heldout_windows: token ids to measure on, (windows, tokens).
+        uptrain_steps: steps of distillation from the original after each conversion; 0 for none.
+        learning_rate: of the distillation, at its highest.
+        batch_size: windows a step.
+        progress: show bars on stderr.
+    """
+    if calibration_windows > len(text_windows):
+        raise ValueError(f"the calibration text has {len(text_windows)} windows, not {calibration_windows}")
+    gqa.check(model)
+    before = perplexity_of(model, heldout_windows)
+    rows: list[dict[str, Any]] = []
+    chosen: PreTrainedModel | None = None
+    for method in methods:
+        if method == EXPAND:
+            converted = gqa.expand(model)
+        else:
+            assert kv_heads is not None
+            calibration = text_windows[:calibration_windows] if method == "activation" else None
+            converted = gqa.convert(model, kv_heads, method, calibration, progress)
+        row: dict[str, Any] = {"method": method, **_loss(perplexity_of(converted, heldout_windows), before)}
+        if uptrain_steps:
+            losses = training.train(
+                converted,
+                text_windows,
+                steps=uptrain_steps,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                teacher=model,
+                progress=progress,
+            )
+            row["uptrained"] = _loss(perplexity_of(converted, heldout_windows), before) | {"training_kl_nats": losses}
+        rows.append(row)
+        chosen = chosen or converted
+    assert chosen is not None
+    reference = next((row["loss"] for row in rows if row["method"] == REFERENCE), None)
+    for row in rows:
+        row["share_of_mean_loss"] = row["loss"] / reference if reference else None
+    results = {
+        "kind": "conversion",
+        "settings": {
+            "layers": model.config.num_hidden_layers,
+            "query_heads": model.config.num_attention_heads,
+            "kv_heads_before": model.config.num_key_value_heads,
+            "kv_heads_after": chosen.config.num_key_value_heads,
+            "calibration_tokens": text_windows[:calibration_windows].numel(),
+            "window": heldout_windows.shape[1],
+            "scored_tokens": heldout_windows[:, 1:].numel(),
+            "uptrain_steps": uptrain_steps,
+            "uptrain_tokens": uptrain_steps * batch_size * text_windows.shape[1],
+            "learning_rate": learning_rate,
+        },
+        "perplexity_before": before,
+        "rows": rows,
+    }
+    return chosen, results
+
+
+def complete(
+    results: dict[str, Any], model: PreTrainedModel, written: PreTrainedModel, heldout_windows: torch.Tensor
+) -> None:
+    """Add to the results, in place, what is known of the checkpoint once it has its dtype."""
+    for when, one in (("before", model), ("after", written)):
+        results[f"cache_bytes_per_token_{when}"] = gqa.cache_bytes_per_token(one, written.dtype)
+    results["written"] = {
+        "dtype": str(written.dtype).removeprefix("torch."),
+        "perplexity": perplexity_of(written, heldout_windows),
+    }
+
+
+def card_text(results: dict[str, Any]) -> str:
+    """The model card of the written checkpoint, in Markdown, beside the plot that it shows."""
+    settings, conditions = results["settings"], results["conditions"]
+    return f"""# {conditions["model"]} with {settings["kv_heads_after"]} KV heads
+
+Made from a model with {settings["kv_heads_before"]} KV heads by the method `{results["rows"][0]["method"]}`.
+
+![perplexity by method]({report.PLOTS["conversion"]})
+
+{report.table(results)}
+Measured on `{conditions["text"]}` with hf_kvattn {conditions["hf_kvattn"]} ({conditions["commit"]}), transformers
+{conditions["transformers"]} and torch {conditions["torch"]} on {conditions["cpu"]}, {conditions["threads"]} threads:
+
+```
+{conditions["command"]}
+```
+"""

@@ -1,0 +1,87 @@
+"""Train a small Llama-style model with as many KV heads as query heads on Python's documentation, in a few minutes.
+
+    python scripts/train_tiny.py --output tiny-mha
+    python scripts/train_tiny.py --output tiny-mqa --kv-heads 1 --steps 300
+
+Something to convert where no such model can be had. Every tenth topic is held out: the folder holds `train.txt` and
+`heldout.txt` beside model and tokenizer (a byte-level BPE trained on the same text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pydoc_data.topics import topics
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_kvattn.convert import output, training
+from hf_kvattn.evaluation import inputs
+
+END = "<|endoftext|>"
+HELD_OUT_EVERY = 10
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=inputs.HelpFormatter)
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--steps", type=inputs.positive_int, default=600, help="of training")
+    parser.add_argument("--layers", type=inputs.positive_int, default=4, help="of the model")
+    parser.add_argument("--hidden-size", type=inputs.positive_int, default=192, help="of the model")
+    parser.add_argument("--heads", type=inputs.positive_int, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=inputs.positive_int, help="KV heads; None means as many as query heads")
+    parser.add_argument("--vocabulary", type=inputs.positive_int, default=1024, help="tokens, bytes included")
+    parser.add_argument("--window", type=inputs.positive_int, default=192, help="tokens of one training window")
+    parser.add_argument("--batch-size", type=inputs.positive_int, default=8, help="windows a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="at its highest")
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace) -> None:
+    held_out = sorted(topics)[::HELD_OUT_EVERY]
+    text = "\n".join(topics[key] for key in sorted(set(topics) - set(held_out)))
+    with output.new_folder(args.output) as folder:
+        bpe = ByteLevelBPETokenizer()
+        bpe.train_from_iterator([text], vocab_size=args.vocabulary, special_tokens=[END], show_progress=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=args.hidden_size,
+            intermediate_size=3 * args.hidden_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads or args.heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model = LlamaForCausalLM(config)
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        windows = ids[: len(ids) // args.window * args.window].view(-1, args.window)
+        losses = training.train(
+            model,
+            windows,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+            batch_size=args.batch_size,
+            progress=True,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "train.txt").write_text(text, encoding="utf-8")
+        (folder / "heldout.txt").write_text("\n".join(topics[key] for key in held_out), encoding="utf-8")
+    print(f"written: {args.output}, {model.num_parameters()} weights, {len(ids)} tokens of text")
+    print(f"training loss: {losses[0]:.3f} nats a token at first, {losses[-1]:.3f} at last")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    return output.exit_code("train_tiny.py", lambda: train(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
