@@ -104,10 +104,11 @@ def _read(attention: Any, kv_heads: int) -> Heads:
 
 def _linear(like: nn.Linear, matrix: torch.Tensor) -> nn.Linear:
     """A layer that computes `matrix`, (outputs, inputs and one for a bias if `like` has one)."""
-    linear = nn.Linear(like.in_features, len(matrix), bias=like.bias is not None, device=like.weight.device)
-    weight = {"weight": matrix[:, : like.in_features]}
-    linear.load_state_dict(weight if like.bias is None else weight | {"bias": matrix[:, -1]})
-    return linear.to(like.weight.dtype)
+    weight = like.weight
+    linear = nn.Linear(like.in_features, len(matrix), like.bias is not None, weight.device, weight.dtype)
+    state = {"weight": matrix[:, : like.in_features]}
+    linear.load_state_dict(state if like.bias is None else state | {"bias": matrix[:, -1]})
+    return linear
 
 
 def _install(attention: Any, heads: Heads) -> None:

@@ -55,7 +55,7 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the weights another dtype, in place, as loading does; `model.to(dtype)` would round RoPE's frequencies too."""
+    """Give the weights another dtype, in place, as loading does: `to` would round the frequencies of RoPE as well."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 

@@ -194,27 +194,24 @@ def plot_perplexity(results: dict[str, Any]) -> Figure:
 
 
 def plot_conversion(results: dict[str, Any]) -> Figure:
-    """Perplexity of a converted model by method, before and after uptraining; the original as a line."""
-    settings, before = results["settings"], results["perplexity_before"]
+    """What converting costs by method, before and after uptraining: bars in nats a token, labelled with perplexity."""
+    settings, rows = results["settings"], results["rows"]
     title = f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads: perplexity on held-out text"
     figure = _new_figure(7.0, 4.4, title, results["conditions"])
     axes = figure.subplots()
-    rows = results["rows"]
-    heights = [before]
-    for shift, key, color in ((-0.2, "converted", OURS[0]), (0.2, "uptrained", OURS[2])):
-        found = [(i, (row if key == "converted" else row.get(key, {})).get("perplexity")) for i, row in enumerate(rows)]
-        bars = [(i + shift, value) for i, value in found if value is not None]
-        heights += [value for _, value in bars]
-        if bars:
-            drawn = axes.bar([x for x, _ in bars], [y for _, y in bars], width=0.38, color=color, label=key)
-            axes.bar_label(drawn, fmt="{:,.4g}", fontsize=8, color=INK, padding=2)
-    axes.axhline(before, color="#777777", linewidth=1, linestyle=(0, (4, 3)), label=f"original, {before:,.4g}")
-    if max(heights) > 4 * min(heights):
-        axes.set_yscale("log")
-        axes.set_ylim(min(heights) / 1.6, max(heights) * 1.6)
+    uptrained = [(i, row["uptrained"]) for i, row in enumerate(rows) if "uptrained" in row]
+    for label, shift, color, found in (
+        ("converted", -0.2, OURS[0], list(enumerate(rows))),
+        (f"after {settings['uptrain_steps']} steps of uptraining", 0.2, OURS[2], uptrained),
+    ):
+        if found:
+            bars = axes.bar([i + shift for i, _ in found], [row["loss_nats"] for _, row in found], 0.38, color=color)
+            bars.set_label(label)
+            axes.bar_label(bars, [f"{row['perplexity']:,.4g}" for _, row in found], fontsize=8, color=INK, padding=2)
+    axes.axhline(0, color="#777777", linewidth=1, label=f"original: {results['perplexity_before']:,.4g}")
     axes.set_xticks(range(len(rows)), [row["method"] for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
-    axes.set_ylabel("perplexity", fontsize=9, color=INK)
+    axes.set_ylabel("loss, nats a token; the labels are perplexities", fontsize=9, color=INK)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _plain(axes)
     return figure
