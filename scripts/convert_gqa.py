@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     heads.add_argument("--expand", action="store_true", help="one KV head for each query head, exact")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--method", choices=gqa.METHODS, default="activation", help="of the written model")
+    parser.add_argument("--method", choices=gqa.METHODS, help="of the written model; None means activation")
     parser.add_argument("--compare", nargs="*", choices=gqa.METHODS, default=[], help="methods measured beside it")
     parser.add_argument(
         "--calibration-text", default="pydoc", help="to calibrate and train on: a file, wikitext or pydoc"
@@ -60,7 +60,9 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"--uptrain-steps is {args.uptrain_steps}")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    methods = [compare.EXPAND] if args.expand else list(dict.fromkeys([args.method, *args.compare]))
+    if args.expand and (args.method or args.compare):
+        raise ValueError("--expand is exact: it takes no --method and nothing to --compare")
+    methods = [compare.EXPAND] if args.expand else list(dict.fromkeys([args.method or "activation", *args.compare]))
     with output.new_folder(args.output) as folder:
         report.require_plotting()
         calibration_text, text = inputs.load_text(args.calibration_text), inputs.load_text(args.text)

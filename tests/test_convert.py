@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import random
 import resource
 import runpy
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from models import tiny_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -320,6 +323,17 @@ def test_activation_merge_sees_through_what_can_be_folded_away(family):
     assert difference(model, converted(model, 2, "activation")) < 1e-8
 
 
+@pytest.mark.parametrize("method", gqa.METHODS)
+def test_a_layer_of_zeros_stays_one(method):
+    model = double_model("llama")
+    make_equal(model, [0, 0, 2, 2])
+    for parts in (["q_proj"], ["k_proj"], ["v_proj"], ["o_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]):
+        zeroed = copy.deepcopy(model)
+        for part in parts:
+            nn.init.zeros_(getattr(zeroed.model.layers[1].self_attn, part).weight)
+        assert difference(zeroed, converted(zeroed, 2, method)) < 1e-9
+
+
 def test_groups_are_found_whatever_the_order():
     for seed in range(20):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
@@ -473,10 +487,11 @@ def damage(folder: Path, how: str) -> None:
         next(entry for name, entry in header.items() if name != "__metadata__")["data_offsets"] = [0, 1 << 60]
         text = json.dumps(header).encode()
         shard.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+    elif how == "NaN":
+        tensors = load_file(shard)
+        save_file({name: tensor * math.nan for name, tensor in tensors.items()}, shard, {"format": "pt"})
     elif how == "missing weight":
         index = json.loads((folder / "model.safetensors.index.json").read_text())
-        from safetensors.torch import load_file, save_file
-
         tensors = load_file(shard)
         removed = next(iter(tensors))
         save_file({name: tensor for name, tensor in tensors.items() if name != removed}, shard, {"format": "pt"})
@@ -484,13 +499,19 @@ def damage(folder: Path, how: str) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     else:
         config = json.loads((folder / "config.json").read_text())
-        config.update({"other width": {"hidden_size": 128}, "heads": {"num_attention_heads": 5}}[how])
+        config.update(
+            {
+                "other width": {"hidden_size": 128},
+                "huge": {"hidden_size": 1 << 40},
+                "heads": {"num_attention_heads": 5},
+            }[how]
+        )
         (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
     "how", ["missing shard", "truncated shard", "truncated header", "hostile length", "hostile offsets",
-            "missing weight", "other width", "heads"],
+            "missing weight", "NaN", "other width", "huge", "heads"],
 )  # fmt: skip
 def test_a_broken_checkpoint_is_refused(trained, texts, tmp_path, capsys, how):
     shutil.copytree(trained[0], tmp_path / "broken")
@@ -507,6 +528,7 @@ def test_the_script_refuses_with_one_line(trained, texts, tmp_path, capsys):
         (["--kv-heads", 2, "--calibration-windows", 10_000], "windows, not 10000"),
         (["--kv-heads", 2, "--text", texts["train"]], "measure on text the method has not seen"),
         (["--kv-heads", 2, "--uptrain-steps", -1], "--uptrain-steps is -1"),
+        (["--expand", "--compare", "mean"], "nothing to --compare"),
         (["--expand"], "each of its 4 query heads already"),
         (["--kv-heads", 2, "--max-shard-size", "many"], "many"),
         (["--kv-heads", 2, "--output", folder], "exists already"),
@@ -520,3 +542,16 @@ def test_the_script_refuses_with_one_line(trained, texts, tmp_path, capsys):
         refused(capsys, tmp_path, set(), *arguments_of(folder, texts, *more))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_tiny_model_is_trained_and_its_held_out_text_kept_apart(tmp_path, capsys):
+    sizes = ["--steps", 4, "--layers", 1, "--hidden-size", 32, "--heads", 4, "--vocabulary", 300, "--window", 32]
+    assert run("train_tiny", "--output", tmp_path / "tiny", *sizes) == 0
+    model, tokenizer = inputs.load_model(str(tmp_path / "tiny"), torch.float32)
+    assert model.config.num_key_value_heads == 4 and len(tokenizer) == 300
+    train, heldout = ((tmp_path / "tiny" / f"{name}.txt").read_text(encoding="utf-8") for name in ("train", "heldout"))
+    assert 5 * len(heldout) < len(train) and heldout[2000:2500] not in train
+    assert tokenizer.decode(tokenizer(heldout[:300])["input_ids"]) == heldout[:300]
+    before = {tmp_path / "tiny"}
+    line = refused(capsys, tmp_path, before, "train_tiny", "--output", tmp_path / "x", "--heads", 5, *sizes[:6])
+    assert "32" in line and "5" in line

@@ -86,7 +86,8 @@ def compare(
             )
             row["uptrained"] = _loss(perplexity_of(converted, heldout_windows), before) | {"training_kl_nats": losses}
         rows.append(row)
-        chosen = chosen or converted
+        if chosen is None:
+            chosen = converted
     assert chosen is not None
     reference = next((row["loss"] for row in rows if row["method"] == REFERENCE), None)
     for row in rows:

@@ -36,6 +36,7 @@ METHODS = ("mean", "cluster", "activation")
 LLAMA_STYLE = ("llama", "mistral", "qwen2", "granite", "smollm3")
 RIDGE = 1e-4  # how much an input that the calibration text never shows counts, of the mean one
 OUTPUT_RIDGE = 1e-3  # how strongly o_proj is kept where the calibration text says little
+SMALLEST = 1e-30  # keeps a layer of zeros from dividing by 0
 BATCH = 4  # calibration windows at once
 
 
@@ -169,7 +170,7 @@ def group_heads(cost: torch.Tensor, groups: int) -> list[list[int]]:
 
 def _weight_cost(heads: Heads) -> torch.Tensor:
     """(H, H): squared distances of the key and value projections, each as a share of their whole energy."""
-    rows = [projection.flatten(1) / projection.norm() for projection in (heads.k, heads.v)]
+    rows = [projection.flatten(1) / projection.norm().clamp(min=SMALLEST) for projection in (heads.k, heads.v)]
     both = torch.cat(rows, dim=1)
     return torch.cdist(both, both).square()
 
@@ -200,7 +201,7 @@ def _merge_keys(heads: Heads, moment: torch.Tensor) -> tuple[torch.Tensor, torch
     k, q = _planes(heads.k), _planes(heads.q)  # (n, P, inputs), (n, G, P, inputs)
     complex_moment = moment.to(k.dtype)
     energy = torch.einsum("ngpi,ij,ngpj->np", q, complex_moment, q.conj()).real
-    scale = (energy + RIDGE * energy.mean()).clamp(min=torch.finfo(energy.dtype).tiny).sqrt().T  # (P, n)
+    scale = (energy + RIDGE * energy.mean()).clamp(min=SMALLEST).sqrt().T  # (P, n)
     covariance = torch.einsum("npi,ij,mpj->pnm", k, complex_moment, k.conj())
     values, vectors = torch.linalg.eigh(scale[:, :, None] * covariance * scale[:, None, :])
     first = vectors[:, :, -1]  # (P, n)
@@ -209,7 +210,7 @@ def _merge_keys(heads: Heads, moment: torch.Tensor) -> tuple[torch.Tensor, torch
     size = seen_as.abs().square().mean(1, keepdim=True).sqrt()
     merged = torch.einsum("pn,npi->pi", size * first.conj() * scale, k)
     queries = (seen_as / size).conj().T[:, None, :, None] * q
-    lost = (values[:, :-1].sum() / values.sum()).item()
+    lost = (values[:, :-1].sum() / values.sum().clamp(min=SMALLEST)).item()
     return torch.cat([merged.real, merged.imag]), torch.cat([queries.real, queries.imag], dim=-2), lost
 
 
@@ -217,15 +218,16 @@ def _merge_values(heads: Heads, moment: torch.Tensor) -> tuple[torch.Tensor, tor
     """The merged value (D, inputs), the `o` that goes with it, and the share of the output's energy that is lost."""
     head_dim = heads.v.shape[1]
     squares, basis = torch.linalg.eigh(torch.einsum("ngod,ngoe->nde", heads.o, heads.o))
-    roots = squares.clamp(min=1e-12 * squares.max().item()).sqrt()[:, None, :]
+    roots = squares.clamp(min=1e-12 * squares.max().item() + SMALLEST).sqrt()[:, None, :]
     root = (basis * roots) @ basis.mT  # (n, D, D): |root v| is the size of what v adds to the output
     weighted = (root @ heads.v).flatten(0, 1)  # (n D, inputs)
     values, vectors = torch.linalg.eigh(weighted @ moment @ weighted.T)
     main = vectors[:, -head_dim:]
     merged = main.T @ weighted
     seen_as = (basis / roots) @ basis.mT @ main.view(-1, head_dim, head_dim)  # (n, D, D): v is near seen_as m
-    size = (heads.v.square().sum() / len(heads.v) / merged.square().sum()).sqrt()
-    lost = (values[:-head_dim].sum() / values.sum()).item()
+    size = (heads.v.square().sum() / len(heads.v) / merged.square().sum().clamp(min=SMALLEST)).sqrt()
+    size = size.clamp(min=SMALLEST)
+    lost = (values[:-head_dim].sum() / values.sum().clamp(min=SMALLEST)).item()
     return size * merged, heads.o @ seen_as[:, None] / size, lost
 
 
@@ -332,7 +334,7 @@ class _Calibration:
         missing = (target - o_proj(z)).double()
         z = z.double()
         square = z.T @ z
-        square.diagonal().add_(OUTPUT_RIDGE * square.diagonal().mean())
+        square.diagonal().add_(OUTPUT_RIDGE * square.diagonal().mean() + SMALLEST)
         o_proj.weight.data += torch.linalg.solve(square, z.T @ missing).T.to(o_proj.weight.dtype)
 
     def converted_layer(self, layer: Any, index: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -87,7 +88,15 @@ def exit_code(program: str, work: Callable[[], None]) -> int:
     """Run a command line's work: 0, or 2 and one line on stderr that says what is wrong with the input."""
     try:
         work()
-    except (ValueError, ImportError, OSError, ArithmeticError, MemoryError, SafetensorError) as error:
+    except (
+        ValueError,
+        ImportError,
+        OSError,
+        ArithmeticError,
+        MemoryError,
+        SafetensorError,
+        StrictDataclassError,
+    ) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{program}: error: {message}", file=sys.stderr)
         return 2
