@@ -327,7 +327,8 @@ class _Calibration:
         inputs: list[torch.Tensor] = []
         hook = o_proj.register_forward_hook(lambda module, arguments, output: inputs.append(arguments[0]))
         try:
-            self._run(layer, index, self.converted)
+            for part in self.converted.split(BATCH):
+                layer.self_attn(hidden_states=layer.input_layernorm(part), **self.calls[index])
         finally:
             hook.remove()
         z = torch.cat(inputs).flatten(0, 1)
