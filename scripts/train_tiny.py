@@ -14,7 +14,7 @@ import sys
 from pydoc_data.topics import topics
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_kvattn.convert import output, training
@@ -39,13 +39,24 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def byte_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of this many tokens, at least the 256 bytes and the end of a text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([text], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
+
+
 def train(args: argparse.Namespace) -> None:
     held_out = sorted(topics)[::HELD_OUT_EVERY]
     text = "\n".join(topics[key] for key in sorted(set(topics) - set(held_out)))
     with output.new_folder(args.output) as folder:
-        bpe = ByteLevelBPETokenizer()
-        bpe.train_from_iterator([text], vocab_size=args.vocabulary, special_tokens=[END], show_progress=False)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END)
+        tokenizer = byte_tokenizer(text, args.vocabulary)
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -398,13 +398,8 @@ def texts(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def trained(texts, tmp_path_factory) -> tuple[Path, list[float]]:
     """A folder with an MHA model of bytes that has learned something in seconds, and its training losses."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["x"], vocab_size=256, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    model = tiny_model(vocab_size=256, num_key_value_heads=4, num_hidden_layers=2, initializer_range=0.05)
+    tokenizer = runpy.run_path(str(SCRIPTS / "train_tiny.py"))["byte_tokenizer"]("", 257)
+    model = tiny_model(vocab_size=len(tokenizer), num_key_value_heads=4, num_hidden_layers=2, initializer_range=0.05)
     ids = torch.tensor(tokenizer(texts["train"].read_text(encoding="utf-8"), verbose=False)["input_ids"])
     losses = training.train(
         model, ids[: len(ids) // 64 * 64].view(-1, 64), steps=200, learning_rate=6e-3, batch_size=16
