@@ -36,7 +36,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calibration-text", default="pydoc", help="to calibrate and train on: a file, wikitext or pydoc"
     )
-    parser.add_argument("--calibration-windows", type=inputs.positive_int, default=16, help="of it, for 'activation'")
+    parser.add_argument(
+        "--calibration-windows", type=inputs.positive_int, default=16, help="of it, evenly spread, for 'activation'"
+    )
     parser.add_argument("--text", default="wikitext", help="other text to measure on: a file, wikitext or pydoc")
     parser.add_argument("--windows", type=inputs.positive_int, default=8, help="of it")
     parser.add_argument("--window", type=inputs.positive_int, default=512, help="tokens of a window")

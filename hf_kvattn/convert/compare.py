@@ -53,7 +53,8 @@ def compare(
         methods: of `gqa.METHODS`, or `expand` alone.
         kv_heads: how many there shall be; None with `expand`.
         text_windows: token ids to calibrate and train on, (windows, tokens).
-        calibration_windows: how many of them, from the first, the method `activation` sees.
+        calibration_windows: how many of them, evenly spread, the method `activation` sees; a text's beginning may be
+            about one thing.
         heldout_windows: token ids to measure on, (windows, tokens).
         uptrain_steps: steps of distillation from the original after each conversion; 0 for none.
         learning_rate: of the distillation, at its highest.
@@ -63,6 +64,7 @@ def compare(
     if calibration_windows > len(text_windows):
         raise ValueError(f"the calibration text has {len(text_windows)} windows, not {calibration_windows}")
     gqa.check(model)
+    spread = torch.arange(calibration_windows) * len(text_windows) // calibration_windows
     before = perplexity_of(model, heldout_windows)
     rows: list[dict[str, Any]] = []
     chosen: PreTrainedModel | None = None
@@ -71,7 +73,7 @@ def compare(
             converted = gqa.expand(model)
         else:
             assert kv_heads is not None
-            calibration = text_windows[:calibration_windows] if method == "activation" else None
+            calibration = text_windows[spread] if method == "activation" else None
             converted = gqa.convert(model, kv_heads, method, calibration, progress)
         row: dict[str, Any] = {"method": method, **_loss(perplexity_of(converted, heldout_windows), before)}
         if uptrain_steps:
@@ -99,7 +101,7 @@ def compare(
             "query_heads": model.config.num_attention_heads,
             "kv_heads_before": model.config.num_key_value_heads,
             "kv_heads_after": chosen.config.num_key_value_heads,
-            "calibration_tokens": text_windows[:calibration_windows].numel(),
+            "calibration_tokens": text_windows[spread].numel(),
             "window": heldout_windows.shape[1],
             "scored_tokens": heldout_windows[:, 1:].numel(),
             "uptrain_steps": uptrain_steps,

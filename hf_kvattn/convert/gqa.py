@@ -35,7 +35,7 @@ METHODS = ("mean", "cluster", "activation")
 # Families whose attention is q_proj, k_proj, v_proj, RoPE over pairs (i, i + D/2) and o_proj, nothing else between.
 LLAMA_STYLE = ("llama", "mistral", "qwen2", "granite", "smollm3")
 RIDGE = 1e-4  # how much an input that the calibration text never shows counts, of the mean one
-OUTPUT_RIDGE = 1e-3  # how strongly o_proj is kept where the calibration text says little
+OUTPUT_RIDGE = 1e-2  # how strongly o_proj is kept where the calibration text says little
 SMALLEST = 1e-30  # keeps a layer of zeros from dividing by 0
 BATCH = 4  # calibration windows at once
 

@@ -193,6 +193,10 @@ def plot_perplexity(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def _perplexity(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def plot_conversion(results: dict[str, Any]) -> Figure:
     """What converting costs by method, before and after uptraining: bars in nats a token, labelled with perplexity."""
     settings, rows = results["settings"], results["rows"]
@@ -207,10 +211,11 @@ def plot_conversion(results: dict[str, Any]) -> Figure:
         if found:
             bars = axes.bar([i + shift for i, _ in found], [row["loss_nats"] for _, row in found], 0.38, color=color)
             bars.set_label(label)
-            axes.bar_label(bars, [f"{row['perplexity']:,.4g}" for _, row in found], fontsize=8, color=INK, padding=2)
-    axes.axhline(0, color="#777777", linewidth=1, label=f"original: {results['perplexity_before']:,.4g}")
+            axes.bar_label(bars, [_perplexity(row["perplexity"]) for _, row in found], fontsize=8, color=INK, padding=2)
+    axes.axhline(0, color="#777777", linewidth=1, label=f"original: {_perplexity(results['perplexity_before'])}")
     axes.set_xticks(range(len(rows)), [row["method"] for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.margins(y=0.1)
     axes.set_ylabel("loss, nats a token; the labels are perplexities", fontsize=9, color=INK)
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _plain(axes)
