@@ -19,6 +19,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -191,18 +192,21 @@ def _commit() -> str | None:
     return None
 
 
-def conditions(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything needed to judge or repeat a measurement that the command line `args` asked for."""
+def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything needed to judge or repeat a measurement that the command line `args` asked for.
+
+    Without a model, `args` says what was measured in its place, on the CPU.
+    """
     import hf_kvattn
 
-    device = model.device
+    device = torch.device("cpu") if model is None else model.device
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "model": args.model,
         "text": args.text,
         "backend": args.backend,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -224,6 +228,15 @@ def positive_int(text: str) -> int:
     return value
 
 
+def run(main: Callable[[], int]) -> int:
+    """The exit status of a command line: `main`'s own, or 2 after one line on stderr where the input is bad."""
+    try:
+        return main()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps the examples of a description as they are, and shows defaults."""
 
@@ -237,7 +250,7 @@ def add_arguments(parser: argparse.ArgumentParser, variants: list[str]) -> None:
     parser.add_argument("--text", default="auto", help="a file, wikitext, pydoc, or auto: wikitext if it can be had")
     parser.add_argument("--variants", nargs="+", default=variants, metavar="NAME", help="caches to compare")
     parser.add_argument("--backend", default="auto", help="attention backend of hf_kvattn")
-    parser.add_argument("--out", metavar="DIR", help="write results.json, report.md and plots there")
+    parser.add_argument("--out", "--output", metavar="DIR", help="write results.json, report.md and plots there")
     parser.add_argument("--json", action="store_true", help="print the results as JSON in the last line of stdout")
 
 

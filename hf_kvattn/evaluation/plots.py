@@ -1,4 +1,4 @@
-"""The plots of the reports: step time and context, KL divergence and bits a number, perplexity of converted models."""
+"""The plots of the reports: one for each kind of measurement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def _new_figure(width: float, height: float, title: str, found: dict[str, Any]) 
     FigureCanvasAgg(figure)
     place = f"{found['cpu']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    figure.text(0.01, 0.925, f"{found['model']}, {found['dtype']}, {place}", ha="left", fontsize=8, color="#666666")
+    below_title = 1 - 0.345 / height
+    figure.text(
+        0.01, below_title, f"{found['model']}, {found['dtype']}, {place}", ha="left", fontsize=8, color="#666666"
+    )
     return figure
 
 
@@ -258,3 +261,72 @@ def _label_points(axes: Axes, points: list[dict[str, Any]], colors: dict[str, st
                 break
         taken.append(box)
         label.arrow_patch.set_visible(lines != 0)
+
+
+def _plot_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]], colors: dict[str, str], title: str) -> None:
+    """One panel of lines on logarithmic axes, each with its name in the legend."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for i, (name, line) in enumerate(lines.items()):
+        if line:
+            x, y = zip(*sorted(line), strict=True)
+            width = 1.6 + 0.4 * (len(lines) - 1 - i)  # a line below another stays visible
+            axes.plot(x, y, marker="o", markersize=width + 2, linewidth=width, color=colors[name], label=name)
+    ticks = sorted({x for line in lines.values() for x, _ in line})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.set_title(title, loc="left", fontsize=9, color=INK)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8)
+    _plain(axes)
+
+
+def plot_claims(results: dict[str, Any]) -> Figure:
+    """Panels of prefill attention's time and memory, decoding with and without a cache, and one layer's cache."""
+    figure = _new_figure(10.0, 10.5, "What is said of attention and KV caches, measured", results["conditions"])
+    panels = figure.subplot_mosaic([["time", "memory"], ["decoding", "decoding"], ["caches", "steps"]])
+    names = ("standard", "tiled", "windowed")
+    methods = {name: [(row["tokens"], row["methods"][name]) for row in results["attention"] if name in row["methods"]]
+               for name in names}  # fmt: skip
+    colors = dict(zip(names, ("#444444", *OURS), strict=False))
+    lines = {name: [(x, found["ms"]["median"]) for x, found in line] for name, line in methods.items()}
+    _plot_lines(panels["time"], lines, colors, "prefill attention of one layer: ms")
+    lines = {name: [(x, found["extra_bytes"] / 2**20) for x, found in line if found["extra_bytes"]]
+             for name, line in methods.items()}  # fmt: skip
+    _plot_lines(panels["memory"], lines, colors, "prefill attention of one layer: peak MiB")
+    rows = [(cell["context"], row) for cell in results["decoding"] for row in cell["rows"]]
+    lines = {row["variant"]: [] for _, row in rows}
+    for context, row in rows:
+        lines[row["variant"]].append((context, row["step_ms"]["median"]))
+    _plot_lines(panels["decoding"], lines, _colors([row for _, row in rows]), "a decode step of the model: ms")
+    layouts = {name: [(cell["tokens"], cell["layouts"][name]) for cell in results["caches"]]
+               for name in results["caches"][0]["layouts"]}  # fmt: skip
+    colors = {name: ("#444444", *OURS)[i % 7] for i, name in enumerate(layouts)}
+    lines = {name: [(x, found["cache_bytes"] / 2**20) for x, found in line] for name, line in layouts.items()}
+    _plot_lines(panels["caches"], lines, colors, "one layer's cache: MiB")
+    lines = {name: [(x, found["step_ms"]["median"]) for x, found in line] for name, line in layouts.items()}
+    _plot_lines(panels["steps"], lines, colors, "one layer's decode attention: ms")
+    for axes in panels.values():
+        axes.set_xlabel("tokens", fontsize=9, color=INK)
+    return figure
+
+
+def plot_bandwidth(results: dict[str, Any]) -> Figure:
+    """What each backend reads a second, and what the machine can."""
+    figure = _new_figure(6.4, 2.8, "Decode attention against the memory's speed", results["conditions"])
+    axes = figure.subplots()
+    rows = results["backends"]
+    axes.barh(list(rows), [row["bytes_s"] / 1e9 for row in rows.values()], color=OURS[0], height=0.5)
+    axes.axvline(results["read_bytes_s"] / 1e9, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(results["read_bytes_s"] / 1e9, 1.0, "reading memory ", fontsize=8, ha="right", va="top", color=INK,
+              transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_xlabel("GB/s", fontsize=9, color=INK)
+    axes.invert_yaxis()
+    _plain(axes)
+    return figure

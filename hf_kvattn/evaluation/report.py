@@ -13,13 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_kvattn.evaluation.plots import plot_conversion, plot_perplexity, plot_throughput, require_plotting
+from hf_kvattn.evaluation.plots import (
+    plot_bandwidth,
+    plot_claims,
+    plot_conversion,
+    plot_perplexity,
+    plot_throughput,
+    require_plotting,
+)
 from hf_kvattn.evaluation.variants import BASELINE, STATIC_BASELINE
 
 MIB = 2**20
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its first column at the left and the others at the right."""
     marks = [":--"] + ["--:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, marks, *rows]) + "\n"
 
@@ -51,7 +59,9 @@ def _cell_table(cell: dict[str, Any]) -> str:
         ]
         for row in cell["rows"]
     ]
-    return f"### Context {cell['context']}, batch {cell['batch']}\n\n" + _table(header, rows) + _differences(cell)
+    return (
+        f"### Context {cell['context']}, batch {cell['batch']}\n\n" + markdown_table(header, rows) + _differences(cell)
+    )
 
 
 def _differences(cell: dict[str, Any]) -> str:
@@ -81,8 +91,9 @@ def _price_table(prices: list[dict[str, Any]]) -> str:
         ]
         for price in prices
     ]
-    return "### The price of context\n\nA step at the largest context minus a step at the smallest.\n\n" + _table(
-        header, rows
+    return (
+        "### The price of context\n\nA step at the largest context minus a step at the smallest.\n\n"
+        + markdown_table(header, rows)
     )
 
 
@@ -132,7 +143,124 @@ def _perplexity_text(results: dict[str, Any]) -> str:
         ]
         for row in results["rows"]
     ]
-    return "\n".join(part for part in [notes, _table(header, rows), _skipped_list(results["skipped"])] if part)
+    return "\n".join(part for part in [notes, markdown_table(header, rows), _skipped_list(results["skipped"])] if part)
+
+
+def _bandwidth_text(results: dict[str, Any]) -> str:
+    notes = (
+        f"One layer's decode attention over {results['context']} tokens: {results['layer_bytes'] / MIB:.1f} MiB of "
+        f"keys and values, read once. Reading memory with the same threads: {results['read_bytes_s'] / 1e9:.1f} GB/s.\n"
+    )
+    header = ["backend", "ms a layer (p20 to p80)", "GB/s", "share of the bandwidth"]
+    rows = [
+        [
+            name,
+            "{median_ms:.3f} ({p20_ms:.3f} to {p80_ms:.3f})".format(**row),
+            _number(row["bytes_s"] / 1e9),
+            _number(row["share"], "{:.2f}"),
+        ]
+        for name, row in results["backends"].items()
+    ]
+    return notes + "\n" + markdown_table(header, rows)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _spread(value: dict[str, float]) -> str:
+    return "{} ({} to {})".format(*(_three_digits(value[key]) for key in ("median", "p20", "p80")))
+
+
+def _claims_text(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    q_heads, kv_heads, dim = settings["heads"]
+    parts = [
+        f"Times are medians (p20 to p80) of {settings['rounds']} turns. Memory: {settings['memory_method']}.\n",
+        "### Stated and measured\n\nA figure within a fifth of the stated one agrees with it.\n",
+        markdown_table(
+            ["claim", "stated by", "stated", "measured", "agrees"],
+            [
+                [row["claim"], row["source"], _stated(row), _three_digits(row["measured"]), _yes(row["agrees"])]
+                for row in results["claims"]
+            ],
+        ),
+        "".join(
+            f"- {row['claim']}, measured {_three_digits(row['measured'])}: {row['why']}.\n"
+            for row in disagreements(results)
+        ),
+        f"### Prefill attention of one layer, {q_heads} query and {kv_heads} KV heads of {dim}\n\n"
+        "Standard writes all scores to memory, tiled is what this package takes, windowed is tiled in a window of "
+        f"{settings['window']}.\n",
+        markdown_table(
+            [
+                "tokens",
+                *(f"{name} {unit}" for name in _METHODS for unit in ("ms", "MiB")),
+                "tiled faster",
+                "difference",
+            ],
+            [_attention_cells(row) for row in results["attention"]],
+        ),
+        "### A decode step with and without a cache\n",
+        markdown_table(
+            ["cache", "context", "step ms (p20 to p80)", "faster than none", "tokens"],
+            [
+                [
+                    row["variant"],
+                    str(cell["context"]),
+                    _spread(row["step_ms"]),
+                    _speedup(row["speedup"]),
+                    row["verdict"],
+                ]
+                for cell in results["decoding"]
+                for row in cell["rows"]
+            ],
+        ),
+        f"### One layer's cache, {settings['cache_heads']} query heads of {settings['cache_dim']}\n\n"
+        "The step is the layer's decode attention alone.\n",
+        markdown_table(
+            ["heads", "KV heads", "tokens", "cache MiB", "step ms (p20 to p80)", "faster than MHA"],
+            [
+                [
+                    name,
+                    str(layout["kv_heads"]),
+                    str(cell["tokens"]),
+                    _number(layout["cache_bytes"] / MIB),
+                    _spread(layout["step_ms"]),
+                    _speedup(layout["faster_than_mha"]),
+                ]
+                for cell in results["caches"]
+                for name, layout in cell["layouts"].items()
+            ],
+        ),
+        _skipped_list(results["skipped"]),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+_METHODS = ("standard", "tiled", "windowed")
+
+
+def _attention_cells(row: dict[str, Any]) -> list[str]:
+    cells = [str(row["tokens"])]
+    for name in _METHODS:
+        found = row["methods"].get(name)
+        cells += ["-", "-"] if found is None else [_spread(found["ms"]), _number(found["extra_bytes"] / MIB)]
+    return [*cells, _speedup(row["speedup"]["tiled"]), _number(row["max_difference"], "{:.1g}")]
+
+
+def _stated(row: dict[str, Any]) -> str:
+    low, high = row["stated"]
+    return f"{low:.3g}" + (" or more" if high is None else "" if high == low else f" to {high:.3g}")
+
+
+def _yes(agrees: bool) -> str:
+    return "yes" if agrees else "**no**"
+
+
+def disagreements(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The claims that were not confirmed."""
+    return [row for row in results["claims"] if not row["agrees"]]
 
 
 def _conversion_text(results: dict[str, Any]) -> str:
@@ -160,7 +288,7 @@ def _conversion_text(results: dict[str, Any]) -> str:
             + [_number(row["share_of_mean_loss"], "{:.3f}")]
             + [_number(uptrained.get(key), "{:.3f}") for key in ("perplexity", "loss", "loss_nats")]
         )
-    return notes + "\n" + _table(header, rows)
+    return notes + "\n" + markdown_table(header, rows)
 
 
 def _conditions_text(found: dict[str, Any]) -> str:
@@ -168,21 +296,33 @@ def _conditions_text(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
 
 
-TITLES: dict[str, str] = {"throughput": "Throughput", "perplexity": "Perplexity", "conversion": "Conversion"}
+TITLES: dict[str, str] = {
+    "throughput": "Throughput",
+    "perplexity": "Perplexity",
+    "claims": "Claims",
+    "conversion": "Conversion",
+    "bandwidth": "Decode attention against the memory's speed",
+}
 TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "throughput": _throughput_text,
     "perplexity": _perplexity_text,
+    "claims": _claims_text,
     "conversion": _conversion_text,
+    "bandwidth": _bandwidth_text,
 }
 PLOTS: dict[str, str] = {
     "throughput": "step_ms.png",
     "perplexity": "kld_bits.png",
     "conversion": "perplexity_by_method.png",
+    "claims": "claims.png",
+    "bandwidth": "bandwidth.png",
 }
 DRAW: dict[str, Callable[[dict[str, Any]], Any]] = {
     "throughput": plot_throughput,
     "perplexity": plot_perplexity,
     "conversion": plot_conversion,
+    "claims": plot_claims,
+    "bandwidth": plot_bandwidth,
 }
 
 
@@ -201,7 +341,8 @@ def render(sections: dict[str, dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def _replace(path: Path, write_to: Callable[[Path], Any]) -> Path:
+def replace(path: Path, write_to: Callable[[Path], Any]) -> Path:
+    """Write a file under a temporary name beside `path`, then rename it: it is there whole or not at all."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write_to(temporary)
@@ -211,15 +352,18 @@ def _replace(path: Path, write_to: Callable[[Path], Any]) -> Path:
     return path
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError that names the file where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise ValueError(f"{path} is not JSON ({error}): move it away or choose another folder") from error
+
+
 def read(out_dir: str | Path) -> dict[str, dict[str, Any]]:
     """The sections that a folder holds so far."""
     path = Path(out_dir) / "results.json"
-    if not path.exists():
-        return {}
-    try:
-        sections = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): move it away or choose another folder") from error
+    sections = read_json(path) if path.exists() else {}
     if not isinstance(sections, dict) or not set(sections) <= set(TITLES):
         raise ValueError(f"{path} holds something else than the sections {list(TITLES)}: choose another folder")
     return sections
@@ -233,9 +377,9 @@ def write(results: dict[str, Any], out_dir: str | Path) -> list[Path]:
     sections = read(folder) | {results["kind"]: results}
     text = json.dumps(sections, indent=1, allow_nan=False)
     return [
-        _replace(folder / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8")),
-        _replace(folder / "report.md", lambda path: path.write_text(render(sections), encoding="utf-8")),
-        _replace(folder / PLOTS[results["kind"]], DRAW[results["kind"]](results).savefig),
+        replace(folder / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8")),
+        replace(folder / "report.md", lambda path: path.write_text(render(sections), encoding="utf-8")),
+        replace(folder / PLOTS[results["kind"]], DRAW[results["kind"]](results).savefig),
     ]
 
 

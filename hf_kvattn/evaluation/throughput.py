@@ -103,7 +103,8 @@ def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
     lane.dropped += DROPPED_STEPS
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80."""
     ordered = torch.tensor(values, dtype=torch.float64)
     p20, median, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     return {"median": median, "p20": p20, "p80": p80}
@@ -113,13 +114,16 @@ def _median_ms(lane: Lane) -> float:
     return 1e3 * statistics.median(step_s for steps_s in lane.rounds_s for step_s in steps_s)
 
 
+def ratio(other: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> dict[str, float]:
+    """How many times longer the other's times are, both by round: of medians, and paired within each round."""
+    paired = spread([statistics.median(a) / statistics.median(b) for a, b in zip(other, own, strict=True)])
+    medians = [statistics.median(time for times in rounds for time in times) for rounds in (other, own)]
+    return {"of_medians": medians[0] / medians[1]} | {f"paired_{key}": paired[key] for key in paired}
+
+
 def _speedup(lane: Lane, stock: Lane | None) -> dict[str, float] | None:
-    """How many times faster than the stock lane: of medians, and paired within each round."""
-    if stock is None:
-        return None
-    pairs = zip(stock.rounds_s, lane.rounds_s, strict=True)
-    paired = _spread([statistics.median(other) / statistics.median(own) for other, own in pairs])
-    return {"of_medians": _median_ms(stock) / _median_ms(lane)} | {f"paired_{key}": paired[key] for key in paired}
+    """How many times faster than the stock lane."""
+    return None if stock is None else ratio(stock.rounds_s, lane.rounds_s)
 
 
 def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: in
         "hooked": lane.variant.hooked,
         "ttft_ms": 1e3 * lane.ttft_s,
         "prefill_tok_s": batch_size * context / lane.ttft_s,
-        "step_ms": _spread([1e3 * step_s for step_s in steps_s]),
+        "step_ms": spread([1e3 * step_s for step_s in steps_s]),
         "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
         "decode_tok_s": 1e3 * batch_size / _median_ms(lane),
         "steps_timed": len(steps_s),

@@ -1,0 +1,441 @@
+"""What is said of attention and KV caches, measured on the reader's own machine, with the stated figure beside it.
+
+- Prefill attention of one layer: standard (the T x T scores written to memory), tiled (what this package's dispatch
+  takes), and tiled within a sliding window, in chunks that read no more than they see. Time and peak memory.
+- Decoding with the real model: a step without a cache (a forward over everything) against steps with one, by
+  `throughput.py`.
+- One layer's cache with 32, 8 and 1 KV heads for 32 query heads, and with 8 and a window: bytes, and the time of a
+  decode step's attention.
+
+Everything is timed in turns within one process. `judge` then puts each stated figure beside the measured one, and says
+where and why they part.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_kvattn import dispatch
+from hf_kvattn.caches.static import StaticKVCache
+from hf_kvattn.evaluation import throughput
+from hf_kvattn.evaluation.variants import PeakMemory, Variant
+from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.modules import CachedSelfAttention
+
+TURN_S = 0.02  # an action is repeated within its turn until this is over, so that short ones are not one call's luck
+LAYERS_BYTES = 256 << 20  # decode attention goes round layers that exceed the CPU's caches together, as a model's do
+CHUNK = 1024  # queries at once within a window
+CACHE_HEADS, CACHE_DIM = 32, 128  # the layer whose cache is measured: that of 7B Llama-style models
+KV_HEADS = {"MHA": 32, "GQA": 8, "MQA": 1, "GQA, window": 8}
+NEAR = 0.2  # a measured figure this near to a stated one agrees with it, relatively
+
+
+def _standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The textbook's causal attention `(B, T, H, D)`, all scores in memory."""
+    group, length = q.shape[1] // k.shape[1], q.shape[2]
+    scores = q @ k.repeat_interleave(group, 1).transpose(-1, -2) * q.shape[-1] ** -0.5
+    visible = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
+    return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
+
+
+def _tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return dispatch.attend(AttendCall(q, k, v, q.shape[-1] ** -0.5))
+
+
+def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    parts = []
+    for start in range(0, q.shape[2], CHUNK):
+        end, begin = min(start + CHUNK, q.shape[2]), max(0, start - window + 1)
+        seen_k, seen_v = k[:, :, begin:end], v[:, :, begin:end]
+        parts.append(
+            dispatch.attend(AttendCall(q[:, :, start:end], seen_k, seen_v, q.shape[-1] ** -0.5, window=window))
+        )
+    return torch.cat(parts, 1)
+
+
+def _time_in_turns(
+    actions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of the calls of each action, by round; every round starts with another action."""
+
+    def timed(action: Callable[[], Any]) -> float:
+        start_s = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start_s)
+
+    names = list(actions)
+    times_ms: dict[str, list[list[float]]] = {name: [] for name in names}
+    for action in actions.values():
+        timed(action)  # warm-up
+    for turn in range(rounds):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]
+            calls_ms = [timed(actions[name])]
+            while sum(calls_ms) < 1e3 * TURN_S:
+                calls_ms.append(timed(actions[name]))
+            times_ms[name].append(calls_ms)
+    return times_ms
+
+
+def _all(rounds_ms: list[list[float]]) -> list[float]:
+    return [call_ms for calls_ms in rounds_ms for call_ms in calls_ms]
+
+
+def measure_attention(
+    heads: tuple[int, int, int],
+    length: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int,
+    standard: bool,
+    rounds: int,
+    memory: PeakMemory,
+) -> dict[str, Any]:
+    """Causal attention of a whole sequence by each method; `standard` says whether that one is among them.
+
+    Returns:
+        `methods`: for each its `ms` (median, p20, p80) and `extra_bytes`, how far memory rose above its level before;
+        `speedup` of tiled over standard and of windowed over tiled; `max_difference` of standard and tiled results.
+    """
+    q_heads, kv_heads, dim = heads
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, q_heads, length, dim, generator=generator).to(device, dtype)
+    k, v = (torch.randn(1, kv_heads, length, dim, generator=generator).to(device, dtype) for _ in "kv")
+    methods: dict[str, Callable[..., torch.Tensor]] = {"standard": _standard} if standard else {}
+    methods |= {"tiled": _tiled, "windowed": functools.partial(_windowed, window=window)}
+    actions = {name: functools.partial(method, q, k, v) for name, method in methods.items()}
+    difference = (_standard(q, k, v) - _tiled(q, k, v)).abs().max().item() if standard else None
+    times_ms = _time_in_turns(actions, rounds, device)
+    row: dict[str, Any] = {"tokens": length, "methods": {}, "speedup": {}, "max_difference": difference}
+    for name, action in actions.items():
+        memory.start()
+        action()
+        row["methods"][name] = {"ms": throughput.spread(_all(times_ms[name])), "extra_bytes": memory.stop()}
+    for slow, fast in (("standard", "tiled"), ("tiled", "windowed")):
+        row["speedup"][fast] = throughput.ratio(times_ms[slow], times_ms[fast]) if slow in times_ms else None
+    return row
+
+
+def measure_caches(
+    length: int, *, dtype: torch.dtype, device: torch.device, window: int, rounds: int
+) -> dict[str, Any]:
+    """One layer's cache of `length` tokens for each number of KV heads: bytes, and the attention of a decode step.
+
+    Returns:
+        `layouts`: for each its `kv_heads`, `window`, `cache_bytes` and `step_ms`, how many `copies` of the cache a step
+        went round, and `faster_than_mha`, the ratio of the times.
+    """
+    layouts: dict[str, dict[str, Any]] = {}
+    actions: dict[str, Callable[[], Any]] = {}
+    q = torch.randn(1, CACHE_HEADS, 1, CACHE_DIM).to(device, dtype)
+    for name, kv_heads in KV_HEADS.items():
+        limit = window if name.endswith("window") else None
+        config = CachedSelfAttention(CACHE_HEADS * CACHE_DIM, CACHE_HEADS, kv_heads, window=limit).config
+        keys = torch.randn(1, kv_heads, length, CACHE_DIM, dtype=dtype, device=device)
+        copies = LAYERS_BYTES // (2 * keys.nbytes) + 1
+        caches = [StaticKVCache(config, max_cache_len=length) for _ in range(copies)]
+        for cache in caches:
+            cache.layers[0].append(keys, keys)
+            cache.layers[0].settle()
+        layouts[name] = {"kv_heads": kv_heads, "window": limit, "cache_bytes": caches[0].nbytes, "copies": copies}
+        stored = [cache.layers[0].dense() for cache in caches]
+        calls = [AttendCall(q, k, v, CACHE_DIM**-0.5, window=limit) for k, v in stored]
+        actions[name] = functools.partial(_attend_all, calls)
+    times_ms = {
+        name: [[call_ms / layouts[name]["copies"] for call_ms in calls_ms] for calls_ms in rounds_ms]
+        for name, rounds_ms in _time_in_turns(actions, rounds, device).items()
+    }
+    for name, layout in layouts.items():
+        layout["step_ms"] = throughput.spread(_all(times_ms[name]))
+        layout["faster_than_mha"] = throughput.ratio(times_ms["MHA"], times_ms[name])
+    return {"tokens": length, "layouts": layouts}
+
+
+def _attend_all(calls: list[AttendCall]) -> None:
+    for call in calls:
+        dispatch.attend(call)
+
+
+def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each cell of `throughput.measure`, what decoding without a cache costs against decoding with one."""
+    found = []
+    for cell in cells:
+        rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
+        rows = [
+            {key: row[key] for key in ("variant", "hooked", "step_ms")}
+            | {"verdict": row["tokens"]["verdict"]}
+            | {
+                "speedup": throughput.ratio(rounds_ms["none"], rounds_ms[row["variant"]])
+                if "none" in rounds_ms
+                else None
+            }
+            for row in cell["rows"]
+        ]
+        found.append({"context": cell["context"], "rows": rows})
+    return found
+
+
+def _standard_bytes(heads: tuple[int, int, int], length: int, dtype: torch.dtype) -> int:
+    """What standard attention needs at once, at most: the scores, the masked ones, the weights and a mask."""
+    return length * length * (3 * heads[0] * dtype.itemsize + 1)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: torch.Tensor,
+    *,
+    variants: Sequence[Variant],
+    contexts: Sequence[int],
+    lengths: Sequence[int],
+    cache_lengths: Sequence[int],
+    heads: tuple[int, int, int],
+    window: int,
+    standard_bytes: int,
+    rounds: int = 5,
+    new_tokens: int = 20,
+    none_limit_s: float = 60.0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """All claims on one machine and model, as a dict that JSON can hold.
+
+    Args:
+        model: what decodes; its dtype and device are those of the other measurements too.
+        token_ids: the text as a 1-D tensor, at least as long as the longest context.
+        variants: caches that decode; `none` must be among them.
+        contexts: prompt tokens, for decoding.
+        lengths: tokens of the prefill attention.
+        cache_lengths: tokens of the caches whose bytes and step are measured.
+        heads: query heads, KV heads and head_dim of the prefill attention.
+        window: visible tokens of the windowed rows.
+        standard_bytes: standard attention is skipped where it would need more memory than this.
+        rounds: turns that each action gets.
+        new_tokens: tokens decoded in all rounds together, a multiple of `rounds`.
+        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        progress: show bars on stderr.
+    """
+    q_heads, kv_heads, dim = heads
+    if min(heads) < 1 or q_heads % kv_heads:
+        raise ValueError(f"impossible heads: {q_heads=}, {kv_heads=}, {dim=}")
+    if not lengths or not cache_lengths or min(*lengths, *cache_lengths, window, rounds) < 1:
+        raise ValueError(f"sizes start at 1: {lengths=}, {cache_lengths=}, {window=}, {rounds=}")
+    if "none" not in (names := [variant.name for variant in variants]):
+        raise ValueError(f"decoding without a cache is what caches are compared with: 'none' is not among {names}")
+    decoded = throughput.measure(
+        model,
+        tokenizer,
+        token_ids,
+        variants=variants,
+        contexts=contexts,
+        batch_sizes=[1],
+        new_tokens=new_tokens,
+        rounds=rounds,
+        none_limit_s=none_limit_s,
+        progress=progress,
+    )
+    dtype, device, memory = model.dtype, model.device, PeakMemory(model.device)
+    skipped: list[dict[str, Any]] = []
+    attention: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for length in tqdm(sorted(set(lengths)), desc="prefill attention", disable=not progress):
+            needed = _standard_bytes(heads, length, dtype)
+            if needed > standard_bytes:
+                reason = (
+                    f"the scores would take {needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
+                )
+                skipped.append({"variant": "standard attention", "context": length, "batch": 1, "reason": reason})
+            attention.append(
+                measure_attention(
+                    heads,
+                    length,
+                    dtype=dtype,
+                    device=device,
+                    window=window,
+                    standard=needed <= standard_bytes,
+                    rounds=rounds,
+                    memory=memory,
+                )
+            )
+        layers = [
+            measure_caches(length, dtype=dtype, device=device, window=window, rounds=rounds)
+            for length in tqdm(sorted(set(cache_lengths)), desc="caches", disable=not progress)
+        ]
+    results = {
+        "kind": "claims",
+        "settings": {
+            "rounds": rounds,
+            "new_tokens": new_tokens,
+            "heads": list(heads),
+            "window": window,
+            "cache_heads": CACHE_HEADS,
+            "cache_dim": CACHE_DIM,
+            "memory_method": memory.method,
+            "near_tie": decoded["settings"]["near_tie"],
+        },
+        "attention": attention,
+        "decoding": _decoding(decoded["cells"]),
+        "caches": layers,
+        "skipped": skipped + decoded["skipped"],
+        "mismatches": decoded["mismatches"],
+    }
+    return results | {"claims": judge(results)}
+
+
+FLASH, FLASH_2 = "FlashAttention's README", "FlashAttention-2, arXiv:2307.08691"
+LONGFORMER, MISTRAL = "Longformer, arXiv:2004.05150", "Mistral 7B, arXiv:2310.06825"
+GQA, MQA = "GQA, arXiv:2305.13245", "MQA, arXiv:1911.02150"
+SAID, FOLLOWS = "often said of KV caches", "follows, if reading the cache is all that a step does"
+
+
+def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each stated figure beside the measured one, whether they agree, and why not."""
+    return [*_judge_attention(results), *_judge_decoding(results), *_judge_caches(results)]
+
+
+def _judged(
+    claim: str,
+    source: str,
+    measured: float,
+    stated: tuple[float, float | None],
+    below: str,
+    above: str = "",
+) -> dict[str, Any]:
+    """One row; `stated` is a range, its end None where more is welcome; the reasons are for a figure below or above."""
+    low, high = stated
+    reason = (
+        below if measured < low * (1 - NEAR) else above if high is not None and measured > high * (1 + NEAR) else None
+    )
+    return {
+        "claim": claim,
+        "source": source,
+        "stated": list(stated),
+        "measured": measured,
+        "agrees": reason is None,
+        "why": reason,
+    }
+
+
+def _growth(rows: list[dict[str, Any]], method: str, value: Callable[[dict[str, Any]], float]) -> float | None:
+    """The power of the length that a method's figure grows with, between the two largest lengths it was measured at."""
+    points = [(row["tokens"], value(row["methods"][method])) for row in rows if method in row["methods"]][-2:]
+    if len(points) < 2 or min(figure for _, figure in points) <= 0:
+        return None
+    (small, low), (large, high) = points
+    return math.log(high / low) / math.log(large / small)
+
+
+def _judge_attention(results: dict[str, Any]) -> list[dict[str, Any]]:
+    rows, window = results["attention"], results["settings"]["window"]
+    judged = []
+    for row in rows:
+        if "standard" not in row["methods"]:
+            continue
+        length, (standard, tiled) = row["tokens"], (row["methods"][name] for name in ("standard", "tiled"))
+        judged.append(
+            _judged(
+                f"tiled attention is 2 to 4 times faster than standard attention ({length} tokens)",
+                FLASH_2,
+                row["speedup"]["tiled"]["of_medians"],
+                (2.0, 4.0),
+                "stated for GPUs; here the scores of so short a sequence stay in the CPU's caches, or arithmetic is "
+                "the larger part",
+                "scores and mask of this length go through this machine's memory several times, and the causal half "
+                "that tiles leave out is computed in full",
+            )
+        )
+        stated = {2048: 10.0, 4096: 20.0}.get(length)
+        if stated and tiled["extra_bytes"] > 0:
+            judged.append(
+                _judged(
+                    f"tiled attention takes {stated:.0f} times less memory ({length} tokens)",
+                    FLASH,
+                    standard["extra_bytes"] / tiled["extra_bytes"],
+                    (stated, None),
+                    "with so few heads the scores are small beside what each thread's tiles and the result take",
+                )
+            )
+    memory = "the power of the length that {}'s memory grows with (1: linear, 2: quadratic)"
+    for method, power in (("standard", 2.0), ("tiled", 1.0)):
+        figure = _growth(rows, method, lambda found: found["extra_bytes"])
+        if figure is not None:
+            below = "a fixed part, each thread's tiles, does not grow" if power == 1 else "other memory is a large part"
+            above = "resident memory was reused at the shorter length, so that its rise was smaller than its use"
+            judged.append(_judged(memory.format(f"{method} attention"), FLASH, figure, (power, power), below, above))
+    figure = _growth([row for row in rows if row["tokens"] >= window], "windowed", lambda found: found["ms"]["median"])
+    if figure is not None:
+        below = "this machine was faster at the longer length"
+        above = "the first window's tokens see less than a window, so that the shorter sequence is cheaper a token"
+        name = f"the power of the length that time grows with in a window of {window} (1: linear)"
+        judged.append(_judged(name, LONGFORMER, figure, (1.0, 1.0), below, above))
+    for row in rows:
+        if row["tokens"] == 16384 and window == 4096:
+            below = (
+                "PyTorch's attention computes what the mask of a chunk hides, so that up to a fourth more is computed "
+                "than is seen, and causal attention without a window leaves its hidden half out"
+            )
+            name = "a window of 4096 makes attention over 16384 tokens 2 times faster"
+            judged.append(_judged(name, MISTRAL, row["speedup"]["windowed"]["of_medians"], (2.0, None), below))
+    return judged
+
+
+def _judge_decoding(results: dict[str, Any]) -> list[dict[str, Any]]:
+    judged = []
+    for cell in results["decoding"]:
+        for row in cell["rows"]:
+            if row["variant"] != "none" and row["speedup"] is not None:
+                below = (
+                    f"a step with a cache still reads all weights, and without one only {cell['context']} tokens are "
+                    "computed again: there is too little to save"
+                )
+                above = "what is saved grows with the length, and this one is longer than the figure was meant for"
+                name = f"decoding with a cache is 10 to 100 times faster ({row['variant']}, {cell['context']} tokens)"
+                speedup = row["speedup"]["of_medians"]
+                judged.append(_judged(name, SAID, speedup, (10.0, 100.0), below, above))
+    return judged
+
+
+def _judge_caches(results: dict[str, Any]) -> list[dict[str, Any]]:
+    cell, window = results["caches"][-1], results["settings"]["window"]
+    length, layouts = cell["tokens"], cell["layouts"]
+    judged = []
+    for name, source in (("GQA", GQA), ("MQA", MQA)):
+        stated = CACHE_HEADS / KV_HEADS[name]
+        share = f"{name} with {KV_HEADS[name]} of {CACHE_HEADS} KV heads"
+        smaller = layouts["MHA"]["cache_bytes"] / layouts[name]["cache_bytes"]
+        faster = layouts[name]["faster_than_mha"]["of_medians"]
+        reason = "not the layout but the cache's own overhead is measured"
+        judged.append(
+            _judged(
+                f"{share}: the cache is {stated:.0f} times smaller", source, smaller, (stated, stated), reason, reason
+            )
+        )
+        below = "reads are fewer, but the arithmetic of all query heads stays, and is what limits a step then"
+        above = "so much smaller a cache is served by the CPU's own caches"
+        claim = f"{share}: a decode step's attention is {stated:.0f} times faster ({length} tokens)"
+        judged.append(_judged(claim, FOLLOWS, faster, (stated, stated), below, above))
+    if length <= window:
+        return judged
+    full, windowed, stated = layouts["GQA"], layouts["GQA, window"], length / window
+    below = "the cache still stores tokens that the window no longer shows"
+    name = f"a window of {window}: the cache of {length} tokens is {stated:.3g} times smaller"
+    judged.append(
+        _judged(name, MISTRAL, full["cache_bytes"] / windowed["cache_bytes"], (stated, stated), below, "it stores less")
+    )
+    below = "a step has a fixed part besides the tokens it reads"
+    above = "a window's tokens are served by the CPU's own caches"
+    name = f"a window of {window}: a decode step's attention over {length} tokens is {stated:.3g} times faster"
+    faster = full["step_ms"]["median"] / windowed["step_ms"]["median"]
+    judged.append(_judged(name, FOLLOWS, faster, (stated, stated), below, above))
+    return judged
