@@ -1,0 +1,313 @@
+"""Model cards: what was measured, on what, by which command, and what came out badly, from JSON alone.
+
+A card is the README.md of a results folder: metadata with a model-index that the Hugging Face Hub reads, the tables of
+`report.py`, links to the plots beside it. Nothing in it is written by hand, so the same JSON gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from hf_kvattn.evaluation import report
+from hf_kvattn.evaluation.inputs import SMOLLM2
+from hf_kvattn.evaluation.variants import BASELINE
+
+MARK = "<!-- Made by scripts/make_model_card.py from the JSON in this folder: change nothing here. -->"
+MARKUP = re.compile(r"`|<[a-zA-Z!/]|\]\(")
+HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DATASETS = {"wikitext": "Salesforce/wikitext"}
+NOTABLE = 0.97  # a share below this is said, one above it is the noise of the machine
+SOFTWARE = ("python", "torch", "transformers", "hf_kvattn", "commit")
+HARDWARE = ("device", "cpu", "cores", "threads")
+
+
+def render(folder: str | Path) -> str:
+    """The card of a results folder.
+
+    Raises:
+        ValueError: no results there, results that are not what the scripts write, or a plot that is missing.
+    """
+    folder = Path(folder)
+    sections = report.read(folder)
+    if not sections:
+        raise ValueError(f"{folder / 'results.json'}: there are no results to make a card of")
+    missing = [name for name in (report.PLOTS[kind] for kind in sections) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: the plots {missing} of these results are missing")
+    try:
+        _check(sections)
+        data, body = _metadata(sections), _body(sections, _others(folder))
+        text = f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}"
+        read_back = ModelCard(text).data  # what the Hub will see; raises where the model-index is not valid
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / 'results.json'} is not what the scripts write ({reason})") from error
+    if read_back.to_dict() != data.to_dict():
+        raise ValueError(f"{folder / 'results.json'}: its names do not survive in a card's metadata")
+    return text
+
+
+def _check(value: Any, where: str = "results") -> None:
+    """Refuses what would break out of its place in a card: numbers that are none, and text that is markup."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(str(key), where)
+            if key != "describe":  # stands in report.md only
+                _check(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}")
+    elif isinstance(value, str):
+        breaks_table = "|" in value and not where.endswith(".command")
+        if breaks_table or not value.isprintable() or MARKUP.search(value):
+            raise ValueError(f"{where} holds {value[:60]!r}")
+
+
+def _round(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _metadata(sections: dict[str, dict[str, Any]]) -> ModelCardData:
+    models = sorted({results["conditions"]["model"] for kind, results in sections.items() if kind != "bandwidth"})
+    known = [HUB_IDS[model] for model in models if model in HUB_IDS]
+    return ModelCardData(
+        base_model=known or None,
+        library_name="transformers",
+        pipeline_tag="text-generation" if models else None,
+        tags=["kv-cache", "attention", "hf_kvattn", *sorted(sections)],
+        model_name=", ".join(models) or "one attention layer",
+        eval_results=[
+            result for kind in report.TITLES if kind in sections for result in EVALUATE[kind](sections[kind])
+        ],
+    )
+
+
+def _evaluate_perplexity(results: dict[str, Any]) -> Iterator[EvalResult]:
+    source, settings = results["conditions"]["text"], results["settings"]
+    for row in results["rows"]:
+        for metric, name, key in (
+            ("perplexity", "perplexity", "perplexity"),
+            ("kl_divergence", f"KL divergence from {BASELINE}, nats a token", "kld_mean"),
+        ):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=DATASETS.get(source, "text"),
+                dataset_name=source,
+                dataset_args=settings,
+                metric_type=metric,
+                metric_name=f"{name}: {row['variant']}",
+                metric_value=_round(row[key]),
+            )
+
+
+def _evaluate_throughput(results: dict[str, Any]) -> Iterator[EvalResult]:
+    for cell in results["cells"]:
+        for row in cell["rows"]:
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="text",
+                dataset_name=f"{results['conditions']['text']}, {cell['context']} tokens x {cell['batch']}",
+                dataset_args={"context": cell["context"], "batch": cell["batch"]},
+                metric_type="step_ms",
+                metric_name=f"median decode step, ms: {row['variant']}",
+                metric_value=_round(row["step_ms"]["median"]),
+            )
+
+
+def _evaluate_claims(results: dict[str, Any]) -> Iterator[EvalResult]:
+    for row in results["claims"]:
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type="claims",
+            dataset_name="stated figures",
+            metric_type="measured",
+            metric_name=row["claim"],
+            metric_value=_round(row["measured"]),
+        )
+
+
+def _evaluate_bandwidth(results: dict[str, Any]) -> Iterator[EvalResult]:
+    for name, row in results["backends"].items():
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type="random",
+            dataset_name=f"decode attention over {results['context']} tokens",
+            metric_type="share_of_read_bandwidth",
+            metric_name=f"share of the memory's read bandwidth: {name}",
+            metric_value=_round(row["share"]),
+        )
+
+
+EVALUATE = {
+    "perplexity": _evaluate_perplexity,
+    "throughput": _evaluate_throughput,
+    "claims": _evaluate_claims,
+    "bandwidth": _evaluate_bandwidth,
+}
+
+
+def _others(folder: Path) -> dict[str, list[list[str]]]:
+    """What other scripts say in JSON files of their own (a converter's summary): name to rows of key and value."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != "results.json":
+            content = report.read_json(path)
+            _check(content, path.name)
+            found[path.stem] = [[key, value] for key, value in _flat(content)]
+            _check(found[path.stem], path.name)
+    return found
+
+
+def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """The leaves of nested JSON, each with the path to it."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value, 1):
+            yield from _flat(item, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _body(sections: dict[str, dict[str, Any]], others: dict[str, list[list[str]]]) -> str:
+    kinds = [kind for kind in report.TITLES if kind in sections]
+    subjects = dict.fromkeys("{model}, {dtype}".format(**sections[kind]["conditions"]) for kind in kinds)
+    parts = [
+        f"# hf_kvattn: {'; '.join(subjects)}\n",
+        "KV caches and attention of hf_kvattn, measured against what transformers brings. Every number comes from "
+        "the JSON in this folder, and can be taken again with the commands below.\n",
+        "## Measured on\n",
+        _conditions(kinds, sections),
+        "## Commands\n",
+        "```\n" + "\n".join(sections[kind]["conditions"]["command"] for kind in kinds) + "\n```\n",
+    ]
+    for kind in kinds:
+        if sections[kind]["kind"] != kind:
+            raise ValueError(f"section {kind!r} holds {sections[kind]['kind']!r}")
+        parts += [
+            f"## {report.TITLES[kind]}\n",
+            f"![{report.TITLES[kind]}]({report.PLOTS[kind]})\n",
+            report.table(sections[kind]),
+        ]
+    for name, rows in others.items():
+        parts += [f"## {name.replace('_', ' ').capitalize()}\n", report.markdown_table(["", "value"], rows)]
+    lines = [line for kind in kinds for line in LIMITS[kind](sections[kind])] + _limits(sections)
+    return "\n".join([*parts, "## Limits and negative results\n", "\n".join(f"- {line}" for line in lines) + "\n"])
+
+
+def _conditions(kinds: list[str], sections: dict[str, dict[str, Any]]) -> str:
+    """One column for each kind of measurement: they may have been taken on different days and commits."""
+    rows = [
+        [key, *(f"`{sections[kind]['conditions'][key]}`" for kind in kinds)]
+        for key in ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
+    ]
+    return report.markdown_table(["", *(report.TITLES[kind] for kind in kinds)], rows)
+
+
+def _limits(sections: dict[str, dict[str, Any]]) -> list[str]:
+    """What holds for all of them."""
+    found = [results["conditions"] for results in sections.values()]
+    machines = {tuple(str(conditions[key]) for key in HARDWARE) for conditions in found}
+    lines = [f"Taken on {len(machines)} machine{'s' * (len(machines) > 1)}; others give other times, and other ratios."]
+    dirty = [kind for kind, results in sections.items() if str(results["conditions"]["commit"]).endswith("-dirty")]
+    if dirty:
+        lines.append(f"The code had changes that are in no commit when these were taken: {', '.join(dirty)}.")
+    return lines
+
+
+VERDICTS = {
+    "MISMATCH": "wrong tokens",
+    "near_tie": "other tokens than stock from a near tie on",
+    "differs": "other tokens than stock, as lossy caches may",
+}
+
+
+def _limits_of_throughput(results: dict[str, Any]) -> list[str]:
+    """Where ours are slower or larger, the worst case of each, and whose tokens differ."""
+    worse: dict[str, list[tuple[float, str]]] = {}
+    differing: dict[str, list[str]] = {}
+    for cell in results["cells"]:
+        stock = {row["variant"]: row for row in cell["rows"]}[BASELINE]
+        fastest_ms = min(row["step_ms"]["median"] for row in cell["rows"])
+        where = f"{cell['context']} x {cell['batch']}"
+        for row in (row for row in cell["rows"] if row["hooked"]):
+            shares = {
+                "decodes at {} of the fastest cache's speed": fastest_ms / row["step_ms"]["median"],
+                f"prefills at {{}} of {BASELINE}'s speed": row["prefill_tok_s"] / stock["prefill_tok_s"],
+                f"{BASELINE} allocates {{}} of its bytes": stock["cache_bytes"] / row["cache_bytes"],
+            }
+            for text, share in shares.items():
+                if share < NOTABLE:
+                    worse.setdefault(f"{row['variant']}: {text}", []).append((share, where))
+        for row in cell["rows"]:
+            if row["tokens"]["verdict"] in VERDICTS:
+                differing.setdefault(f"{row['variant']}: {VERDICTS[row['tokens']['verdict']]}", []).append(where)
+    lines = [
+        f"{text.format(f'{min(found)[0]:.2f}')} or more (context x batch: {', '.join(where for _, where in found)})."
+        for text, found in worse.items()
+    ]
+    lines += [f"{text} (context x batch: {', '.join(found)})." for text, found in differing.items()]
+    return lines + _skipped(results)
+
+
+def _limits_of_perplexity(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{results['settings']['scored_tokens']} predictions of one text were scored: small differences are noise."
+    ]
+    for row in (row for row in results["rows"] if row["hooked"] and row["perplexity_change_pct"] > 0.5):
+        lines.append(
+            f"{row['variant']} changes perplexity by {row['perplexity_change_pct']:+.2f} %, and agrees with "
+            f"{BASELINE} on {row['same_top1_pct']:.1f} % of the tokens."
+        )
+    return lines + _skipped(results)
+
+
+def _limits_of_claims(results: dict[str, Any]) -> list[str]:
+    wrong = report.disagreements(results)
+    lines = [f"{len(wrong)} of {len(results['claims'])} stated figures were not confirmed: see the reasons under them."]
+    return lines + _skipped(results)
+
+
+def _limits_of_bandwidth(results: dict[str, Any]) -> list[str]:
+    share = max(row["share"] for row in results["backends"].values())
+    return [f"No backend reads keys and values at more than {share:.2f} of the memory's speed."]
+
+
+LIMITS = {
+    "perplexity": _limits_of_perplexity,
+    "throughput": _limits_of_throughput,
+    "claims": _limits_of_claims,
+    "bandwidth": _limits_of_bandwidth,
+}
+
+
+def _skipped(results: dict[str, Any]) -> list[str]:
+    return [
+        f"Not measured: {item['variant']} at context {item['context']}, batch {item['batch']}: {item['reason']}."
+        for item in results["skipped"]
+    ]
+
+
+def check(folder: str | Path) -> bool:
+    """Whether the card of a folder is there, and is what its results give."""
+    path = Path(folder) / "README.md"
+    return path.is_file() and path.read_bytes() == render(folder).encode()
+
+
+def write(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Writes the card of a folder to its README.md, or to `output`; replaces only what was made here before.
+
+    Raises:
+        ValueError: a file is in the way that somebody else wrote; it stays.
+    """
+    text = render(folder)
+    path = Path(folder) / "README.md" if output is None else Path(output)
+    if path.exists() and MARK.encode() not in path.read_bytes():
+        raise ValueError(f"{path} was not made by this script: move it away or choose another --output")
+    return report.replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
