@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .attention import kvattn_attention
-from .caches.base import KVCache
+from .caches.base import KVCache, KVLayer
 from .caches.static import StaticKVCache
 
 
@@ -88,17 +88,15 @@ class CachedSelfAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        layer = None
-        if cache is not None:
-            if not isinstance(cache, KVCache) or len(cache.layers) != 1:
-                raise ValueError(f"expected a cache made from this module's config, got {type(cache).__name__}")
-            layer = cache.layers[0]
-            cache.writer(0).update(k, v, 0)
+        layer = None if cache is None else _only_layer(cache)
+        if layer is not None:
+            layer.append(k, v)
         out, _ = kvattn_attention(self, q, k, v, None, is_causal=True, sliding_window=self.window, kv_layer=layer)
         return self.o_proj(out.flatten(2))
 
     def prefill(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """The next tokens `(B, T, embed_dim)`, any number: a prompt, or another part of it."""
+        _only_layer(cache)
         return self(x, cache)
 
     def step(self, x: torch.Tensor, cache: KVCache, position: int | None = None) -> torch.Tensor:
@@ -115,9 +113,16 @@ class CachedSelfAttention(nn.Module):
         """
         if x.ndim != 3 or x.shape[1] != 1:
             raise ValueError(f"a step takes one token, (B, 1, {self.embed_dim}), got {tuple(x.shape)}")
-        if position is not None and position != cache.get_seq_length():
-            raise ValueError(f"position {position!r} is not the next one: the cache holds {cache.get_seq_length()}")
+        seen = _only_layer(cache).seen
+        if position is not None and position != seen:
+            raise ValueError(f"position {position!r} is not the next one: the cache holds {seen} tokens")
         return self(x, cache)
+
+
+def _only_layer(cache: KVCache) -> KVLayer:
+    if not isinstance(cache, KVCache) or len(cache.layers) != 1:
+        raise ValueError(f"expected a cache made from the module's config, got {type(cache).__name__}")
+    return cache.layers[0]
 
 
 class FixedLengthDecoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from models import tiny_config
 
 from hf_kvattn import QuantizedKVCache, StaticKVCache, attention, backend
 from hf_kvattn.caches.static import KVStaticLayer
@@ -243,6 +244,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_stored():
         (lambda: module.prefill(x[:, :3], cache), "max_cache_len=6"),
         (lambda: module.prefill(x, StaticKVCache(make("mqa").config)), "made for 1 KV heads of 24"),
         (lambda: module.prefill(x, {"k": x}), "got dict"),
+        (lambda: module.step(x[:, :1], {"k": x}, position=0), "got dict"),
+        (lambda: module.prefill(x, None), "got NoneType"),
+        (lambda: module.prefill(x, StaticKVCache(tiny_config())), "expected a cache made from the module's config"),
     ):
         with pytest.raises(ValueError, match=said):
             call()

@@ -167,10 +167,11 @@ def _others(folder: Path) -> dict[str, list[list[str]]]:
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested JSON, each with the path to it."""
+    """The leaves of nested JSON, each with the path to it; no `describe`, which has lines of its own."""
     if isinstance(value, (dict, list)):
         for key, item in value.items() if isinstance(value, dict) else enumerate(value, 1):
-            yield from _flat(item, f"{where}.{key}" if where else str(key))
+            if key != "describe":
+                yield from _flat(item, f"{where}.{key}" if where else str(key))
     else:
         yield where, f"{value:.6g}" if isinstance(value, float) else str(value)
 

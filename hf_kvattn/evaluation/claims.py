@@ -93,7 +93,7 @@ def _all(rounds_ms: list[list[float]]) -> list[float]:
 
 
 def measure_attention(
-    heads: tuple[int, int, int],
+    heads: Sequence[int],
     length: int,
     *,
     dtype: torch.dtype,
@@ -173,13 +173,12 @@ def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for cell in cells:
         rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
+        none_ms = rounds_ms.get("none")
         rows = [
-            {key: row[key] for key in ("variant", "hooked", "step_ms")}
-            | {"verdict": row["tokens"]["verdict"]}
-            | {
-                "speedup": throughput.ratio(rounds_ms["none"], rounds_ms[row["variant"]])
-                if "none" in rounds_ms
-                else None
+            {
+                **{key: row[key] for key in ("variant", "hooked", "step_ms")},
+                "verdict": row["tokens"]["verdict"],
+                "speedup": None if none_ms is None else throughput.ratio(none_ms, rounds_ms[row["variant"]]),
             }
             for row in cell["rows"]
         ]
@@ -187,7 +186,7 @@ def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _standard_bytes(heads: tuple[int, int, int], length: int, dtype: torch.dtype) -> int:
+def _standard_bytes(heads: Sequence[int], length: int, dtype: torch.dtype) -> int:
     """What standard attention needs at once, at most: the scores, the masked ones, the weights and a mask."""
     return length * length * (3 * heads[0] * dtype.itemsize + 1)
 
@@ -201,7 +200,7 @@ def measure(
     contexts: Sequence[int],
     lengths: Sequence[int],
     cache_lengths: Sequence[int],
-    heads: tuple[int, int, int],
+    heads: Sequence[int],
     window: int,
     standard_bytes: int,
     rounds: int = 5,
@@ -314,9 +313,11 @@ def _judged(
 ) -> dict[str, Any]:
     """One row; `stated` is a range, its end None where more is welcome; the reasons are for a figure below or above."""
     low, high = stated
-    reason = (
-        below if measured < low * (1 - NEAR) else above if high is not None and measured > high * (1 + NEAR) else None
-    )
+    reason = None
+    if measured < low * (1 - NEAR):
+        reason = below
+    elif high is not None and measured > high * (1 + NEAR):
+        reason = above
     return {
         "claim": claim,
         "source": source,
