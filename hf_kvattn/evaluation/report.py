@@ -44,7 +44,7 @@ def _speedup(value: dict[str, float] | None) -> str:
 
 def _cell_table(cell: dict[str, Any]) -> str:
     header = ["cache", "step ms (p20 to p80)", "tok/s", f"faster than {BASELINE}", f"faster than {STATIC_BASELINE}"]
-    header += ["first token ms", "prefill tok/s", "cache MiB", "extra MiB", "tokens"]
+    header += ["first token ms", "prefill tok/s", "cache MiB", "prompt MiB", "extra MiB", "tokens"]
     rows = [
         [
             row["variant"],
@@ -54,6 +54,7 @@ def _cell_table(cell: dict[str, Any]) -> str:
             _number(row["ttft_ms"], "{:.0f}"),
             _number(row["prefill_tok_s"], "{:.0f}"),
             _number(row["cache_bytes"] / MIB),
+            _number(row["prompt_peak_bytes"] / MIB if "prompt_peak_bytes" in row else None),
             _number(row["decode_extra_bytes"] / MIB),
             "{verdict} ({compared})".format(**row["tokens"]),
         ]
@@ -112,7 +113,8 @@ def _throughput_text(results: dict[str, Any]) -> str:
         f"{settings['rounds']} turns of {settings['block_steps']} steps, of which the first "
         f'{settings["dropped_steps_per_block"]} carries set-up and was dropped. "Faster than" is the ratio of the '
         "medians; then the median of the ratios within each round, with p20 to p80. The first token and the prefill "
-        f"were timed once. Extra memory while decoding: {settings['memory_method']}. Tokens are compared with those of "
+        "were timed once. Memory that the prompt takes at its peak, the cache included (prompt MiB), and decoding "
+        f"beyond it (extra MiB): {settings['memory_method']}. Tokens are compared with those of "
         f"{BASELINE}, in brackets how many a row; a near tie is {settings['near_tie']}; `differs` is said of lossy "
         "caches.\n"
     )

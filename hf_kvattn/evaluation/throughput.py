@@ -10,8 +10,8 @@ of a block carry generate()'s own set-up and caches gone cold while the others r
 
 Greedy tokens are compared with those of the stock cache, see `tokens.py`.
 
-Memory: after the timing, a few more steps run untimed while `variants.PeakMemory` watches. Transient copies of the past
-show up there, and the growth of a cache too.
+Memory: `variants.PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
+timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: in
         "steps_dropped": lane.dropped,
         "cache_bytes": lane.bytes,
         "decode_extra_bytes": lane.extra_bytes,
+        "prompt_peak_bytes": lane.prompt_peak_bytes,
         "speedup": {name: _speedup(lane, stock.get(name)) for name in STOCK},
         "tokens": tokens,
     }
@@ -194,7 +195,11 @@ def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Var
 
 
 def _prefill(
-    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    variants: list[Variant],
+    settings: _Settings,
+    memory: caches.PeakMemory,
 ) -> tuple[list[Lane], list[dict[str, Any]]]:
     """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
     batch_size, context = prompt.shape
@@ -209,7 +214,9 @@ def _prefill(
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
         lane = Lane(variant, cache, prompt)
+        memory.start()
         lane.ttft_s = _decode(model, lane, 1)[0]
+        lane.prompt_peak_bytes = memory.stop()
         if cache is not None:
             _decode(model, lane, WARM_UP_STEPS)
         lanes.append(lane)
@@ -224,7 +231,7 @@ def _measure_cell(
     memory: caches.PeakMemory,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     batch_size, context = prompt.shape
-    lanes, skipped = _prefill(model, prompt, variants, settings)
+    lanes, skipped = _prefill(model, prompt, variants, settings, memory)
     label = f"context {context}, batch {batch_size}"
     for turn in tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress):
         for i in range(len(lanes)):  # every round starts with another variant

@@ -32,6 +32,7 @@ class Lane:
     dropped: int = 0
     bytes: int = 0
     extra_bytes: int = 0
+    prompt_peak_bytes: int = 0
 
 
 def _stock_logits(model: PreTrainedModel, lane: Lane, position: int) -> torch.Tensor:

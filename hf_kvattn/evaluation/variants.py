@@ -119,13 +119,17 @@ VARIANTS: dict[str, Variant] = {
         Variant("stock-quanto-int2", False, _stock_grouped("quanto", 2, axis=0), ("optimum.quanto",), exact=False),
         Variant("stock-hqq-int8", False, _stock_grouped("hqq", 8, axis=1), ("hqq",), exact=False),
         Variant("stock-hqq-int4", False, _stock_grouped("hqq", 4, axis=1), ("hqq",), exact=False),
+        Variant("stock-hqq-int2", False, _stock_grouped("hqq", 2, axis=1), ("hqq",), exact=False),
         Variant("stock-fp8", False, _stock_quantized("fp8"), exact=False),
         Variant("kvattn-static", True, _kvattn_static),
         Variant("kvattn-static-fit", True, _kvattn_static_fit),
         Variant("kvattn-int8", True, _kvattn_quantized(bits=8), exact=False),
         Variant("kvattn-int4", True, _kvattn_quantized(bits=4), exact=False),
         Variant("kvattn-k8v4", True, _kvattn_quantized(key_bits=8, value_bits=4), exact=False),
+        Variant("kvattn-int4-g64", True, _kvattn_quantized(bits=4, group_size=64), exact=False),
+        Variant("kvattn-int3-g64", True, _kvattn_quantized(bits=3, group_size=64), exact=False),
         Variant("kvattn-int2", True, _kvattn_quantized(bits=2), exact=False),
+        Variant("kvattn-int2-g64", True, _kvattn_quantized(bits=2, group_size=64), exact=False),
     )
 }
 
