@@ -2,6 +2,7 @@
 
 python scripts/bandwidth.py
 python scripts/bandwidth.py --heads 32 8 128 --context 4096 --output results
+python scripts/bandwidth.py --queries 512 --rounds 5
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--heads", nargs=3, type=inputs.positive_int, default=[9, 3, 64], help="query heads, KV heads, head_dim"
     )
     parser.add_argument("--context", type=inputs.positive_int, default=8192, help="stored tokens")
+    parser.add_argument(
+        "--queries", type=inputs.positive_int, default=1, help="query tokens: more are a prompt's chunk"
+    )
     parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of queries, keys and values")
     parser.add_argument("--rounds", type=inputs.positive_int, default=20, help="turns")
     parser.add_argument("--threads", type=inputs.positive_int, help="CPU threads; None leaves it to torch")
@@ -29,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.check_out_dir(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = bandwidth.measure(*args.heads, args.context, inputs.DTYPES[args.dtype], args.rounds)
+    results = bandwidth.measure(*args.heads, args.context, inputs.DTYPES[args.dtype], args.rounds, args.queries)
     args.model = "one layer, {} query and {} KV heads of {}".format(*args.heads)
     args.text, args.backend = "random numbers", "each in turn"
     report.finish({"kind": "bandwidth"} | results | {"conditions": inputs.conditions(None, args)}, args.out, args.json)

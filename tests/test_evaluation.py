@@ -492,8 +492,14 @@ def test_scripts_measure_a_local_model(tiny_folder, tmp_path, monkeypatch, capsy
 def test_bandwidth_reports_shares_of_what_was_read():
     found = bandwidth.measure(6, 2, 16, 4096, torch.float32, rounds=1)
     assert found["layer_bytes"] == 2 * 2 * 4096 * 16 * 4
+    assert found["backends"]["native"]["bytes"] == found["layer_bytes"]
+    assert found["backends"]["native int2"]["bytes"] < 0.2 * found["layer_bytes"]
     for row in found["backends"].values():
-        assert row["bytes_s"] == pytest.approx(found["layer_bytes"] / row["median_ms"] * 1e3)
+        assert row["bytes_s"] == pytest.approx(row["bytes"] / row["median_ms"] * 1e3)
         assert 0 < row["share"] == pytest.approx(row["bytes_s"] / found["read_bytes_s"])
     with pytest.raises(ValueError, match="q_heads=5, kv_heads=2"):
         bandwidth.measure(5, 2, 16, 64)
+    with pytest.raises(ValueError, match="queries=65"):
+        bandwidth.measure(6, 2, 16, 64, queries=65)
+    with pytest.raises(ValueError, match="multiple of 16, got 24"):
+        bandwidth.measure(6, 2, 24, 64)

@@ -150,16 +150,21 @@ def _perplexity_text(results: dict[str, Any]) -> str:
 
 def _bandwidth_text(results: dict[str, Any]) -> str:
     notes = (
-        f"One layer's decode attention over {results['context']} tokens: {results['layer_bytes'] / MIB:.1f} MiB of "
-        f"keys and values, read once. Reading memory with the same threads: {results['read_bytes_s'] / 1e9:.1f} GB/s.\n"
+        f"One layer's attention of {results['queries']} query tokens over {results['context']} stored ones: "
+        f"{results['layer_bytes'] / MIB:.1f} MiB of keys and values when not quantized. Reading memory with the same "
+        f"threads: {results['read_bytes_s'] / 1e9:.1f} GB/s. Ratios of medians; then the median of the ratios within "
+        "each round, with p20 to p80.\n"
     )
-    header = ["backend", "ms a layer (p20 to p80)", "GB/s", "share of the bandwidth"]
+    header = ["backend", "ms a layer (p20 to p80)", "MiB", "GB/s", "share of the bandwidth"]
+    header += [f"faster than {results['base']}"]
     rows = [
         [
             name,
             "{median_ms:.3f} ({p20_ms:.3f} to {p80_ms:.3f})".format(**row),
+            _number(row["bytes"] / MIB),
             _number(row["bytes_s"] / 1e9),
             _number(row["share"], "{:.2f}"),
+            _speedup(row["faster_than_base"]),
         ]
         for name, row in results["backends"].items()
     ]
