@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kFour = 4;  // rows whose maxima and sums are taken together
 constexpr int kMaxBlocks = 2;
-constexpr int64_t kAhead = 2;  // tiles, from memory to the second-level cache
+constexpr int kAhead = 4;  // blocks that are on their way from memory to the second-level cache
 
 template <typename F>
 inline __m128 reduce4(const __m512 *x, F f) {
@@ -73,6 +73,13 @@ inline __m512 joined(__m512i high, __m512i low, float step, __m512 offset) {
   return _mm512_fmadd_ps(whole, _mm512_set1_ps(step), offset);
 }
 
+// Asks for bytes that are needed some tiles later: hardware prefetching stops at each page, and a page holds one to
+// eight blocks only. A few at a time, between products: more at once than the CPU can have under way would block it.
+inline void prefetch(const void *p, int64_t bytes) {
+  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
+  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" : : "m"(static_cast<const char *>(p)[i]));
+}
+
 // Unit i of the 16 channels of a block whose codes start at p.
 template <int Bits>
 __attribute__((always_inline)) inline __m512i load_unit(const uint8_t *p, int i) {
@@ -99,7 +106,12 @@ struct QueryBytes {
 
 template <int R>
 inline void fold_queries(const PackedKeys &keys, const float *q, int64_t q_stride, const float *offset,
-                         QueryBytes<R> &out) {
+                         QueryBytes<R> &out, int ahead) {
+  if (ahead) {
+    const PackedKeys later = keys.at(ahead);
+    prefetch(later.scale, 2 * keys.d);
+    if (keys.zero) prefetch(later.zero, 2 * keys.d);
+  }
   float folded[R][kMaxDim];
   Folding<R> folding;
   const int middle = 1 << (keys.bits - 1);
@@ -121,12 +133,14 @@ inline void fold_queries(const PackedKeys &keys, const float *q, int64_t q_strid
 }
 
 template <int R, int Bits>
-void score_block_bytes(const PackedKeys &keys, const QueryBytes<R> &query, float *scores, int64_t stride) {
+void score_block_bytes(const PackedKeys &keys, const QueryBytes<R> &query, float *scores, int64_t stride, int ahead) {
   __m512i high[R][2], low[R][2];
   for (int r = 0; r < R; ++r)
     for (int h = 0; h < 2; ++h) high[r][h] = low[r][h] = _mm512_setzero_si512();
   // Quads of 16 channels, q0 / 4 of 32.
+  const int64_t later = ahead * int64_t{4} * Bits * keys.d;
   auto sixteen = [&](const uint8_t *codes, const int8_t *bytes, int q0) __attribute__((always_inline)) {
+    if (ahead) prefetch(codes + later, 64 * Bits);
 #pragma GCC unroll 4
     for (int quad = 0; quad < 4; ++quad) {
       __m512i unit[2] = {load_unit<Bits>(codes, 2 * quad), load_unit<Bits>(codes, 2 * quad + 1)};
@@ -151,12 +165,12 @@ void score_block_bytes(const PackedKeys &keys, const QueryBytes<R> &query, float
 }
 
 template <int R>
-inline void score_block(const PackedKeys &keys, const QueryBytes<R> &query, float *scores, int64_t stride) {
+inline void score_block(const PackedKeys &keys, const QueryBytes<R> &query, float *scores, int64_t stride, int ahead) {
   switch (keys.bits) {
-    case 8: score_block_bytes<R, 8>(keys, query, scores, stride); break;
-    case 4: score_block_bytes<R, 4>(keys, query, scores, stride); break;
-    case 3: score_block_bytes<R, 3>(keys, query, scores, stride); break;
-    case 2: score_block_bytes<R, 2>(keys, query, scores, stride); break;
+    case 8: score_block_bytes<R, 8>(keys, query, scores, stride, ahead); break;
+    case 4: score_block_bytes<R, 4>(keys, query, scores, stride, ahead); break;
+    case 3: score_block_bytes<R, 3>(keys, query, scores, stride, ahead); break;
+    case 2: score_block_bytes<R, 2>(keys, query, scores, stride, ahead); break;
   }
 }
 
@@ -166,8 +180,8 @@ void packed_scores(const PackedKeys &keys, int blocks, const float *q, int64_t q
                    float *scores, int64_t stride) {
   for (int b = 0; b < blocks; ++b) {
     QueryBytes<R> query;
-    fold_queries(keys.at(b), q, q_stride, offset, query);
-    score_block<R>(keys.at(b), query, scores + b * kBlock, stride);
+    fold_queries(keys.at(b), q, q_stride, offset, query, 0);
+    score_block<R>(keys.at(b), query, scores + b * kBlock, stride, 0);
   }
 }
 
@@ -179,12 +193,17 @@ struct WeightBytes {
 
 template <int R, int Blocks>
 inline void fold_weights(const PackedValues &values, int g, const float *weights, int64_t stride,
-                         WeightBytes<R> &out) {
+                         WeightBytes<R> &out, int ahead) {
   float folded[R][Blocks * kBlock];
   Folding<R> folding;
   const int middle = 1 << (values.bits - 1);
   for (int b = 0; b < Blocks; ++b) {
     PackedValues block = values.at(b);
+    if (ahead) {
+      const PackedValues later = values.at(b + ahead);
+      prefetch(later.scale + g * kBlock, 2 * kBlock);
+      if (values.zero) prefetch(later.zero + g * kBlock, 2 * kBlock);
+    }
     for (int t = 0; t < kBlock; t += 16) {
       const int i = g * kBlock + t;
       __m512 scale = Simd::widen(block.scale + i), zero = centred_zero(block.zero, scale, i, static_cast<float>(middle));
@@ -205,13 +224,14 @@ inline void fold_weights(const PackedValues &values, int g, const float *weights
 // Vectors of 16 channels from c on.
 template <int R, int Bits, int Blocks, int Vectors>
 void value_columns_bytes(const PackedValues &values, const WeightBytes<R> &weights, int c, float *acc,
-                         int64_t acc_stride) {
+                         int64_t acc_stride, int ahead) {
   __m512i high[R][Vectors], low[R][Vectors];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < Vectors; ++v) high[r][v] = low[r][v] = _mm512_setzero_si512();
 #pragma GCC unroll 2
   for (int b = 0; b < Blocks; ++b) {
     const uint8_t *codes = values.at(b).codes + c * 4 * Bits;
+    if (ahead) prefetch(codes + ahead * int64_t{4} * Bits * values.d, Vectors * 64 * Bits);
 #pragma GCC unroll 8
     for (int t = 0; t < kUnits; ++t) {  // unrolled, so that shifts are constants and sums stay in registers
       __m512i unit[Vectors];
@@ -235,13 +255,14 @@ void value_columns_bytes(const PackedValues &values, const WeightBytes<R> &weigh
 
 // The channels of group g.
 template <int R, int Blocks>
-inline void add_group(const PackedValues &values, const WeightBytes<R> &weights, int g, float *acc, int64_t acc_stride) {
+inline void add_group(const PackedValues &values, const WeightBytes<R> &weights, int g, float *acc, int64_t acc_stride,
+                      int ahead) {
   auto run = [&](auto bits) {
     constexpr int kBits = decltype(bits)::value;
     int c = g * values.group;
     const int end = c + values.group;
-    for (; c + 32 <= end; c += 32) value_columns_bytes<R, kBits, Blocks, 2>(values, weights, c, acc, acc_stride);
-    if (c < end) value_columns_bytes<R, kBits, Blocks, 1>(values, weights, c, acc, acc_stride);
+    for (; c + 32 <= end; c += 32) value_columns_bytes<R, kBits, Blocks, 2>(values, weights, c, acc, acc_stride, ahead);
+    if (c < end) value_columns_bytes<R, kBits, Blocks, 1>(values, weights, c, acc, acc_stride, ahead);
   };
   switch (values.bits) {
     case 8: run(Rows<8>()); break;
@@ -258,11 +279,11 @@ void packed_values(const PackedValues &values, int blocks, const float *weights,
   for (int g = 0; g < values.d / values.group; ++g) {
     WeightBytes<R> bytes;
     if (blocks == 1) {
-      fold_weights<R, 1>(values, g, weights, stride, bytes);
-      add_group<R, 1>(values, bytes, g, acc, acc_stride);
+      fold_weights<R, 1>(values, g, weights, stride, bytes, 0);
+      add_group<R, 1>(values, bytes, g, acc, acc_stride, 0);
     } else {
-      fold_weights<R, 2>(values, g, weights, stride, bytes);
-      add_group<R, 2>(values, bytes, g, acc, acc_stride);
+      fold_weights<R, 2>(values, g, weights, stride, bytes, 0);
+      add_group<R, 2>(values, bytes, g, acc, acc_stride, 0);
     }
   }
 }
@@ -299,19 +320,6 @@ inline void soften_rows(float (*x)[kTile], float factor, float *reference, float
   }
 }
 
-// Asks for the bytes early: hardware prefetching stops at each page, and a page holds one to eight blocks only.
-inline void prefetch(const void *p, int64_t bytes) {
-  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
-  for (int64_t i = 0; i < bytes; i += 64) asm volatile("prefetcht1 %0" : : "m"(static_cast<const char *>(p)[i]));
-}
-
-template <typename Packed>
-inline void prefetch_block(const Packed &block, int scales) {
-  prefetch(block.codes, 4 * block.bits * block.d);
-  prefetch(block.scale, 2 * scales);
-  if (block.zero) prefetch(block.zero, 2 * scales);
-}
-
 // `tiles` whole tiles of two blocks, seen whole by R rows. The next tile's scores are made between the steps of this
 // one: each step then finds what it needs finished, where one after the other each would wait for the one before.
 template <int R>
@@ -319,33 +327,27 @@ void attend_run(const PackedKeys &keys, const PackedValues &values, int64_t tile
                 const float *offset, float factor, float *reference, float *sum_lanes, float *acc, int64_t acc_stride) {
   QueryBytes<R> queries[2];
   float scores[2][R][kTile];
-  auto fold = [&](int64_t tile, int b) { fold_queries(keys.at(2 * tile + b), q, q_stride, offset, queries[b]); };
+  auto fold = [&](int64_t tile, int b) {
+    fold_queries(keys.at(2 * tile + b), q, q_stride, offset, queries[b], kAhead);
+  };
   auto score = [&](int64_t tile, int b) {
-    score_block<R>(keys.at(2 * tile + b), queries[b], scores[tile % 2][0] + b * kBlock, kTile);
+    score_block<R>(keys.at(2 * tile + b), queries[b], scores[tile % 2][0] + b * kBlock, kTile, kAhead);
   };
-  auto ask = [&](int64_t block) {
-    if (block >= 2 * tiles) return;
-    prefetch_block(keys.at(block), keys.d);
-    prefetch_block(values.at(block), values.d / values.group * kBlock);
-  };
-  for (int b = 0; b < 2 * kAhead; ++b) ask(b);
   for (int b = 0; b < 2; ++b) fold(0, b), score(0, b);
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const PackedValues now = values.at(2 * tile);
     float(*x)[kTile] = scores[tile % 2];
     const bool more = tile + 1 < tiles;
     WeightBytes<R> weights;
-    ask(2 * (tile + kAhead));
     if (more) fold(tile + 1, 0), fold(tile + 1, 1);
     soften_rows<R>(x, factor, reference, sum_lanes, acc, acc_stride, keys.d);
     if (more) score(tile + 1, 0);
-    ask(2 * (tile + kAhead) + 1);
-    fold_weights<R, 2>(now, 0, x[0], kTile, weights);
+    fold_weights<R, 2>(now, 0, x[0], kTile, weights, kAhead);
     if (more) score(tile + 1, 1);
-    add_group<R, 2>(now, weights, 0, acc, acc_stride);
+    add_group<R, 2>(now, weights, 0, acc, acc_stride, kAhead);
     for (int g = 1; g < now.d / now.group; ++g) {
-      fold_weights<R, 2>(now, g, x[0], kTile, weights);
-      add_group<R, 2>(now, weights, g, acc, acc_stride);
+      fold_weights<R, 2>(now, g, x[0], kTile, weights, kAhead);
+      add_group<R, 2>(now, weights, g, acc, acc_stride, kAhead);
     }
   }
 }
