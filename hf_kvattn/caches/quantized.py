@@ -106,10 +106,14 @@ class KVQuantizedLayer(KVLayer):
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         exact, new_exact = self.seen - self.packed_tokens, end - self.packed_tokens
-        if new_exact > self._exact_k.shape[2]:  # a prompt: all of it is exact until `settle`
-            self._resize_exact(new_exact, exact)
-        self._exact_k[:, :, exact:new_exact].copy_(k.detach())
-        self._exact_v[:, :, exact:new_exact].copy_(v.detach())
+        if new_exact <= self._exact_k.shape[2]:
+            self._exact_k[:, :, exact:new_exact].copy_(k.detach())
+            self._exact_v[:, :, exact:new_exact].copy_(v.detach())
+        elif exact:  # a prompt: all of it is exact until `settle`
+            self._exact_k = torch.cat([self._exact_k[:, :, :exact], k.detach()], 2)
+            self._exact_v = torch.cat([self._exact_v[:, :, :exact], v.detach()], 2)
+        else:  # the first prompt: the caller's own tensors, for as long as one attention takes
+            self._exact_k, self._exact_v = k.detach(), v.detach()
         self.seen = end
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
