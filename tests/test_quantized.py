@@ -68,6 +68,7 @@ def test_the_rotation_is_orthonormal_its_own_inverse_and_stays_in_its_block(dim)
     st.floats(1e-6, 1e4),
     st.sampled_from(["normal", "outlier", "constant", "zero", "two"]),
 )
+@example(0, 3, 1e-6, 1e-6, "normal")  # a whole range that was rounded away from its ends once
 @example(3103, 2, 29.0, 2365.0, "constant")  # the rounded zero lies above the group: a negative scale once
 def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset

@@ -30,10 +30,10 @@ def quantize(
     best = _encode(x, low, high, bits)
     if shrink == (1.0,):
         return best
-    middle, half = (low + high) / 2, (high - low) / 2
     best_error = None
     for share in shrink:
-        made = _encode(x, middle - share * half, middle + share * half, bits)
+        trim = (1 - share) / 2 * (high - low)
+        made = _encode(x, low + trim, high - trim, bits)
         error = (dequantize(*made) - x).square().square().sum(dim, keepdim=True)
         if best_error is None:
             best, best_error = made, error
