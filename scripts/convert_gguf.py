@@ -16,7 +16,7 @@ import sys
 
 from tabulate import tabulate
 
-from hf_kvattn.convert import gguf, output
+from hf_kvattn.convert import gguf
 from hf_kvattn.evaluation import inputs
 
 
@@ -32,16 +32,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-
-    def work() -> None:
-        found = gguf.convert(args.source, args.output, inputs.DTYPES[args.dtype], args.max_shard_size)
-        print(tabulate([[name, size] for name, size in found["files_bytes"].items()], ["file", "bytes"], "github"))
-        print(f"\nwritten: {args.output}, logits of {found['logits_equal_tokens']} tokens equal, bit by bit")
-        if args.json:
-            print(json.dumps(found))
-
-    return output.exit_code("convert_gguf.py", work)
+    found = gguf.convert(args.source, args.output, inputs.DTYPES[args.dtype], args.max_shard_size)
+    print(tabulate([[name, size] for name, size in found["files_bytes"].items()], ["file", "bytes"], "github"))
+    print(f"\nwritten: {args.output}, logits of {found['logits_equal_tokens']} tokens equal, bit by bit")
+    if args.json:
+        print(json.dumps(found))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(inputs.run(main))

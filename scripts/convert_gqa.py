@@ -53,7 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def convert(args: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     if args.text == args.calibration_text:
         raise ValueError(
             f"--text and --calibration-text are both {args.text!r}: measure on text the method has not seen"
@@ -93,12 +94,8 @@ def convert(args: argparse.Namespace) -> None:
     print(f"written: {args.output}")
     if args.json:
         print(json.dumps(results, allow_nan=False))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    return output.exit_code("convert_gqa.py", lambda: convert(args))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(inputs.run(main))

@@ -52,7 +52,8 @@ def byte_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
 
 
-def train(args: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     held_out = sorted(topics)[::HELD_OUT_EVERY]
     text = "\n".join(topics[key] for key in sorted(set(topics) - set(held_out)))
     with output.new_folder(args.output) as folder:
@@ -87,12 +88,8 @@ def train(args: argparse.Namespace) -> None:
         (folder / "heldout.txt").write_text("\n".join(topics[key] for key in held_out), encoding="utf-8")
     print(f"written: {args.output}, {model.num_parameters()} weights, {len(ids)} tokens of text")
     print(f"training loss: {losses[0]:.3f} nats a token at first, {losses[-1]:.3f} at last")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    return output.exit_code("train_tiny.py", lambda: train(args))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(inputs.run(main))

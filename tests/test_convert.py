@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_lines import SCRIPTS, run
 from models import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +27,6 @@ from hf_kvattn.convert import compare, gqa, training
 from hf_kvattn.convert import gguf as gguf_room
 from hf_kvattn.evaluation import inputs, report
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 WIDTH, VOCAB = 256, 320  # K-quants come in blocks of 256
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
@@ -38,10 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def run(name: str, *arguments: object) -> int:
-    return runpy.run_path(str(SCRIPTS / f"{name}.py"))["main"]([str(argument) for argument in arguments])
 
 
 def refused(capsys, folder: Path, before: set[Path], *arguments: object) -> str:

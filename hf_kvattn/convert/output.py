@@ -1,19 +1,16 @@
-"""What the converters share: a folder that appears whole or not at all, its card, and errors of one line."""
+"""What the converters share: a folder that appears whole or not at all, and its card."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.evaluation import inputs
@@ -82,22 +79,3 @@ def write_card(folder: Path, text: str, tags: list[str], license: str | None = N
     """The model card `README.md` of a converted model: the metadata that the hub reads, and `text` in Markdown."""
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, license=license)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
-
-
-def exit_code(program: str, work: Callable[[], None]) -> int:
-    """Run a command line's work: 0, or 2 and one line on stderr that says what is wrong with the input."""
-    try:
-        work()
-    except (
-        ValueError,
-        ImportError,
-        OSError,
-        ArithmeticError,
-        MemoryError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{program}: error: {message}", file=sys.stderr)
-        return 2
-    return 0

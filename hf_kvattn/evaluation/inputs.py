@@ -220,6 +220,15 @@ def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[
     }
 
 
+def device(text: str) -> str:
+    """An argparse type: a torch device that is there."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # no such device, or a PyTorch built without its kind
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return text
+
+
 def positive_int(text: str) -> int:
     """An argparse type."""
     value = int(text)
@@ -228,12 +237,25 @@ def positive_int(text: str) -> int:
     return value
 
 
+# What bad input raises on its way through the libraries.
+BAD_INPUT = (
+    ValueError,
+    ImportError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
 def run(main: Callable[[], int]) -> int:
     """The exit status of a command line: `main`'s own, or 2 after one line on stderr where the input is bad."""
     try:
         return main()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except BAD_INPUT as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         return 2
 
 
@@ -245,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser, variants: list[str]) -> None:
     """The arguments of both command lines; `variants` are the caches compared when none are named."""
     parser.add_argument("--model", default=SMOLLM2, help=f"hub id, folder, .gguf file or {SMOLLM2}")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
-    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--device", type=device, default="cpu", help="torch device")
     parser.add_argument("--threads", type=positive_int, help="CPU threads; None leaves it to torch")
     parser.add_argument("--text", default="auto", help="a file, wikitext, pydoc, or auto: wikitext if it can be had")
     parser.add_argument("--variants", nargs="+", default=variants, metavar="NAME", help="caches to compare")

@@ -1,0 +1,20 @@
+"""The command lines, run inside the tests' process."""
+
+import runpy
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def run(name: str, *arguments: object) -> int:
+    """The exit status of `python scripts/NAME.py ARGUMENTS`."""
+    saved = sys.argv
+    sys.argv = [str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = saved
+    raise AssertionError(f"{name}.py does not end with sys.exit")
