@@ -67,7 +67,9 @@ def blocks(rows: int, columns: int, kind: str, generator: np.random.Generator) -
     return data.reshape(rows, -1)
 
 
-def write_gguf(path: Path, kind: str = "Q8_0", **changes: int) -> Path:
+def write_gguf(
+    path: Path, kind: str = "Q8_0", tokenizer: str = "gpt2", more_merges: tuple[str, ...] = (), **changes: int
+) -> Path:
     """A whole tiny Llama in one file; `changes` replace entries of its metadata."""
     gguf = pytest.importorskip("gguf")
     from tokenizers.pre_tokenizers import ByteLevel
@@ -87,11 +89,11 @@ def write_gguf(path: Path, kind: str = "Q8_0", **changes: int) -> Path:
     tokens = [*letters, *(a + b for a, b in merges)]
     special = len(tokens)
     tokens += [f"<|{i}|>" for i in range(VOCAB - special)]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model(tokenizer)
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * special + [3] * (VOCAB - special))
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_merges([*(" ".join(pair) for pair in merges), *more_merges])
     writer.add_bos_token_id(VOCAB - 2)
     writer.add_eos_token_id(VOCAB - 1)
     writer.add_chat_template(TEMPLATE)
@@ -198,6 +200,17 @@ def test_gguf_metadata_that_does_not_fit_the_tensors_is_refused(tmp_path, capsys
     start_s = time.perf_counter()
     assert "lies.gguf" in refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
     assert time.perf_counter() - start_s < 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"more_merges": ("a c",)}, "'a c'"), ({"more_merges": ("a b c",)}, "'a b c'"), ({"more_merges": ("",)}, "''"),
+     ({"more_merges": ("東 a",)}, "'東 a'"), ({"tokenizer": "gemma4"}, "<unk>")],
+)  # fmt: skip
+def test_a_gguf_vocabulary_that_lacks_tokens_is_refused(tmp_path, capsys, changes, reason):
+    path = write_gguf(tmp_path / "lacks.gguf", **changes)
+    line = refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
+    assert "lacks.gguf" in line and "its vocabulary lacks" in line and reason in line
 
 
 def test_flipped_bytes_in_a_gguf_header_convert_or_are_refused(tmp_path):

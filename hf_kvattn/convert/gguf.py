@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.convert.output import CHECKED_TOKENS, new_folder, save, write_card
@@ -48,7 +49,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: metadata (arrays as their lengths), and elements and type of each tensor."""
+    """What a GGUF file says of itself: metadata (arrays of numbers as their lengths), elements and type of tensors."""
 
     metadata: dict[str, Any]
     elements: dict[str, int]
@@ -85,12 +86,10 @@ class _Reader:
         kind, count = self.number("I"), self.number("Q")
         if kind in NUMBERS:
             self.take(count * struct.calcsize("<" + NUMBERS[kind]))
-        elif kind == STRING:
-            for _ in range(count):  # ends with the file: every string takes at least 8 bytes
-                self.take(self.number("Q"))
-        else:
-            raise ValueError(f"the header holds an array of unknown type {kind}")
-        return count
+            return count
+        if kind == STRING:
+            return [self.string() for _ in range(count)]  # ends with the file: a string takes at least 8 bytes
+        raise ValueError(f"the header holds an array of unknown type {kind}")
 
 
 def read_header(path: Path) -> Header:
@@ -162,14 +161,26 @@ def _check_model(path: Path, header: Header) -> None:
         raise ValueError(f"its metadata describes a model of {needed} numbers, its tensors hold {held}")
 
 
+def _check_vocabulary(header: Header) -> None:
+    """Raise where the vocabulary lacks tokens that it needs: the tokenizers library has no error class of its own."""
+    tokens = set(header.metadata["tokenizer.ggml.tokens"])
+    if header.metadata["tokenizer.ggml.model"] == "gpt2":  # other tokens are spelled in bytes before they are used
+        alphabet = set(ByteLevel.alphabet())
+        tokens = {token for token in tokens if alphabet.issuperset(token)}
+    elif "<unk>" not in tokens:
+        raise ValueError("its vocabulary lacks <unk>")
+    for merge in header.metadata.get("tokenizer.ggml.merges", []):
+        first, _, second = merge.partition(" ")
+        if not {first, second, first + second} <= tokens:
+            raise ValueError(f"its vocabulary lacks tokens of the merge {merge!r}")
+
+
 def _load(path: Path, header: Header, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         _check_model(path, header)
+        _check_vocabulary(header)
         return inputs.load_model(str(path), dtype)
-    except Exception as error:
-        # The tokenizers library raises plain Exception for a broken vocabulary; any other class is a bug.
-        if not isinstance(error, UNREADABLE) and type(error) is not Exception:
-            raise
+    except UNREADABLE as error:
         raise ValueError(f"transformers cannot read {path}: {error or type(error).__name__}") from error
 
 
