@@ -1,4 +1,4 @@
-"""Make the model card of a results folder from its JSON alone: results.json, and the summaries of converters.
+"""Make the model card of a results folder from its results.json alone.
 
     python scripts/make_model_card.py model_cards/*
     python scripts/make_model_card.py results --output card.md

@@ -287,17 +287,6 @@ def test_every_kind_of_results_can_stand_in_a_card():
     assert set(cards.EVALUATE) == set(cards.LIMITS) == set(report.TITLES) == set(report.TEXTS) == set(report.PLOTS)
 
 
-def test_a_converters_summary_stands_in_the_card(folder):
-    (folder / "gqa_conversion.json").write_text(
-        '{"kv_heads": {"before": 9, "after": 3}, "loss": [2.5, null], "describe": "a\\nb"}'
-    )
-    text = cards.render(folder)
-    assert "## Gqa conversion" in text and "| kv_heads.after | 3 |" in text and "| loss.2 | None |" in text
-    (folder / "gqa_conversion.json").write_text('{"name": "<b>"}')
-    with pytest.raises(ValueError, match="gqa_conversion.json.name"):
-        cards.render(folder)
-
-
 def test_check_says_what_differs(folder, capsys):
     assert run("make_model_card", folder, "--check") == 1
     assert not (folder / "README.md").exists() and str(folder) in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Model cards: what was measured, on what, by which command, and what came out badly, from JSON alone.
+"""Model cards: what was measured, on what, by which command, and what came out badly, from `results.json` alone.
 
 A card is the README.md of a results folder: metadata with a model-index that the Hugging Face Hub reads, the tables of
 `report.py`, links to the plots beside it. Nothing in it is written by hand, so the same JSON gives the same bytes.
@@ -42,7 +42,7 @@ def render(folder: str | Path) -> str:
         raise ValueError(f"{folder}: the plots {missing} of these results are missing")
     try:
         _check(sections)
-        data, body = _metadata(sections), _body(sections, _others(folder))
+        data, body = _metadata(sections), _body(sections)
         text = f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}"
         read_back = ModelCard(text).data  # what the Hub will see; raises where the model-index is not valid
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as error:
@@ -154,29 +154,7 @@ EVALUATE = {
 }
 
 
-def _others(folder: Path) -> dict[str, list[list[str]]]:
-    """What other scripts say in JSON files of their own (a converter's summary): name to rows of key and value."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        if path.name != "results.json":
-            content = report.read_json(path)
-            _check(content, path.name)
-            found[path.stem] = [[key, value] for key, value in _flat(content)]
-            _check(found[path.stem], path.name)
-    return found
-
-
-def _flat(value: Any, where: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested JSON, each with the path to it; no `describe`, which has lines of its own."""
-    if isinstance(value, (dict, list)):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value, 1):
-            if key != "describe":
-                yield from _flat(item, f"{where}.{key}" if where else str(key))
-    else:
-        yield where, f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _body(sections: dict[str, dict[str, Any]], others: dict[str, list[list[str]]]) -> str:
+def _body(sections: dict[str, dict[str, Any]]) -> str:
     kinds = [kind for kind in report.TITLES if kind in sections]
     subjects = dict.fromkeys("{model}, {dtype}".format(**sections[kind]["conditions"]) for kind in kinds)
     parts = [
@@ -196,8 +174,6 @@ def _body(sections: dict[str, dict[str, Any]], others: dict[str, list[list[str]]
             f"![{report.TITLES[kind]}]({report.PLOTS[kind]})\n",
             report.table(sections[kind]),
         ]
-    for name, rows in others.items():
-        parts += [f"## {name.replace('_', ' ').capitalize()}\n", report.markdown_table(["", "value"], rows)]
     lines = [line for kind in kinds for line in LIMITS[kind](sections[kind])] + _limits(sections)
     return "\n".join([*parts, "## Limits and negative results\n", "\n".join(f"- {line}" for line in lines) + "\n"])
 
