@@ -262,7 +262,12 @@ def test_a_card_is_valid_whole_and_made_again(folder, capsys):
         "perplexity", "kl_divergence", "step_ms", "measured", "share_of_read_bandwidth"}  # fmt: skip
     assert card.data.base_model is None and card.data.model_name == "tiny"
     text = card.text
-    for needed in (*CONDITIONS.values(), *report.PLOTS.values(), "Limits and negative results", "in no commit"):
+    for needed in (
+        *CONDITIONS.values(),
+        *(kind.plot for kind in report.KINDS.values()),
+        "Limits and negative results",
+        "in no commit",
+    ):
         assert str(needed) in text or needed == CONDITIONS["describe"]
     assert all((folder / link.split(")")[0]).is_file() for link in text.split("](")[1:])
     assert "at context 7900, batch 8: 63200 prompt tokens" in text and "figures were not confirmed" in text
@@ -284,7 +289,7 @@ def test_limits_are_those_of_the_figures(folder):
 
 
 def test_every_kind_of_results_can_stand_in_a_card():
-    assert set(cards.EVALUATE) == set(cards.LIMITS) == set(report.TITLES) == set(report.TEXTS) == set(report.PLOTS)
+    assert set(cards.EVALUATE) == set(cards.LIMITS) == set(report.KINDS)
 
 
 def test_check_says_what_differs(folder, capsys):

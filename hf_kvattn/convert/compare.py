@@ -133,7 +133,7 @@ def card_text(results: dict[str, Any]) -> str:
 
 Made from a model with {settings["kv_heads_before"]} KV heads by the method `{results["rows"][0]["method"]}`.
 
-![perplexity by method]({report.PLOTS["conversion"]})
+![perplexity by method]({report.KINDS["conversion"].plot})
 
 {report.table(results)}
 Measured on `{conditions["text"]}` with hf_kvattn {conditions["hf_kvattn"]} ({conditions["commit"]}), transformers

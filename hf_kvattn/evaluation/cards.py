@@ -37,7 +37,7 @@ def render(folder: str | Path) -> str:
     sections = report.read(folder)
     if not sections:
         raise ValueError(f"{folder / 'results.json'}: there are no results to make a card of")
-    missing = [name for name in (report.PLOTS[kind] for kind in sections) if not (folder / name).is_file()]
+    missing = [name for name in (report.KINDS[kind].plot for kind in sections) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: the plots {missing} of these results are missing")
     try:
@@ -84,9 +84,7 @@ def _metadata(sections: dict[str, dict[str, Any]]) -> ModelCardData:
         pipeline_tag="text-generation" if models else None,
         tags=["kv-cache", "attention", "hf_kvattn", *sorted(sections)],
         model_name=", ".join(models) or "one attention layer",
-        eval_results=[
-            result for kind in report.TITLES if kind in sections for result in EVALUATE[kind](sections[kind])
-        ],
+        eval_results=[result for kind in report.KINDS if kind in sections for result in EVALUATE[kind](sections[kind])],
     )
 
 
@@ -155,7 +153,7 @@ EVALUATE = {
 
 
 def _body(sections: dict[str, dict[str, Any]]) -> str:
-    kinds = [kind for kind in report.TITLES if kind in sections]
+    kinds = [kind for kind in report.KINDS if kind in sections]
     subjects = dict.fromkeys("{model}, {dtype}".format(**sections[kind]["conditions"]) for kind in kinds)
     parts = [
         f"# hf_kvattn: {'; '.join(subjects)}\n",
@@ -169,11 +167,7 @@ def _body(sections: dict[str, dict[str, Any]]) -> str:
     for kind in kinds:
         if sections[kind]["kind"] != kind:
             raise ValueError(f"section {kind!r} holds {sections[kind]['kind']!r}")
-        parts += [
-            f"## {report.TITLES[kind]}\n",
-            f"![{report.TITLES[kind]}]({report.PLOTS[kind]})\n",
-            report.table(sections[kind]),
-        ]
+        parts.append(report.section(sections[kind]))
     lines = [line for kind in kinds for line in LIMITS[kind](sections[kind])] + _limits(sections)
     return "\n".join([*parts, "## Limits and negative results\n", "\n".join(f"- {line}" for line in lines) + "\n"])
 
@@ -184,7 +178,7 @@ def _conditions(kinds: list[str], sections: dict[str, dict[str, Any]]) -> str:
         [key, *(f"`{sections[kind]['conditions'][key]}`" for kind in kinds)]
         for key in ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
     ]
-    return report.markdown_table(["", *(report.TITLES[kind] for kind in kinds)], rows)
+    return report.markdown_table(["", *(report.KINDS[kind].title for kind in kinds)], rows)
 
 
 def _limits(sections: dict[str, dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -303,48 +304,41 @@ def _conditions_text(found: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
 
 
-TITLES: dict[str, str] = {
-    "throughput": "Throughput",
-    "perplexity": "Perplexity",
-    "claims": "Claims",
-    "conversion": "Conversion",
-    "bandwidth": "Decode attention against the memory's speed",
-}
-TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "throughput": _throughput_text,
-    "perplexity": _perplexity_text,
-    "claims": _claims_text,
-    "conversion": _conversion_text,
-    "bandwidth": _bandwidth_text,
-}
-PLOTS: dict[str, str] = {
-    "throughput": "step_ms.png",
-    "perplexity": "kld_bits.png",
-    "conversion": "perplexity_by_method.png",
-    "claims": "claims.png",
-    "bandwidth": "bandwidth.png",
-}
-DRAW: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "throughput": plot_throughput,
-    "perplexity": plot_perplexity,
-    "conversion": plot_conversion,
-    "claims": plot_claims,
-    "bandwidth": plot_bandwidth,
+@dataclass(frozen=True)
+class Kind:
+    """One kind of measurement: its title, the text of its tables, the name of its plot, and what draws that."""
+
+    title: str
+    text: Callable[[dict[str, Any]], str]
+    plot: str
+    draw: Callable[[dict[str, Any]], Any]
+
+
+KINDS: dict[str, Kind] = {
+    "conversion": Kind("Conversion", _conversion_text, "perplexity_by_method.png", plot_conversion),
+    "throughput": Kind("Throughput", _throughput_text, "step_ms.png", plot_throughput),
+    "perplexity": Kind("Perplexity", _perplexity_text, "kld_bits.png", plot_perplexity),
+    "claims": Kind("Claims", _claims_text, "claims.png", plot_claims),
+    "bandwidth": Kind("Decode attention against the memory's speed", _bandwidth_text, "bandwidth.png", plot_bandwidth),
 }
 
 
 def table(results: dict[str, Any]) -> str:
     """The Markdown tables of one measurement."""
-    return TEXTS[results["kind"]](results)
+    return KINDS[results["kind"]].text(results)
+
+
+def section(results: dict[str, Any]) -> str:
+    """One measurement in Markdown: title, plot and tables."""
+    kind = KINDS[results["kind"]]
+    return f"## {kind.title}\n\n![{kind.title}]({kind.plot})\n\n{kind.text(results)}"
 
 
 def render(sections: dict[str, dict[str, Any]]) -> str:
     """`report.md` for the sections of a `results.json`."""
     parts = ["# hf_kvattn: measured results\n"]
-    for kind in (kind for kind in TITLES if kind in sections):
-        results = sections[kind]
-        parts += [f"## {TITLES[kind]}\n", f"![{TITLES[kind]}]({PLOTS[kind]})\n", table(results), "### Conditions\n"]
-        parts.append(_conditions_text(results["conditions"]))
+    for results in (sections[kind] for kind in KINDS if kind in sections):
+        parts += [section(results), "### Conditions\n", _conditions_text(results["conditions"])]
     return "\n".join(parts)
 
 
@@ -371,8 +365,8 @@ def read(out_dir: str | Path) -> dict[str, dict[str, Any]]:
     """The sections that a folder holds so far."""
     path = Path(out_dir) / "results.json"
     sections = read_json(path) if path.exists() else {}
-    if not isinstance(sections, dict) or not set(sections) <= set(TITLES):
-        raise ValueError(f"{path} holds something else than the sections {list(TITLES)}: choose another folder")
+    if not isinstance(sections, dict) or not set(sections) <= set(KINDS):
+        raise ValueError(f"{path} holds something else than the sections {list(KINDS)}: choose another folder")
     return sections
 
 
@@ -381,12 +375,12 @@ def write(results: dict[str, Any], out_dir: str | Path) -> list[Path]:
     require_plotting()
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    sections = read(folder) | {results["kind"]: results}
+    sections, kind = read(folder) | {results["kind"]: results}, KINDS[results["kind"]]
     text = json.dumps(sections, indent=1, allow_nan=False)
     return [
         replace(folder / "results.json", lambda path: path.write_text(text + "\n", encoding="utf-8")),
         replace(folder / "report.md", lambda path: path.write_text(render(sections), encoding="utf-8")),
-        replace(folder / PLOTS[results["kind"]], DRAW[results["kind"]](results).savefig),
+        replace(folder / kind.plot, kind.draw(results).savefig),
     ]
 
 
