@@ -19,7 +19,7 @@ import sys
 import torch
 
 from hf_kvattn.convert import compare, gqa, output
-from hf_kvattn.evaluation import inputs, report
+from hf_kvattn.evaluation import cards, inputs, report
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         compare.complete(results, model, converted, heldout.view(args.windows, args.window))
         results["conditions"] = inputs.conditions(model, args)
         report.write(results, folder)
-        output.write_card(folder, compare.card_text(results), [converted.config.model_type, "gqa"])
+        cards.write(folder)
     print(report.table(results))
     print(f"written: {args.output}")
     if args.json:

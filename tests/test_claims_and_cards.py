@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -208,6 +210,28 @@ CONDITIONS = {
 }
 
 
+def conversion(*methods: str, uptrain_steps: int = 0) -> dict:
+    """Made-up results; the first method loses 0.1 nats a token, each further one 0.1 more, uptraining regains half."""
+
+    def lost(nats):
+        return {"perplexity": 20 * math.exp(nats), "loss": 20 * math.expm1(nats), "loss_nats": nats}
+
+    rows = [{"method": name, **lost(i / 10), "share_of_mean_loss": None} for i, name in enumerate(methods, 1)]
+    for row in rows if uptrain_steps else []:
+        row["uptrained"] = lost(row["loss_nats"] / 2) | {"training_kl_nats": [0.5] * uptrain_steps}
+    heads = {"layers": 2, "query_heads": 8, "kv_heads_before": 8, "kv_heads_after": 2}
+    tokens = {"calibration_tokens": 640, "window": 64, "scored_tokens": 630, "uptrain_tokens": 64 * uptrain_steps}
+    return {
+        "kind": "conversion",
+        "settings": heads | tokens | {"uptrain_steps": uptrain_steps, "learning_rate": 2e-4},
+        "perplexity_before": 20.0,
+        "rows": rows,
+        "cache_bytes_per_token_before": 4096,
+        "cache_bytes_per_token_after": 1024,
+        "written": {"dtype": "bfloat16", "perplexity": 21.25},
+    }
+
+
 @pytest.fixture(scope="module")
 def all_results(measured, tmp_path_factory):
     """Results of all kinds, with their plots."""
@@ -227,7 +251,8 @@ def all_results(measured, tmp_path_factory):
         "read_bytes_s": 2e9,
         "base": "native",
     }
-    for results in (timed, scored, measured, reading | {"backends": {"native": rates, "sdpa": rates}}):
+    made = conversion("activation", "mean", uptrain_steps=3)
+    for results in (made, timed, scored, measured, reading | {"backends": {"native": rates, "sdpa": rates}}):
         report.write({**results, "conditions": CONDITIONS}, path)
     return path
 
@@ -253,14 +278,22 @@ def test_a_card_is_valid_whole_and_made_again(folder, capsys):
     assert run("make_model_card", folder, "--check") == 0
     card = ModelCard.load(folder / "README.md")
     results = {(result.metric_type, result.metric_name): result for result in card.data.eval_results}
+    timed = [result for result in card.data.eval_results if result.metric_type == "step_ms"]
+    steps = {(result.dataset_config, result.metric_name): result.metric_value for result in timed}
+    for cell in json.loads((folder / "results.json").read_text())["throughput"]["cells"]:
+        for row in cell["rows"]:
+            name = f"{cell['context']} tokens x {cell['batch']}", f"median decode step, ms: {row['variant']}"
+            assert steps.pop(name) == pytest.approx(row["step_ms"]["median"], rel=1e-5)
+    assert not steps
     section = json.loads((folder / "results.json").read_text())["perplexity"]
     row = next(row for row in section["rows"] if row["variant"] == "kvattn-int4")
     found = results["perplexity", "perplexity: kvattn-int4"]
     assert found.metric_value == pytest.approx(row["perplexity"], rel=1e-5)
     assert found.dataset_type == "Salesforce/wikitext" and found.dataset_args == section["settings"]
     assert {kind for kind, _ in results} == {
-        "perplexity", "kl_divergence", "step_ms", "measured", "share_of_read_bandwidth"}  # fmt: skip
-    assert card.data.base_model is None and card.data.model_name == "tiny"
+        "perplexity", "kl_divergence", "step_ms", "measured", "share_of_read_bandwidth",
+        "cache_bytes_per_token"}  # fmt: skip
+    assert card.data.base_model is None and card.data.model_name == "tiny with 2 KV heads, tiny"
     text = card.text
     for needed in (
         *CONDITIONS.values(),
@@ -271,6 +304,53 @@ def test_a_card_is_valid_whole_and_made_again(folder, capsys):
         assert str(needed) in text or needed == CONDITIONS["describe"]
     assert all((folder / link.split(")")[0]).is_file() for link in text.split("](")[1:])
     assert "at context 7900, batch 8: 63200 prompt tokens" in text and "figures were not confirmed" in text
+
+
+def test_the_card_of_a_converted_model(tmp_path):
+    made = conversion("mean", "activation", uptrain_steps=3)
+    report.write(made | {"conditions": CONDITIONS | {"model": inputs.SMOLLM2}}, tmp_path)
+    card = ModelCard(cards.render(tmp_path))
+    assert card.data.base_model == ["HuggingFaceTB/SmolLM2-135M-Instruct"] and "conversion" in card.data.tags
+    assert card.data.model_name == "smollm2-135m with 2 KV heads"
+    found = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert found == {
+        "perplexity: original": 20.0,
+        "perplexity: mean": pytest.approx(20 * math.exp(0.1), rel=1e-5),
+        "perplexity: mean, uptrained": pytest.approx(20 * math.exp(0.05), rel=1e-5),
+        "perplexity: activation": pytest.approx(20 * math.exp(0.2), rel=1e-5),
+        "perplexity: activation, uptrained": pytest.approx(20 * math.exp(0.1), rel=1e-5),
+        "perplexity: as written, bfloat16": 21.25,
+        "bytes of keys and values a token, before": 4096,
+        "bytes of keys and values a token, after": 1024,
+    }
+    for needed in ("from smollm2-135m by the method `mean`: 8 to 2 KV heads", "4096 bytes", "1024 after", "21.250",
+                   "- mean loses 0.100 nats a token, 0.050 after uptraining."):  # fmt: skip
+        assert needed in card.text
+    assert "though" not in card.text and "not trained" not in card.text
+    report.write(conversion("mean", "activation") | {"conditions": CONDITIONS | {"model": "some/model"}}, tmp_path)
+    card = ModelCard(cards.render(tmp_path))
+    assert card.data.base_model == ["some/model"] and "not trained" in card.text and "uptrained: " not in card.text
+    worst_first = conversion("mean", "activation")
+    worst_first["rows"].reverse()
+    assert any(
+        "made by activation, though mean loses less" in line for line in cards._limits_of_conversion(worst_first)
+    )
+    assert not any("loses" in line for line in cards._limits_of_conversion(conversion() | {"rows": [
+        {"method": "expand", "loss_nats": 1e-7}]}))  # fmt: skip
+
+
+def test_no_path_of_the_machine_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "book.txt").write_text("text")
+    arguments = ["--text", str(tmp_path / "book.txt"), f"--out={tmp_path}/a/b", "/elsewhere/of/it/", "a=b", "x/y"]
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "scripts" / "x.py"), *arguments])
+    args = argparse.Namespace(text=str(tmp_path / "book.txt"), backend="auto")
+    for given, name in (("mine", "mine"), ("./mine/", "mine"), (str(tmp_path / "mine"), "mine"), ("hub/id", "hub/id")):
+        args.model = given
+        found = inputs.conditions(tiny_model(), args)
+        assert found["model"] == name and found["text"] == "book.txt"
+        assert found["command"] == "python scripts/x.py --text book.txt --out=a/b it a=b x/y"
 
 
 def test_limits_are_those_of_the_figures(folder):
@@ -326,6 +406,9 @@ HOSTILE = {
     "a broken table": put("perplexity", "rows", 0, "variant", value="a | b"),
     "lines": put("perplexity", "conditions", "commit", value="a\n---\nlicense: mit"),
     "a fence": put("claims", "conditions", "command", value="``` <b>"),
+    "a path": put("throughput", "conditions", "command", value="python scripts/x.py --model /home/somebody/model"),
+    "a path in an option": put("claims", "conditions", "command", value="python scripts/x.py --out=/root"),
+    "a path on Windows": put("claims", "skipped", 0, "reason", value="no file 'C:\\secret'"),
     "an unknown section": put("surprise", value={}),
     "a missing key": lambda sections: sections["claims"].pop("settings"),
 }

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvattn.convert import gqa, training
-from hf_kvattn.evaluation import perplexity, report
+from hf_kvattn.evaluation import perplexity
 
 EXPAND = "expand"
 REFERENCE = "mean"  # the method whose loss the others are compared with
@@ -124,22 +124,3 @@ def complete(
         "dtype": str(written.dtype).removeprefix("torch."),
         "perplexity": perplexity_of(written, heldout_windows),
     }
-
-
-def card_text(results: dict[str, Any]) -> str:
-    """The model card of the written checkpoint, in Markdown, beside the plot that it shows."""
-    settings, conditions = results["settings"], results["conditions"]
-    return f"""# {conditions["model"]} with {settings["kv_heads_after"]} KV heads
-
-Made from a model with {settings["kv_heads_before"]} KV heads by the method `{results["rows"][0]["method"]}`.
-
-![perplexity by method]({report.KINDS["conversion"].plot})
-
-{report.table(results)}
-Measured on `{conditions["text"]}` with hf_kvattn {conditions["hf_kvattn"]} ({conditions["commit"]}), transformers
-{conditions["transformers"]} and torch {conditions["torch"]} on {conditions["cpu"]}, {conditions["threads"]} threads:
-
-```
-{conditions["command"]}
-```
-"""

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.convert.output import CHECKED_TOKENS, new_folder, save, write_card
+from hf_kvattn.convert.output import CHECKED_TOKENS, new_folder, save
 from hf_kvattn.evaluation import inputs
 
 # GGUF's metadata types: numbers by their struct format, then the two of variable size.
@@ -184,14 +185,24 @@ def _load(path: Path, header: Header, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise ValueError(f"transformers cannot read {path}: {error or type(error).__name__}") from error
 
 
-def _card_text(path: Path, header: Header, dtype: torch.dtype, has_template: bool) -> str:
+def _card(path: Path, header: Header, dtype: torch.dtype, has_template: bool) -> str:
     total = sum(header.types.values())
     types = ", ".join(f"{name} {count / total:.1%}" for name, count in header.types.most_common())
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         digest = hashlib.sha256(data).hexdigest()
     name = " ".join(str(header.metadata.get("general.name", path.stem)).split())
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("transformers", "gguf"))
-    return f"""# {name}, converted from GGUF
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["converted-from-gguf"],
+        license=header.metadata.get("general.license"),
+    )
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {name}, converted from GGUF
 
 | | |
 | :-- | :-- |
@@ -233,13 +244,8 @@ def convert(source: str, output: str | Path, dtype: torch.dtype, max_shard_size:
         header = read_header(path)
         model, tokenizer = _load(path, header, dtype)
         save(model, tokenizer, folder, max_shard_size)
-        license = header.metadata.get("general.license")
-        write_card(
-            folder,
-            _card_text(path, header, dtype, tokenizer.chat_template is not None),
-            ["converted-from-gguf"],
-            license,
-        )
+        card = _card(path, header, dtype, tokenizer.chat_template is not None)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         written = sorted(folder.iterdir())
         return {
             "source": path.name,

@@ -1,4 +1,4 @@
-"""What the converters share: a folder that appears whole or not at all, and its card."""
+"""What the converters share: a folder that appears whole or not at all, and a model that is written as it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.evaluation import inputs
@@ -73,9 +72,3 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
         raise ValueError("the written tokenizer splits text in another way")
     if written_tokenizer.chat_template != tokenizer.chat_template:
         raise ValueError("the written tokenizer has another chat template")
-
-
-def write_card(folder: Path, text: str, tags: list[str], license: str | None = None) -> None:
-    """The model card `README.md` of a converted model: the metadata that the hub reads, and `text` in Markdown."""
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, license=license)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")

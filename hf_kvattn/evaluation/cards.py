@@ -22,7 +22,9 @@ MARK = "<!-- Made by scripts/make_model_card.py from the JSON in this folder: ch
 MARKUP = re.compile(r"`|<[a-zA-Z!/]|\]\(")
 HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DATASETS = {"wikitext": "Salesforce/wikitext"}
+ABSOLUTE_PATH = re.compile(r"(^|[\s'\"=])(/|[A-Za-z]:\\)\w")
 NOTABLE = 0.97  # a share below this is said, one above it is the noise of the machine
+LOSS_NATS = 0.005  # a conversion's loss above this is said: half a percent of perplexity
 SOFTWARE = ("python", "torch", "transformers", "hf_kvattn", "commit")
 HARDWARE = ("device", "cpu", "cores", "threads")
 
@@ -54,7 +56,7 @@ def render(folder: str | Path) -> str:
 
 
 def _check(value: Any, where: str = "results") -> None:
-    """Refuses what would break out of its place in a card: numbers that are none, and text that is markup."""
+    """Refuse what has no place in a card: numbers that are none, text that is markup, paths of somebody's machine."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check(str(key), where)
@@ -69,82 +71,95 @@ def _check(value: Any, where: str = "results") -> None:
         breaks_table = "|" in value and not where.endswith(".command")
         if breaks_table or not value.isprintable() or MARKUP.search(value):
             raise ValueError(f"{where} holds {value[:60]!r}")
+        if ABSOLUTE_PATH.search(value):
+            raise ValueError(f"{where} holds an absolute path: {value[:60]!r}")
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+def _name(results: dict[str, Any]) -> str:
+    """The model that was measured; of a conversion, the one that it made."""
+    name = results["conditions"]["model"]
+    return f"{name} with {results['settings']['kv_heads_after']} KV heads" if results["kind"] == "conversion" else name
 
 
 def _metadata(sections: dict[str, dict[str, Any]]) -> ModelCardData:
-    models = sorted({results["conditions"]["model"] for kind, results in sections.items() if kind != "bandwidth"})
-    known = [HUB_IDS[model] for model in models if model in HUB_IDS]
+    measured = [sections[kind] for kind in report.KINDS if kind in sections and kind != "bandwidth"]
+    names = list(dict.fromkeys(_name(results) for results in measured))
+    models = dict.fromkeys(results["conditions"]["model"] for results in measured)
+    known = [HUB_IDS.get(model, model) for model in models if model in HUB_IDS or "/" in model]  # no local folder
     return ModelCardData(
         base_model=known or None,
         library_name="transformers",
-        pipeline_tag="text-generation" if models else None,
+        pipeline_tag="text-generation" if names else None,
         tags=["kv-cache", "attention", "hf_kvattn", *sorted(sections)],
-        model_name=", ".join(models) or "one attention layer",
+        model_name=", ".join(names) or "one attention layer",
         eval_results=[result for kind in report.KINDS if kind in sections for result in EVALUATE[kind](sections[kind])],
     )
 
 
-def _evaluate_perplexity(results: dict[str, Any]) -> Iterator[EvalResult]:
-    source, settings = results["conditions"]["text"], results["settings"]
+def _result(
+    dataset: str, part: str, metric: str, name: str, value: float, settings: dict[str, Any] | None = None
+) -> EvalResult:
+    """One figure. A model-index puts results together by the dataset's type and config, so `part` keeps them apart."""
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=DATASETS.get(dataset, "text"),
+        dataset_name=f"{dataset}, {part}",
+        dataset_config=part,
+        dataset_args=settings,
+        metric_type=metric,
+        metric_name=name,
+        metric_value=float(f"{value:.6g}"),
+    )
+
+
+def _evaluate_conversion(results: dict[str, Any]) -> Iterator[EvalResult]:
+    settings, written = results["settings"], results["written"]
+    values = [("original", results["perplexity_before"])]
     for row in results["rows"]:
-        for metric, name, key in (
-            ("perplexity", "perplexity", "perplexity"),
-            ("kl_divergence", f"KL divergence from {BASELINE}, nats a token", "kld_mean"),
-        ):
-            yield EvalResult(
-                task_type="text-generation",
-                dataset_type=DATASETS.get(source, "text"),
-                dataset_name=source,
-                dataset_args=settings,
-                metric_type=metric,
-                metric_name=f"{name}: {row['variant']}",
-                metric_value=_round(row[key]),
-            )
+        values.append((row["method"], row["perplexity"]))
+        if "uptrained" in row:
+            values.append((f"{row['method']}, uptrained", row["uptrained"]["perplexity"]))
+    values.append((f"as written, {written['dtype']}", written["perplexity"]))
+    found = [("perplexity", f"perplexity: {name}", value) for name, value in values]
+    for when in ("before", "after"):
+        name, value = f"bytes of keys and values a token, {when}", results[f"cache_bytes_per_token_{when}"]
+        found.append(("cache_bytes_per_token", name, value))
+    part = "{kv_heads_before} to {kv_heads_after} KV heads".format(**settings)
+    for metric, name, value in found:
+        yield _result(results["conditions"]["text"], part, metric, name, value, settings)
+
+
+def _evaluate_perplexity(results: dict[str, Any]) -> Iterator[EvalResult]:
+    text, settings = results["conditions"]["text"], results["settings"]
+    part = f"windows of {settings['window']} tokens"
+    kld = f"KL divergence from {BASELINE}, nats a token"
+    for row in results["rows"]:
+        yield _result(text, part, "perplexity", f"perplexity: {row['variant']}", row["perplexity"], settings)
+        yield _result(text, part, "kl_divergence", f"{kld}: {row['variant']}", row["kld_mean"], settings)
 
 
 def _evaluate_throughput(results: dict[str, Any]) -> Iterator[EvalResult]:
     for cell in results["cells"]:
+        part, settings = "{context} tokens x {batch}".format(**cell), {key: cell[key] for key in ("context", "batch")}
         for row in cell["rows"]:
-            yield EvalResult(
-                task_type="text-generation",
-                dataset_type="text",
-                dataset_name=f"{results['conditions']['text']}, {cell['context']} tokens x {cell['batch']}",
-                dataset_args={"context": cell["context"], "batch": cell["batch"]},
-                metric_type="step_ms",
-                metric_name=f"median decode step, ms: {row['variant']}",
-                metric_value=_round(row["step_ms"]["median"]),
-            )
+            name = f"median decode step, ms: {row['variant']}"
+            yield _result(results["conditions"]["text"], part, "step_ms", name, row["step_ms"]["median"], settings)
 
 
 def _evaluate_claims(results: dict[str, Any]) -> Iterator[EvalResult]:
     for row in results["claims"]:
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type="claims",
-            dataset_name="stated figures",
-            metric_type="measured",
-            metric_name=row["claim"],
-            metric_value=_round(row["measured"]),
-        )
+        yield _result(results["conditions"]["text"], "stated figures", "measured", row["claim"], row["measured"])
 
 
 def _evaluate_bandwidth(results: dict[str, Any]) -> Iterator[EvalResult]:
-    for name, row in results["backends"].items():
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type="random",
-            dataset_name=f"decode attention over {results['context']} tokens",
-            metric_type="share_of_read_bandwidth",
-            metric_name=f"share of the memory's read bandwidth: {name}",
-            metric_value=_round(row["share"]),
-        )
+    part = f"decode attention over {results['context']} tokens"
+    for backend, row in results["backends"].items():
+        name = f"share of the memory's read bandwidth: {backend}"
+        yield _result(results["conditions"]["text"], part, "share_of_read_bandwidth", name, row["share"])
 
 
 EVALUATE = {
+    "conversion": _evaluate_conversion,
     "perplexity": _evaluate_perplexity,
     "throughput": _evaluate_throughput,
     "claims": _evaluate_claims,
@@ -154,7 +169,7 @@ EVALUATE = {
 
 def _body(sections: dict[str, dict[str, Any]]) -> str:
     kinds = [kind for kind in report.KINDS if kind in sections]
-    subjects = dict.fromkeys("{model}, {dtype}".format(**sections[kind]["conditions"]) for kind in kinds)
+    subjects = dict.fromkeys(f"{_name(sections[kind])}, {sections[kind]['conditions']['dtype']}" for kind in kinds)
     parts = [
         f"# hf_kvattn: {'; '.join(subjects)}\n",
         "KV caches and attention of hf_kvattn, measured against what transformers brings. Every number comes from "
@@ -227,6 +242,22 @@ def _limits_of_throughput(results: dict[str, Any]) -> list[str]:
     return lines + _skipped(results)
 
 
+def _limits_of_conversion(results: dict[str, Any]) -> list[str]:
+    """What each method costs, before and after uptraining, and whether the written one is the best of them."""
+    settings, rows = results["settings"], results["rows"]
+    last = {row["method"]: row.get("uptrained", row)["loss_nats"] for row in rows}
+    lines = [f"{settings['scored_tokens']} predictions of one text were scored: other texts may lose more."]
+    for row in (row for row in rows if row["loss_nats"] > LOSS_NATS):
+        after = f", {last[row['method']]:.3f} after uptraining" if "uptrained" in row else ""
+        lines.append(f"{row['method']} loses {row['loss_nats']:.3f} nats a token{after}.")
+    written, best = rows[0]["method"], min(last, key=last.__getitem__)
+    if written != best:
+        lines.append(f"The checkpoint was made by {written}, though {best} loses less.")
+    if not settings["uptrain_steps"]:
+        lines.append("It was not trained after the conversion.")
+    return lines
+
+
 def _limits_of_perplexity(results: dict[str, Any]) -> list[str]:
     lines = [
         f"{results['settings']['scored_tokens']} predictions of one text were scored: small differences are noise."
@@ -251,6 +282,7 @@ def _limits_of_bandwidth(results: dict[str, Any]) -> list[str]:
 
 
 LIMITS = {
+    "conversion": _limits_of_conversion,
     "perplexity": _limits_of_perplexity,
     "throughput": _limits_of_throughput,
     "claims": _limits_of_claims,

@@ -192,19 +192,34 @@ def _commit() -> str | None:
     return None
 
 
+def _portable(argument: str) -> str:
+    """An argument of a command line; an absolute path in it as one below the current folder, or else its last part."""
+    option, equals, path = argument.rpartition("=")
+    if not os.path.isabs(path):
+        return argument
+    relative = os.path.relpath(path)
+    return option + equals + (os.path.basename(os.path.normpath(path)) if relative.startswith("..") else relative)
+
+
+def _name(source: str) -> str:
+    """What a model or text is called: a hub id or a keyword as it is, a local file or folder by its own name."""
+    return os.path.basename(os.path.abspath(source)) if os.path.exists(source) else source
+
+
 def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[str, Any]:
     """Everything needed to judge or repeat a measurement that the command line `args` asked for.
 
-    Without a model, `args` says what was measured in its place, on the CPU.
+    Without a model, `args` says what was measured in its place, on the CPU. No absolute path of this machine is
+    recorded; a command that was given relative ones can be repeated as it stands.
     """
     import hf_kvattn
 
     device = torch.device("cpu") if model is None else model.device
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "model": args.model,
-        "text": args.text,
+        "command": shlex.join(["python", *map(_portable, sys.argv)]),
+        "model": _name(args.model),
+        "text": _name(args.text),
         "backend": args.backend,
         "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

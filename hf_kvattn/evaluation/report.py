@@ -277,14 +277,14 @@ def _conversion_text(results: dict[str, Any]) -> str:
         "{cache_bytes_per_token_before} bytes of keys and values a token before, {cache_bytes_per_token_after} after"
     )
     notes = (
+        f"Made from {results['conditions']['model']} by the method `{results['rows'][0]['method']}`: "
         f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads for {settings['query_heads']} query "
         f"heads in {settings['layers']} layers: {cache.format(**results)}. Perplexity in float32 on "
         f"{settings['scored_tokens']} tokens of held-out text, in windows of {settings['window']}; the loss is that "
         f"after minus that before, and in nats the logarithm of their ratio. `activation` was calibrated on "
         f"{settings['calibration_tokens']} tokens of other text; uptraining is {settings['uptrain_steps']} steps, "
-        f"{settings['uptrain_tokens']} tokens, of distillation from the original on that text. The written checkpoint "
-        f"has the first method, in {results['written']['dtype']}, and a perplexity of "
-        f"{results['written']['perplexity']:.3f}.\n"
+        f"{settings['uptrain_tokens']} tokens, of distillation from the original on that text. The checkpoint as it is "
+        f"written, in {results['written']['dtype']}, has a perplexity of {results['written']['perplexity']:.3f}.\n"
     )
     header = ["method", "perplexity", "loss", "loss, nats", "share of mean's loss"]
     header += ["uptrained perplexity", "loss", "loss, nats"]
