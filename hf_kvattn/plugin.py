@@ -13,9 +13,11 @@ import contextlib
 import copy
 import functools
 import inspect
+import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from .caches.base import KVCache, check_config
 from .caches.quantized import QuantizedKVCache
 from .caches.static import StaticKVCache
 from .masks import kvattn_mask
+from .quant.calibration import Calibration, file_name
+
+logger = logging.getLogger("hf_kvattn")
 
 CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {
     "static": StaticKVCache,
@@ -59,28 +64,33 @@ def enable(
     Args:
         model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
         cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`, `"int8"`,
-            `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is.
+            `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is. A quantized one
+            takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from, where there
+            is one.
         compile: reserved; only False is served.
 
     Raises:
-        ValueError: an unsupported model, with the reason, or an unknown cache name.
+        ValueError: an unsupported model, with the reason, an unknown cache name, or a calibration that is broken or
+            was made for another model.
     """
     if compile:
         raise ValueError(f"compile={compile!r} is not served by this version; compile=False is")
     make_cache = _cache_maker(cache)
-    attention_modules = _check_model(model)
+    modules = attention_modules(model)
     request = (cache, compile)
-    if (state := getattr(model, _STATE, None)) is not None:
-        if state.request == request:
-            return model
-        disable(model)
+    state = getattr(model, _STATE, None)
+    if state is not None and state.request == request:
+        return model
+    if isinstance(cache, str) and cache != "static":
+        make_cache = _calibrated(model, cache)
+    disable(model)
     # Together: a name with an attention function but no mask function would get no masks at all.
     AttentionInterface.register(NAME, kvattn_attention)
     AttentionMaskInterface.register(NAME, kvattn_mask)
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
-    hook = functools.partial(_open_door, n_layers=len(attention_modules))
-    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in attention_modules]
+    hook = functools.partial(_open_door, n_layers=len(modules))
+    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
     setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, model.__dict__.get("generate")))
     if make_cache is not None:
         model.__dict__["generate"] = types.MethodType(_generate_with_cache, model)
@@ -156,7 +166,20 @@ def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
     return CACHES[cache]
 
 
-def _check_model(model: PreTrainedModel) -> list[torch.nn.Module]:
+def _calibrated(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfig], object]:
+    """The maker of a quantized cache, with the calibration for it where the model's folder holds one."""
+    folder = model.name_or_path
+    path = Path(folder or "", file_name(cache))
+    if not folder or not path.is_file():
+        return CACHES[cache]
+    calibration = Calibration.load(path)
+    make_cache = functools.partial(QuantizedKVCache, calibration=calibration)
+    make_cache(model.config)  # refuses another model's, now rather than in generate()
+    logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
+    return make_cache
+
+
+def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The model's attention modules, one a layer; ValueError with the reason where it cannot be served."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"enable() takes a transformers PreTrainedModel, got {type(model).__name__}")

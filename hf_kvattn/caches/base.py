@@ -189,10 +189,7 @@ class KVCache(Cache):
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
-        heads = getattr(decoder, "num_key_value_heads", None) or getattr(decoder, "num_attention_heads", None)
-        dim = getattr(decoder, "head_dim", None)
-        if dim is None and hasattr(decoder, "hidden_size") and hasattr(decoder, "num_attention_heads"):
-            dim = decoder.hidden_size // decoder.num_attention_heads
+        heads, dim = kv_shape(decoder)
         windows = native_windows(decoder)
         super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
 
@@ -224,6 +221,15 @@ class KVCache(Cache):
         if not numbers:
             raise ValueError("an empty cache has no bits per element: its dtype is known after the first forward")
         return 8 * self.nbytes / numbers
+
+
+def kv_shape(decoder: PreTrainedConfig) -> tuple[int | None, int | None]:
+    """KV heads and head_dim of a decoder's config; None where it does not say."""
+    heads = getattr(decoder, "num_key_value_heads", None) or getattr(decoder, "num_attention_heads", None)
+    dim = getattr(decoder, "head_dim", None)
+    if dim is None and hasattr(decoder, "hidden_size") and hasattr(decoder, "num_attention_heads"):
+        dim = decoder.hidden_size // decoder.num_attention_heads
+    return heads, dim
 
 
 def native_windows(decoder: PreTrainedConfig) -> list[int | None]:

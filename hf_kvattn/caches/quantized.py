@@ -6,15 +6,17 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
+from ..quant.calibration import Calibration, check_group_size
 from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
 from ..quant.layout import BLOCK, pack_keys, pack_values
 from ..quant.packed import PackedKV
 from ..quant.rotation import rotate
-from .base import KVCache, KVLayer, check_max_cache_len
+from .base import KVCache, KVLayer, check_max_cache_len, kv_shape
 from .static import KVStaticLayer
 
 logger = logging.getLogger("hf_kvattn")
@@ -260,9 +262,11 @@ class QuantizedKVCache(KVCache):
         max_cache_len: tokens that fit, allocated at once; None grows by half.
         sinks: first tokens that stay exact, 0 to 32: a model attends to them from everywhere (StreamingLLM,
             arXiv:2309.17453), so their errors count most.
+        calibration: bits for each layer, `group_size` and `skip_layers`, or the file that holds them
+            (`scripts/calibrate.py`), in the place of those arguments.
 
     Raises:
-        ValueError: impossible settings, with their values, or an unsupported model.
+        ValueError: impossible settings, with their values, an unsupported model, or another model's calibration.
     """
 
     def __init__(
@@ -276,33 +280,43 @@ class QuantizedKVCache(KVCache):
         skip_layers: Sequence[int] = (),
         max_cache_len: int | None = None,
         sinks: int = 4,
+        calibration: Calibration | str | Path | None = None,
     ):
-        settings = QuantSettings(
-            bits if key_bits is None else key_bits,
-            bits if value_bits is None else value_bits,
-            group_size,
-            residual_length or 0,
-            sinks,
-        )
-        check_bits(settings.k_bits)
-        check_bits(settings.v_bits)
-        if type(group_size) is not int or group_size < 16 or group_size % 16:
-            raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
-        if type(settings.residual_length) is not int or settings.residual_length < 0:
+        decoder = config.get_text_config(decoder=True)
+        n_layers = decoder.num_hidden_layers
+        if calibration is None:
+            k_bits = [bits if key_bits is None else key_bits] * n_layers
+            v_bits = [bits if value_bits is None else value_bits] * n_layers
+            for each in (k_bits[0], v_bits[0]):
+                check_bits(each)
+            check_group_size(group_size)
+        else:
+            if (bits, key_bits, value_bits, group_size, tuple(skip_layers)) != (4, None, None, 32, ()):
+                raise ValueError(
+                    "a calibration sets the bits, group_size and skip_layers itself; with it came "
+                    f"{bits=}, {key_bits=}, {value_bits=}, {group_size=}, {skip_layers=}"
+                )
+            made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+            heads, dim = kv_shape(decoder)
+            made.check_model(decoder.model_type, n_layers, heads, dim)
+            k_bits, v_bits = list(made.key_bits), list(made.value_bits)
+            group_size, skip_layers = made.group_size, made.skip_layers
+        residual = residual_length or 0
+        if type(residual) is not int or residual < 0:
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
         if type(sinks) is not int or not 0 <= sinks <= MAX_SINKS:
             raise ValueError(f"sinks must be an int from 0 to {MAX_SINKS}, got {sinks!r}")
         check_max_cache_len(max_cache_len)
-        n_layers = config.get_text_config(decoder=True).num_hidden_layers
         wrong = [i for i in skip_layers if not -n_layers <= i < n_layers]
         if wrong:
             raise ValueError(f"skip_layers {wrong} do not exist in a model of {n_layers} layers")
         skipped = {i % n_layers for i in skip_layers}
-        quantized = functools.partial(KVQuantizedLayer, settings, max_cache_len)
-        exact = functools.partial(KVStaticLayer, max_cache_len)
 
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:
-            return (exact if layer_idx in skipped else quantized)(layer_idx, *shape)
+            if layer_idx in skipped:
+                return KVStaticLayer(max_cache_len, layer_idx, *shape)
+            settings = QuantSettings(k_bits[layer_idx], v_bits[layer_idx], group_size, residual, sinks)
+            return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
 

@@ -8,4 +8,5 @@
 | `rotation.py` | the Hadamard rotation of values |
 | `layout.py` | how the codes of a block of 32 tokens lie in memory, for keys and for values |
 | `packed.py` | the arrays of a layer's quantized tokens, and their dense meaning |
+| `calibration.py` | which bits each layer takes, for which model, and the file that says so |
 """

@@ -1,0 +1,126 @@
+"""`Calibration`: the bits of every layer's keys and values, as `scripts/calibrate.py` chooses and caches use them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .codecs import check_bits, has_zero
+from .layout import BLOCK
+
+VERSION = 1
+EXACT_BITS = 16  # what a number of a skipped layer counts
+
+
+def check_group_size(group_size: int) -> None:
+    if type(group_size) is not int or group_size < 16 or group_size % 16:
+        raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
+
+
+def bits_with_scales(bits: int, group: int) -> float:
+    """Bits that one number takes, its share of a group's bfloat16 scale and zero included."""
+    return bits + (32 if has_zero(bits) else 16) / group
+
+
+def file_name(cache: str) -> str:
+    """The file in a model's folder with the calibration of its cache `"int8"`, `"int4"` or `"int2"`."""
+    return f"kvattn_calibration_{cache}.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibrated `QuantizedKVCache` takes for each layer, and the model it was made for.
+
+    Attributes:
+        model_type: as in the config.
+        layers, kv_heads, head_dim: of the model.
+        group_size: channels that share a value scale.
+        key_bits, value_bits: 8, 4, 3 or 2 for each layer.
+        skip_layers: layers that are not quantized; their bits above count for nothing.
+
+    Raises:
+        ValueError: values that no cache can take, named.
+    """
+
+    model_type: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    group_size: int
+    key_bits: tuple[int, ...]
+    value_bits: tuple[int, ...]
+    skip_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if type(self.model_type) is not str:
+            raise ValueError(f"model_type must be a string, got {self.model_type!r}")
+        for name in ("layers", "kv_heads", "head_dim"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)!r}")
+        check_group_size(self.group_size)
+        if self.head_dim % self.group_size:
+            raise ValueError(f"group_size={self.group_size} does not divide head_dim={self.head_dim}")
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            if type(bits) is not tuple or len(bits) != self.layers:
+                raise ValueError(f"{name} must be {self.layers} numbers, one a layer, got {bits!r}")
+            for each in bits:
+                if type(each) is not int:
+                    raise ValueError(f"{name} must be ints, got {each!r}")
+                check_bits(each)
+        skipped = self.skip_layers
+        if type(skipped) is not tuple or any(type(i) is not int or not 0 <= i < self.layers for i in skipped):
+            raise ValueError(f"skip_layers must be from 0 to {self.layers - 1}, got {skipped!r}")
+
+    @property
+    def bits_per_element(self) -> float:
+        """Average bits of a quantized number, scales included; a skipped layer's numbers count 16."""
+        skipped = len(set(self.skip_layers))
+        used = [i for i in range(self.layers) if i not in self.skip_layers]
+        keys = sum(bits_with_scales(self.key_bits[i], BLOCK) for i in used)
+        values = sum(bits_with_scales(self.value_bits[i], self.group_size) for i in used)
+        return (keys + values + 2 * skipped * EXACT_BITS) / (2 * self.layers)
+
+    def check_model(self, model_type: str, layers: int, kv_heads: int | None, head_dim: int | None) -> None:
+        """Raises ValueError, saying what differs, when it was made for another model than this one."""
+        model = {"model_type": model_type, "layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+        other = [f"{name} {getattr(self, name)!r}, not {value!r}" for name, value in model.items()
+                 if value != getattr(self, name)]  # fmt: skip
+        if other:
+            raise ValueError(f"the calibration was made for another model, one of {' and '.join(other)}")
+
+    def save(self, path: str | Path) -> None:
+        """Writes the JSON file, whole or not at all.
+
+        Raises:
+            ValueError: the file exists.
+        """
+        path = Path(path)
+        if path.exists() or path.is_symlink():
+            raise ValueError(f"{path} exists already: move it away or choose another output")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: a broken file, with its name and what is wrong.
+            OSError: no such file, or one that cannot be read.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(found, dict) or found.pop("version", None) != VERSION:
+                raise ValueError(f"no calibration of version {VERSION}")
+            values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+            return cls(**values)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a calibration file: {error}") from error
