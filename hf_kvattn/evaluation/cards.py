@@ -161,6 +161,7 @@ def _evaluate_bandwidth(results: dict[str, Any]) -> Iterator[EvalResult]:
 EVALUATE = {
     "conversion": _evaluate_conversion,
     "perplexity": _evaluate_perplexity,
+    "calibration": _evaluate_perplexity,
     "throughput": _evaluate_throughput,
     "claims": _evaluate_claims,
     "bandwidth": _evaluate_bandwidth,
@@ -284,6 +285,7 @@ def _limits_of_bandwidth(results: dict[str, Any]) -> list[str]:
 LIMITS = {
     "conversion": _limits_of_conversion,
     "perplexity": _limits_of_perplexity,
+    "calibration": _limits_of_perplexity,
     "throughput": _limits_of_throughput,
     "claims": _limits_of_claims,
     "bandwidth": _limits_of_bandwidth,

@@ -225,6 +225,53 @@ def plot_conversion(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_calibration(results: dict[str, Any]) -> Figure:
+    """The bits of each layer's keys and values above what each costs at equal bits, and the KLD that this gives."""
+    layers, bits = results["layers"], results["settings"]["bits"]
+    figure = _new_figure(max(7.0, 3.6 + 0.24 * len(layers)), 5.0, "Bits where they count", results["conditions"])
+    panels = figure.subplot_mosaic(
+        [["bits", "kld"], ["cost", "kld"]], width_ratios=[3.2, 1], height_ratios=[1, 2], gridspec_kw={"wspace": 0.08}
+    )
+    axes = panels["bits"]
+    shades = {2: "#dbe9f9", 3: "#a9cbf0", 4: "#6ba3e2", 8: "#0b4aa2", None: "#222222"}
+    for y, part in enumerate(("key", "value")):
+        for layer in layers:
+            chosen, x = layer[f"{part}_bits"], layer["layer"]
+            axes.bar(x, 0.9, width=0.92, bottom=0.55 - y, color=shades[chosen])
+            axes.text(x, 1 - y, "-" if chosen is None else str(chosen), ha="center", va="center", fontsize=8,
+                      color="white" if chosen in (8, None) else INK)  # fmt: skip
+    axes.set_yticks([1, 0], ["keys", "values"], fontsize=9, color=INK)
+    axes.set_title("bits chosen" + (" (-: exact)" if any(x["key_bits"] is None for x in layers) else ""),
+                   loc="left", fontsize=9, color=INK)  # fmt: skip
+    axes.tick_params(length=0, labelbottom=False)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes = panels["cost"]
+    for part, color, shift in (("key", OURS[0], -0.2), ("value", OURS[1], 0.2)):
+        costs = [1000 * layer[f"predicted_{part}_kld"] for layer in layers]
+        axes.bar([layer["layer"] + shift for layer in layers], costs, 0.4, color=color, label=f"{part}s")
+    axes.set_ylabel(f"predicted KLD at {bits} bits, 1e-3 nats", fontsize=9, color=INK)
+    axes.set_xlabel("layer", fontsize=9, color=INK)
+    axes.legend(fontsize=8, frameon=False)
+    _plain(axes)
+    for name in ("bits", "cost"):
+        panels[name].set_xlim(-0.7, len(layers) - 0.3)
+    axes = panels["kld"]
+    rows = [row for row in results["rows"] if row["code_bits"] is not None]
+    found = [1000 * row["kld_mean"] for row in rows]
+    colors = [OURS[0] if row["variant"] == "calibrated" else STOCK[1] for row in rows]
+    bars = axes.bar(range(len(rows)), found, 0.6, color=colors)
+    axes.bar_label(bars, [f"{value:.2f}" for value in found], fontsize=8, color=INK, padding=2)
+    names = [row["variant"].replace(", groups of ", "\ngroups of ") for row in rows]
+    axes.set_xticks(range(len(rows)), [f"{name}\n{row['code_bits']:.2f} bits" for name, row in
+                                       zip(names, rows, strict=True)])  # fmt: skip
+    axes.set_title("measured KLD, 1e-3 nats a token", loc="left", fontsize=9, color=INK)
+    axes.margins(y=0.08)
+    _plain(axes)
+    axes.tick_params(axis="x", labelsize=7)
+    return figure
+
+
 def _label_points(axes: Axes, points: list[dict[str, Any]], colors: dict[str, str]) -> None:
     """Name every point, ours first, at the nearest place beside it that covers no point and no other name."""
     from matplotlib.text import Text

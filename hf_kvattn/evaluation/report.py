@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_kvattn.evaluation.plots import (
     plot_bandwidth,
+    plot_calibration,
     plot_claims,
     plot_conversion,
     plot_perplexity,
@@ -299,6 +300,45 @@ def _conversion_text(results: dict[str, Any]) -> str:
     return notes + "\n" + markdown_table(header, rows)
 
 
+def _calibration_text(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"Bits of each layer's keys and values, chosen on {settings['calibration_tokens']} tokens of "
+        f"{results['conditions']['calibration_text']}; groups of {settings['group_size']}. Measured on other text: "
+        f"{settings['windows']} windows of {settings['window']} tokens, a prefill of {settings['prefill']}, then "
+        f"strides of {settings['stride']} through the cache; {settings['scored_tokens']} predictions scored. KLD is "
+        f"KL({BASELINE} || variant) in nats a token. Bits of codes count their scales; bits a number count exact "
+        "tokens too, with what this length leaves of them.\n"
+    )
+    header = ["cache", "bits of codes", "bits a number", "perplexity", "change %", "KLD", "calibrated KLD over this"]
+    header += ["KLD p99", "same top-1 %"]
+    rows = [
+        [
+            row["variant"],
+            _number(row["code_bits"], "{:.3f}"),
+            _number(row["bits_per_element"], "{:.2f}"),
+            _number(row["perplexity"], "{:.3f}"),
+            _number(row["perplexity_change_pct"], "{:+.2f}"),
+            _number(row["kld_mean"], "{:.5f}"),
+            _number(row["kld_share"], "{:.3f}"),
+            _number(row["kld_p99"], "{:.4f}"),
+            _number(row["same_top1_pct"], "{:.2f}"),
+        ]
+        for row in results["rows"]
+    ]
+    predicted = f"predicted KLD at {settings['bits']} bits"
+    layers = [
+        [
+            str(layer["layer"]),
+            *(_number(layer[f"{part}_bits"], "{:d}") for part in ("key", "value")),
+            *(_number(layer[f"predicted_{part}_kld"], "{:.2e}") for part in ("key", "value")),
+        ]
+        for layer in results["layers"]
+    ]
+    layer_header = ["layer", "key bits", "value bits", f"keys: {predicted}", f"values: {predicted}"]
+    return "\n".join([notes, markdown_table(header, rows), markdown_table(layer_header, layers)])
+
+
 def _conditions_text(found: dict[str, Any]) -> str:
     lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
@@ -320,6 +360,7 @@ KINDS: dict[str, Kind] = {
     "perplexity": Kind("Perplexity", _perplexity_text, "kld_bits.png", plot_perplexity),
     "claims": Kind("Claims", _claims_text, "claims.png", plot_claims),
     "bandwidth": Kind("Decode attention against the memory's speed", _bandwidth_text, "bandwidth.png", plot_bandwidth),
+    "calibration": Kind("Calibration", _calibration_text, "calibrated_bits.png", plot_calibration),
 }
 
 

@@ -1,0 +1,371 @@
+"""Calibration: how many bits the keys and the values of each layer are worth, measured on text.
+
+An error in the cache shifts the predictions by KL(exact || quantized), to second order half the mean square of
+g . error, where g is the gradient of the log-likelihood of tokens drawn from the model's own predictions (the Fisher
+information). One forward and one backward pass over a window give g for every cached key and value, so each layer, each
+of its two tensors and each number of bits is judged by the codes that the cache itself would write, without a pass for
+each. The sums over tokens and over layers take errors to be independent of each other; measured against the divergence
+of real runs, one part quantized at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_kvattn.caches.base import kv_shape
+from hf_kvattn.caches.quantized import KVQuantizedLayer, QuantizedKVCache, QuantSettings
+from hf_kvattn.evaluation import perplexity, report
+from hf_kvattn.evaluation.variants import BASELINE, MakeCache, Variant
+from hf_kvattn.plugin import attention_modules
+from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
+from hf_kvattn.quant.layout import BLOCK
+
+BITS = (2, 3, 4, 8)
+SINKS = 4  # exact in the cache unless it is told otherwise
+LEAST_WINDOW = SINKS + BLOCK  # tokens: one block is quantized then
+FP8_LARGEST = 448.0  # of float8_e4m3, which stands for the largest number seen
+SCALES = ("tensor", "head")
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What quantizing one part costs, in nats a token, and the largest numbers seen.
+
+    Attributes:
+        keys: (layers, bits) float64, a column for each of `BITS`.
+        values: the same for each group size.
+        k_absmax, v_absmax: (layers, KV heads) float32.
+        tokens: how many were looked at.
+    """
+
+    keys: torch.Tensor
+    values: dict[int, torch.Tensor]
+    k_absmax: torch.Tensor
+    v_absmax: torch.Tensor
+    tokens: int
+
+
+class _Recorder(DynamicCache):
+    """Keeps keys and values of one forward from an empty cache as they are, part of the graph, with their gradients."""
+
+    def __init__(self, config) -> None:
+        super().__init__(config=config)
+        self.recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        key_states.retain_grad()
+        value_states.retain_grad()
+        self.recorded[layer_idx] = key_states, value_states
+        return key_states, value_states
+
+    def check_finite(self) -> None:
+        for i, (k, v) in self.recorded.items():
+            if not (torch.isfinite(k).all() and torch.isfinite(v).all()):
+                raise ValueError(f"layer {i} has keys or values that are NaN or infinite on the calibration text")
+
+
+@contextmanager
+def _only_activations_have_gradients(model: PreTrainedModel) -> Iterator[None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def group_sizes(head_dim: int) -> list[int]:
+    """The group sizes that a cache of this head_dim can have."""
+    return [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
+
+
+def default_group_size(head_dim: int) -> int:
+    """That of a `QuantizedKVCache` which is told nothing, or the next smaller one that divides head_dim."""
+    return 32 if head_dim % 32 == 0 else 16
+
+
+def budget_of(bits: int, group_size: int) -> float:
+    """Bits a number, scales included, of an uncalibrated cache."""
+    return (bits_with_scales(bits, BLOCK) + bits_with_scales(bits, group_size)) / 2
+
+
+def check_budget(budget: float, sizes: list[int]) -> None:
+    """Raises ValueError, with the least and the most, where no choice of bits and of these group sizes meets it."""
+    least = min(budget_of(min(BITS), size) for size in sizes)
+    if not least <= budget <= EXACT_BITS:
+        raise ValueError(
+            f"a budget of {budget:g} bits a number is impossible: from {least:g} (2 bits everywhere) to {EXACT_BITS} "
+            "(nothing quantized)"
+        )
+
+
+def spread(tokenizer: PreTrainedTokenizerBase, text: str, windows: int, window: int) -> torch.Tensor:
+    """Windows of a text, evenly spread over it: token ids, (windows, window).
+
+    Raises:
+        ValueError: a text that is too short.
+    """
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    whole = len(ids) // window
+    if whole < windows:
+        raise ValueError(f"the calibration text has {len(ids)} tokens: too short for {windows} windows of {window}")
+    return ids[: whole * window].view(whole, window)[torch.arange(windows) * whole // windows]
+
+
+def measure(
+    model: PreTrainedModel, windows: torch.Tensor, sizes: list[int], seed: int = 0, progress: bool = False
+) -> Sensitivity:
+    """Run text through the model and judge every layer's keys and values at each number of bits.
+
+    Args:
+        model: of a kind that `hf_kvattn.enable` serves; float32 is best. It comes back as it was.
+        windows: token ids, (windows, tokens), at least 36 tokens each.
+        sizes: the group sizes of values to judge.
+        seed: of the tokens drawn from the predictions.
+        progress: show a bar on stderr.
+    """
+    layers = len(attention_modules(model))
+    heads = kv_shape(model.config.get_text_config(decoder=True))[0]
+    assert heads is not None
+    if windows.shape[1] < LEAST_WINDOW:
+        raise ValueError(f"windows of {windows.shape[1]} tokens hold no block to quantize: {LEAST_WINDOW} at least")
+    generator = torch.Generator(model.device).manual_seed(seed)
+    keys = torch.zeros(layers, len(BITS), dtype=torch.float64)
+    values = {size: torch.zeros_like(keys) for size in sizes}
+    k_absmax, v_absmax = torch.zeros(2, layers, heads)
+    with _only_activations_have_gradients(model):
+        for ids in tqdm(windows, desc="calibrating", unit="window", disable=not progress):
+            recorder = _Recorder(model.config)
+            with torch.enable_grad():
+                logits = model(ids[None].to(model.device), past_key_values=recorder, use_cache=True).logits[0]
+                recorder.check_finite()
+                predicted = torch.log_softmax(logits.float(), dim=-1)
+                drawn = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
+                predicted.gather(1, drawn).sum().backward()
+            for i, (k, v) in recorder.recorded.items():
+                for absmax, x in ((k_absmax, k), (v_absmax, v)):
+                    absmax[i] = torch.maximum(absmax[i], x.detach().abs().amax((0, 2, 3)).float().cpu())
+                for column, bits in enumerate(BITS):
+                    for size in sizes:
+                        key_cost, value_cost = _costs(i, k, v, bits, size)
+                        values[size][i, column] += value_cost
+                    keys[i, column] += key_cost
+    tokens = windows.numel()
+    return Sensitivity(keys / tokens, {size: x / tokens for size, x in values.items()}, k_absmax, v_absmax, tokens)
+
+
+@torch.no_grad()
+def _costs(i: int, k: torch.Tensor, v: torch.Tensor, bits: int, group_size: int) -> list[float]:
+    """What the codes that a cache makes of `k` and of `v` cost, summed over tokens, in nats."""
+    layer = KVQuantizedLayer(QuantSettings(bits, bits, group_size, 0, SINKS), None, i)
+    layer.append(k, v)
+    layer.settle()
+    costs = []
+    for x, stored in zip((k, v), layer.dense(), strict=True):
+        assert x.grad is not None
+        shift = ((stored - x).double() * x.grad.double()).sum(-1)
+        costs.append(shift.square().sum().item() / 2)
+    return costs
+
+
+def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[Calibration, float]:
+    """The bits of each layer, and the group size, with the least predicted KLD within `budget` bits a number.
+
+    A knapsack with one choice a layer: keys and values at 2, 3, 4 or 8 bits each, or the layer left exact.
+
+    Returns:
+        the calibration, and its predicted KLD in nats a token.
+
+    Raises:
+        ValueError: an impossible budget.
+    """
+    decoder = model.config.get_text_config(decoder=True)
+    heads, dim = kv_shape(decoder)
+    assert heads is not None and dim is not None
+    check_budget(budget, list(found.values))
+    pairs = list(product(range(len(BITS)), repeat=2))
+    best: tuple[Calibration, float] | None = None
+    for size, values in found.values.items():
+        unit = 1 / (2 * size)  # every cost below is a whole number of these
+        bits_of_pairs = [bits_with_scales(BITS[a], BLOCK) + bits_with_scales(BITS[b], size) for a, b in pairs]
+        costs = [round(bits / unit) for bits in [*bits_of_pairs, 2 * EXACT_BITS]]
+        errors = [[*((found.keys[i, a] + values[i, b]).item() for a, b in pairs), 0.0] for i in range(len(found.keys))]
+        chosen = _knapsack(costs, errors, math.floor(2 * budget * len(errors) / unit + 1e-6))
+        if chosen is None:
+            continue
+        total = sum(row[choice] for row, choice in zip(errors, chosen, strict=True))
+        if best is not None and best[1] <= total:
+            continue
+        skipped = tuple(i for i, choice in enumerate(chosen) if choice == len(pairs))
+        bits = [(8, 8) if i in skipped else tuple(BITS[j] for j in pairs[choice]) for i, choice in enumerate(chosen)]
+        key_bits, value_bits = zip(*bits, strict=True)
+        best = Calibration(decoder.model_type, len(errors), heads, dim, size, key_bits, value_bits, skipped), total
+    assert best is not None
+    return best
+
+
+def _knapsack(costs: list[int], errors: list[list[float]], capacity: int) -> list[int] | None:
+    """For each row of `errors` one choice, of these costs, so that the errors' sum is least; None if nothing fits."""
+    common = math.gcd(*costs)
+    costs, capacity = [cost // common for cost in costs], capacity // common
+    best = torch.zeros(capacity + 1, dtype=torch.float64)  # by what may be spent
+    choices = []
+    for row in errors:
+        table = torch.full((len(costs), capacity + 1), torch.inf, dtype=torch.float64)
+        for choice, (cost, error) in enumerate(zip(costs, row, strict=True)):
+            if cost <= capacity:
+                table[choice, cost:] = best[: capacity + 1 - cost] + error
+        best, choice_at = table.min(0)
+        choices.append(choice_at)
+    if best[-1].isinf():
+        return None
+    left, chosen = capacity, []
+    for choice_at in reversed(choices):
+        chosen.append(int(choice_at[left]))
+        left -= costs[chosen[-1]]
+    return chosen[::-1]
+
+
+def compare(
+    model: PreTrainedModel,
+    calibration: Calibration,
+    found: Sensitivity,
+    bits: int,
+    token_ids: torch.Tensor,
+    *,
+    window: int,
+    windows: int,
+    stride: int = 32,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure the calibrated cache beside uncalibrated ones on other text; a dict that JSON can hold.
+
+    Args:
+        bits: of the uncalibrated caches: one with the default group size, and one with the calibration's.
+        token_ids: at least `windows * window`; the first half of each window is one prefill.
+    """
+    sizes = list(dict.fromkeys([default_group_size(calibration.head_dim), calibration.group_size]))
+    variants = [
+        Variant(uncalibrated_name(bits, size), True, _make(bits=bits, group_size=size), exact=False) for size in sizes
+    ]
+    variants.append(Variant("calibrated", True, _make(calibration=calibration), exact=False))
+    results = perplexity.measure(
+        model,
+        token_ids,
+        variants=variants,
+        window=window,
+        prefill=window // 2,
+        stride=stride,
+        windows=windows,
+        progress=progress,
+    )
+    rows = {row["variant"]: row for row in results["rows"]}
+    skipped = calibration.skip_layers
+    codes = {uncalibrated_name(bits, size): budget_of(bits, size) for size in sizes}
+    codes["calibrated"] = calibration.bits_per_element
+    for name, row in rows.items():
+        row["code_bits"] = codes.get(name)
+        row["kld_share"] = rows["calibrated"]["kld_mean"] / row["kld_mean"] if row["kld_mean"] else None
+    column = BITS.index(bits)
+    return results | {
+        "kind": "calibration",
+        "settings": results["settings"]
+        | {
+            "bits": bits,
+            "calibration_tokens": found.tokens,
+            "group_size": calibration.group_size,
+            "bits_per_element": calibration.bits_per_element,
+        },
+        "layers": [
+            {
+                "layer": i,
+                "key_bits": None if i in skipped else calibration.key_bits[i],
+                "value_bits": None if i in skipped else calibration.value_bits[i],
+                "predicted_key_kld": found.keys[i, column].item(),
+                "predicted_value_kld": found.values[calibration.group_size][i, column].item(),
+            }
+            for i in range(calibration.layers)
+        ],
+        "baseline": BASELINE,
+    }
+
+
+def uncalibrated_name(bits: int, group_size: int) -> str:
+    return f"int{bits}, groups of {group_size}"
+
+
+def _make(**settings: Any) -> MakeCache:
+    return lambda config, capacity: QuantizedKVCache(config, max_cache_len=capacity, **settings)
+
+
+def export_scales(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Sensitivity,
+    folder: Path,
+    strategy: str = "tensor",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write the model with `k_scale` and `v_scale` of every attention module, as compressed-tensors lays them out.
+
+    vLLM reads them for its fp8 cache: a number is stored as float8_e4m3 of itself over the scale. `config.json` says so
+    in `quantization_config.kv_cache_scheme`; the weights stay as they are.
+
+    Args:
+        strategy: `tensor`, a scale (1,) for each of K and V in a layer, or `head`, (KV heads, 1, 1).
+
+    Raises:
+        ValueError: a model that is quantized already, or files that do not hold what was written.
+    """
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("the model has a quantization_config already: scales are exported of a plain one")
+    names = {id(module): name for name, module in model.named_modules()}
+    modules = attention_modules(model)
+    scales: dict[str, torch.Tensor] = {}
+    for letter, absmax in (("k", found.k_absmax), ("v", found.v_absmax)):
+        for module in modules:
+            largest = absmax[int(module.layer_idx)]  # type: ignore[arg-type]  # an nn.Module's attribute
+            largest = largest[:, None, None] if strategy == "head" else largest.amax().reshape(1)
+            scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
+            scales[f"{names[id(module)]}.{letter}_scale"] = scale.contiguous()
+    model.save_pretrained(folder, state_dict={**model.state_dict(), **scales}, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = report.read_json(path) | {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "quantization_status": "frozen",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "attn_head" if strategy == "head" else "tensor",
+                "dynamic": False,
+            },
+        }
+    }
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    written: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        written |= load_file(file)
+    lost = [name for name, scale in scales.items() if name not in written or not torch.equal(written[name], scale)]
+    if lost:
+        raise ValueError(f"{len(lost)} scales are not in the written checkpoint, {lost[0]} among them")
