@@ -60,7 +60,8 @@ def output_path(args: argparse.Namespace) -> Path:
     return path
 
 
-def run(args: argparse.Namespace) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
     path = output_path(args)
     report.check_out_dir(args.report)
     if args.report is not None and args.text == args.calibration_text:
@@ -107,7 +108,9 @@ def run(args: argparse.Namespace) -> None:
                 stride=args.stride,
                 progress=True,
             )
-            results["conditions"] = inputs.conditions(model, args) | {"calibration_text": args.calibration_text}
+            results["conditions"] = inputs.conditions(model, args) | {
+                "calibration_text": inputs.source_name(args.calibration_text)
+            }
             print(report.table(results))
         if folder is not None:
             calibrate.export_scales(model, tokenizer, found, folder, args.scales)
@@ -117,12 +120,8 @@ def run(args: argparse.Namespace) -> None:
     print("written: " + ", ".join(str(each) for each in (path, args.report, args.export_scales) if each))
     if args.json:
         print(json.dumps(results, allow_nan=False))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    return output.exit_code("calibrate.py", lambda: run(args))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(inputs.run(main))

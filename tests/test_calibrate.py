@@ -22,7 +22,7 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache
 from hf_kvattn.caches.static import KVStaticLayer
 from hf_kvattn.convert import calibrate
-from hf_kvattn.evaluation import cards
+from hf_kvattn.evaluation import cards, inputs
 from hf_kvattn.quant.calibration import Calibration, file_name
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "calibrate.py"
@@ -325,7 +325,8 @@ def text_file(folder: Path, tokens: int = 700, seed: int = 0) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return runpy.run_path(str(SCRIPT))["main"]([str(argument) for argument in arguments])
+    main = runpy.run_path(str(SCRIPT))["main"]
+    return inputs.run(lambda: main([str(argument) for argument in arguments]))
 
 
 def small(tmp_path: Path) -> list[object]:
@@ -377,7 +378,7 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(saved, tmp_path
         capsys.readouterr()
         assert run(*common, "--export-scales", tmp_path / "scales", *arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("calibrate.py: error: ") and message in error
+        assert error.split(": error: ")[0].endswith(".py") and message in error
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -385,7 +386,7 @@ def test_models_of_other_kinds_are_refused(saved, tmp_path, capsys):
     path = saved / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "mamba"}))
     assert run("--model", saved, *small(tmp_path)) == 2
-    assert "calibrate.py: error: " in capsys.readouterr().err.splitlines()[-1]
+    assert ": error: " in capsys.readouterr().err.splitlines()[-1]
     assert not (saved / file_name("int4")).exists()
 
 

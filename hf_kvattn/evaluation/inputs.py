@@ -201,7 +201,7 @@ def _portable(argument: str) -> str:
     return option + equals + (os.path.basename(os.path.normpath(path)) if relative.startswith("..") else relative)
 
 
-def _name(source: str) -> str:
+def source_name(source: str) -> str:
     """What a model or text is called: a hub id or a keyword as it is, a local file or folder by its own name."""
     return os.path.basename(os.path.abspath(source)) if os.path.exists(source) else source
 
@@ -218,8 +218,8 @@ def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *map(_portable, sys.argv)]),
-        "model": _name(args.model),
-        "text": _name(args.text),
+        "model": source_name(args.model),
+        "text": source_name(args.text),
         "backend": args.backend,
         "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
