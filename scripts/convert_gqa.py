@@ -70,15 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
         report.require_plotting()
         calibration_text, text = inputs.load_text(args.calibration_text), inputs.load_text(args.text)
         model, tokenizer = inputs.load_model(args.model, torch.float32)
-        heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window)
-        ids = torch.tensor(tokenizer(calibration_text, add_special_tokens=False, verbose=False)["input_ids"])
+        heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window).view(args.windows, args.window)
         converted, results = compare.compare(
             model,
             methods,
             kv_heads=args.kv_heads,
-            text_windows=ids[: len(ids) // args.window * args.window].view(-1, args.window),
+            text_windows=inputs.load_windows(tokenizer, calibration_text, args.window),
             calibration_windows=args.calibration_windows,
-            heldout_windows=heldout.view(args.windows, args.window),
+            heldout_windows=heldout,
             uptrain_steps=args.uptrain_steps,
             learning_rate=args.learning_rate,
             batch_size=args.batch_size,
@@ -86,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         output.cast(converted, inputs.DTYPES[args.dtype])
         output.save(converted, tokenizer, folder, args.max_shard_size)
-        compare.complete(results, model, converted, heldout.view(args.windows, args.window))
+        compare.complete(results, model, converted, heldout)
         results["conditions"] = inputs.conditions(model, args)
         report.write(results, folder)
         cards.write(folder)

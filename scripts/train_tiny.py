@@ -41,6 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def byte_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of this many tokens, at least the 256 bytes and the end of a text."""
+    if vocabulary <= 256:
+        raise ValueError(f"a vocabulary of {vocabulary} cannot hold the 256 bytes and the end of a text")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -54,6 +56,9 @@ def byte_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    kv_heads = args.kv_heads or args.heads
+    if args.heads % kv_heads:
+        raise ValueError(f"--heads {args.heads} is no multiple of --kv-heads {kv_heads}")
     held_out = sorted(topics)[::HELD_OUT_EVERY]
     text = "\n".join(topics[key] for key in sorted(set(topics) - set(held_out)))
     with output.new_folder(args.output) as folder:
@@ -65,15 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
             intermediate_size=3 * args.hidden_size,
             num_hidden_layers=args.layers,
             num_attention_heads=args.heads,
-            num_key_value_heads=args.kv_heads or args.heads,
+            num_key_value_heads=kv_heads,
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
         model = LlamaForCausalLM(config)
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        windows = ids[: len(ids) // args.window * args.window].view(-1, args.window)
+        windows = inputs.load_windows(tokenizer, text, args.window)
         losses = training.train(
             model,
             windows,
@@ -86,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
         tokenizer.save_pretrained(folder)
         (folder / "train.txt").write_text(text, encoding="utf-8")
         (folder / "heldout.txt").write_text("\n".join(topics[key] for key in held_out), encoding="utf-8")
-    print(f"written: {args.output}, {model.num_parameters()} weights, {len(ids)} tokens of text")
+    print(f"written: {args.output}, {model.num_parameters()} weights, {windows.numel()} tokens of text")
     print(f"training loss: {losses[0]:.3f} nats a token at first, {losses[-1]:.3f} at last")
     return 0
 

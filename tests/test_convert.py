@@ -409,10 +409,8 @@ def trained(texts, tmp_path_factory) -> tuple[Path, list[float]]:
     """A folder with an MHA model of bytes that has learned something in seconds, and its training losses."""
     tokenizer = runpy.run_path(str(SCRIPTS / "train_tiny.py"))["byte_tokenizer"]("", 257)
     model = tiny_model(vocab_size=len(tokenizer), num_key_value_heads=4, num_hidden_layers=2, initializer_range=0.05)
-    ids = torch.tensor(tokenizer(texts["train"].read_text(encoding="utf-8"), verbose=False)["input_ids"])
-    losses = training.train(
-        model, ids[: len(ids) // 64 * 64].view(-1, 64), steps=200, learning_rate=6e-3, batch_size=16
-    )
+    windows = inputs.load_windows(tokenizer, texts["train"].read_text(encoding="utf-8"), 64)
+    losses = training.train(model, windows, steps=200, learning_rate=6e-3, batch_size=16)
     folder = tmp_path_factory.mktemp("trained") / "mha"
     model.save_pretrained(folder, max_shard_size="100KB")
     tokenizer.save_pretrained(folder)
@@ -469,6 +467,12 @@ def test_training_learns_from_a_teacher_and_refuses_half_precision(trained, text
     assert abs(nothing) < 1e-5  # KL of a model with itself
     with pytest.raises(ValueError, match="float32, not torch.bfloat16"):
         training.train(model.to(torch.bfloat16), windows, steps=1, learning_rate=1e-4)
+    with pytest.raises(ValueError, match="nothing to train: 0 windows"):
+        training.train(model.float(), windows[:0], steps=1, learning_rate=1e-4)
+    for methods, kv_heads in ((["mean"], None), (["expand"], 2), ([], 2), ([], None)):
+        with pytest.raises(ValueError, match=f"kv_heads={kv_heads}"):
+            compare.compare(model, methods, kv_heads=kv_heads, text_windows=windows, calibration_windows=1,
+                            heldout_windows=windows)  # fmt: skip
     with pytest.raises(ValueError, match="has 10 windows, not 11"):
         compare.compare(model, ["mean"], kv_heads=2, text_windows=windows, calibration_windows=11,
                         heldout_windows=windows)  # fmt: skip
@@ -557,5 +561,10 @@ def test_a_tiny_model_is_trained_and_its_held_out_text_kept_apart(tmp_path, caps
     assert 5 * len(heldout) < len(train) and heldout[2000:2500] not in train
     assert tokenizer.decode(tokenizer(heldout[:300])["input_ids"]) == heldout[:300]
     before = {tmp_path / "tiny"}
-    line = refused(capsys, tmp_path, before, "train_tiny", "--output", tmp_path / "x", "--heads", 5, *sizes[:6])
-    assert "32" in line and "5" in line
+    for wrong, reason in (
+        (["--heads", 5], "5"),
+        (["--kv-heads", 3], "--heads 4 is no multiple of --kv-heads 3"),
+        (["--window", 10_000_000], "0 windows of text"),
+        (["--vocabulary", 256], "a vocabulary of 256"),
+    ):
+        assert reason in refused(capsys, tmp_path, before, "train_tiny", "--output", tmp_path / "x", *sizes, *wrong)

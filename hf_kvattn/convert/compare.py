@@ -61,18 +61,18 @@ def compare(
         batch_size: windows a step.
         progress: show bars on stderr.
     """
+    if (kv_heads is None) != (list(methods) == [EXPAND]) or not methods:
+        raise ValueError(f"{methods=} do not go with {kv_heads=}: {EXPAND!r} alone needs none, all others do")
     if calibration_windows > len(text_windows):
         raise ValueError(f"the calibration text has {len(text_windows)} windows, not {calibration_windows}")
     gqa.check(model)
     spread = torch.arange(calibration_windows) * len(text_windows) // calibration_windows
     before = perplexity_of(model, heldout_windows)
-    rows: list[dict[str, Any]] = []
-    chosen: PreTrainedModel | None = None
-    for method in methods:
-        if method == EXPAND:
+
+    def converted_by(method: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        if kv_heads is None:
             converted = gqa.expand(model)
         else:
-            assert kv_heads is not None
             calibration = text_windows[spread] if method == "activation" else None
             converted = gqa.convert(model, kv_heads, method, calibration, progress)
         row: dict[str, Any] = {"method": method, **_loss(perplexity_of(converted, heldout_windows), before)}
@@ -87,10 +87,10 @@ def compare(
                 progress=progress,
             )
             row["uptrained"] = _loss(perplexity_of(converted, heldout_windows), before) | {"training_kl_nats": losses}
-        rows.append(row)
-        if chosen is None:
-            chosen = converted
-    assert chosen is not None
+        return converted, row
+
+    chosen, first = converted_by(methods[0])
+    rows = [first, *(converted_by(method)[1] for method in methods[1:])]
     reference = next((row["loss"] for row in rows if row["method"] == REFERENCE), None)
     for row in rows:
         row["share_of_mean_loss"] = row["loss"] / reference if reference else None

@@ -49,6 +49,8 @@ def train(
     """
     if model.dtype != torch.float32:
         raise ValueError(f"training needs a model in float32, not {model.dtype}")
+    if not len(windows) or steps < 1:
+        raise ValueError(f"nothing to train: {len(windows)} windows of text, {steps=}")
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)

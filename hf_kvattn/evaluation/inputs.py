@@ -164,6 +164,12 @@ def load_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> to
     return torch.tensor(ids[:count], dtype=torch.long)
 
 
+def load_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> torch.Tensor:
+    """All whole windows of the text's tokens, without special tokens: (windows, `window`)."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    return ids[: len(ids) // window * window].view(-1, window)
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:
