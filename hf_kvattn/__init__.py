@@ -9,6 +9,7 @@ model.generate(**inputs, past_key_values=StaticKVCache(model.config, max_cache_l
 
 from .caches.base import KVCache
 from .caches.quantized import QuantizedKVCache
+from .caches.serialize import load_cache, save_cache
 from .caches.static import StaticKVCache
 from .describe import describe
 from .dispatch import backend, set_backend
@@ -26,5 +27,7 @@ __all__ = [
     "enable",
     "enabled",
     "is_enabled",
+    "load_cache",
+    "save_cache",
     "set_backend",
 ]

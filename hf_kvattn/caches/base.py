@@ -5,8 +5,10 @@ The only file that imports `transformers.cache_utils`.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -28,6 +30,7 @@ class KVLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
 
     # Set at the first append.
     batch_size: int
@@ -79,6 +82,36 @@ class KVLayer(CacheLayerMixin):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, with everything needed to read them."""
+
+    @abstractmethod
+    def filled(self) -> dict[str, torch.Tensor]:
+        """Everything that is stored, by name: views without spare capacity, after the first append."""
+
+    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+        """Makes an unused layer one that holds tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
+
+        What `filled` returns is allocated, and whatever was in memory until it is written.
+
+        Raises:
+            ValueError: `counts` (a number for each name in the class's `counts`) that no layer can have.
+        """
+        self.check(like, like)
+        self.lazy_initialization(like, like)
+        self.seen = counts["seen"]
+
+    def verify(self) -> None:
+        """Raises ValueError when `filled`, written from outside, holds numbers that no append leaves there."""
+
+    @abstractmethod
+    def move(self, device: torch.device | str) -> None:
+        """Moves the buffers; `device`, where tokens come from, stays."""
+
+    def offload(self) -> None:
+        self.move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.move(self.device)
 
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -185,6 +218,7 @@ class KVCache(Cache):
     """
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
+    settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
         check_config(config)
@@ -192,6 +226,33 @@ class KVCache(Cache):
         heads, dim = kv_shape(decoder)
         windows = native_windows(decoder)
         super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
+        known = {name: getattr(decoder, name, None) for name in _FINGERPRINT}
+        shapes = {"num_key_value_heads": heads, "head_dim": dim, "sliding_windows": windows}
+        self.fingerprint: dict[str, Any] = copy.deepcopy(known | shapes)  # of the model; the config may change
+
+    def to(
+        self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
+    ) -> KVCache:
+        """Moves keys and values to `device`, in place, and returns the cache; an unused cache follows its model anyway.
+
+        Raises:
+            ValueError: another dtype than the cache holds: rounded keys and values are not those that the model in
+                that dtype would have stored, and codes have no dtype to change.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        used = [layer for layer in self.layers if layer.is_initialized]
+        for layer in used:
+            if dtype not in (None, layer.dtype):
+                raise ValueError(
+                    f"a cache of {layer.dtype} is not converted to {dtype}: its keys and values would not be those "
+                    "of the model in that dtype; let the model fill a new cache"
+                )
+        if device is not None:
+            for layer in used:
+                layer.move(torch.device(device))
+                layer.device = next(iter(layer.filled().values())).device
+        return self
 
     def writer(self, layer_idx: int) -> LayerWriter:
         """The stand-in for this cache in the forward of attention layer `layer_idx`."""
@@ -230,6 +291,17 @@ def kv_shape(decoder: PreTrainedConfig) -> tuple[int | None, int | None]:
     if dim is None and hasattr(decoder, "hidden_size") and hasattr(decoder, "num_attention_heads"):
         dim = decoder.hidden_size // decoder.num_attention_heads
     return heads, dim
+
+
+# What of a decoder's config the meaning of cached keys and values depends on, beside their shapes.
+_FINGERPRINT = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "vocab_size",
+    "rope_parameters",
+)
 
 
 def native_windows(decoder: PreTrainedConfig) -> list[int | None]:

@@ -46,6 +46,8 @@ class KVQuantizedLayer(KVLayer):
     again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
     """
 
+    counts = ("seen", "packed_tokens")
+
     def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
         super().__init__(max_cache_len, layer_idx, *shape)
         self.settings = settings
@@ -230,14 +232,35 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
         self.batch_size = self._exact_k.shape[0]
 
-    def offload(self) -> None:
-        self._move("cpu")
+    def filled(self) -> dict[str, torch.Tensor]:
+        exact, blocks = self.seen - self.packed_tokens, self.packed_tokens // BLOCK
+        tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
+        if blocks:
+            tensors |= {name: t if name == "k_mean" else t[:, :, :blocks] for name, t in self._packed.items()}
+        return tensors
 
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._move(self.device)
+    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+        seen, packed, sinks = counts["seen"], counts["packed_tokens"], self.settings.sinks
+        if packed % BLOCK or (packed and packed > seen - sinks):
+            raise ValueError(
+                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {sinks} exact ones do not fit "
+                f"into {seen} tokens"
+            )
+        super().prepare(like, counts)
+        if packed // BLOCK > self._packed["k_codes"].shape[2]:
+            self._allocate(packed // BLOCK)
+        if seen - packed > self._exact_k.shape[2]:
+            self._resize_exact(seen - packed, 0)
+        self.packed_tokens = packed
 
-    def _move(self, device: torch.device | str) -> None:
+    def verify(self) -> None:
+        for name, tensor in self.filled().items():
+            if name in ("k_mean", "k_zero", "v_zero", "k_scale", "v_scale") and not bool(tensor.isfinite().all()):
+                raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
+            if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
+                raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
+
+    def move(self, device: torch.device | str) -> None:
         self._packed = {name: tensor.to(device) for name, tensor in self._packed.items()}
         self._exact_k, self._exact_v = self._exact_k.to(device), self._exact_v.to(device)
 
@@ -319,6 +342,15 @@ class QuantizedKVCache(KVCache):
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
+        self.settings = {
+            "key_bits": settings.k_bits,
+            "value_bits": settings.v_bits,
+            "group_size": group_size,
+            "residual_length": settings.residual_length,
+            "skip_layers": sorted(skipped),
+            "max_cache_len": max_cache_len,
+            "sinks": sinks,
+        }
 
 
 @functools.lru_cache(maxsize=1)

@@ -32,6 +32,9 @@ class KVStaticLayer(KVLayer):
         """Views of the filled part; no copy."""
         return self._k[:, :, : self.seen], self._v[:, :, : self.seen]
 
+    def filled(self) -> dict[str, torch.Tensor]:
+        return dict(zip("kv", self.dense(), strict=True))
+
     @property
     def nbytes(self) -> int:
         return 2 * self._k.numel() * self._k.element_size()
@@ -81,12 +84,8 @@ class KVStaticLayer(KVLayer):
             self.seen = stored
         self._k[:, :, :stored], self._v[:, :, :stored] = k, v
 
-    def offload(self) -> None:
-        self._k, self._v = self._k.to("cpu"), self._v.to("cpu")
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._k, self._v = self._k.to(self.device), self._v.to(self.device)
+    def move(self, device: torch.device | str) -> None:
+        self._k, self._v = self._k.to(device), self._v.to(device)
 
 
 class StaticKVCache(KVCache):
@@ -109,3 +108,4 @@ class StaticKVCache(KVCache):
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
         check_max_cache_len(max_cache_len)
         super().__init__(config, functools.partial(KVStaticLayer, max_cache_len))
+        self.settings = {"max_cache_len": max_cache_len}
