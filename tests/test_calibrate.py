@@ -458,3 +458,10 @@ def test_a_quantized_model_is_not_exported(saved, tmp_path):
     with pytest.raises(ValueError, match="has a quantization_config already"):
         calibrate.export_scales(model, None, found, tmp_path)
     assert not list(tmp_path.glob("*.json"))
+
+
+def test_a_calibrated_cache_is_not_saved_with_bits_that_it_does_not_have(tmp_path):
+    cache = QuantizedKVCache(tiny_config(), calibration=GIVEN)
+    with pytest.raises(ValueError, match="a calibrated cache has bits of its own in each layer"):
+        hf_kvattn.save_cache(cache, tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -342,11 +342,12 @@ class QuantizedKVCache(KVCache):
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
+        self.calibrated = calibration is not None  # then `settings` do not say all
         self.settings = {
-            "key_bits": settings.k_bits,
-            "value_bits": settings.v_bits,
+            "key_bits": k_bits[0],
+            "value_bits": v_bits[0],
             "group_size": group_size,
-            "residual_length": settings.residual_length,
+            "residual_length": residual,
             "skip_layers": sorted(skipped),
             "max_cache_len": max_cache_len,
             "sinks": sinks,

@@ -115,6 +115,8 @@ def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     """The metadata of a cache's file, as JSON can hold it."""
     if _CLASSES.get(type(cache).__name__) is not type(cache):
         raise ValueError(f"caches that can be saved are {list(_CLASSES)}, got {type(cache).__name__}")
+    if getattr(cache, "calibrated", False):
+        raise ValueError("a calibrated cache has bits of its own in each layer, which this file format does not hold")
     empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")

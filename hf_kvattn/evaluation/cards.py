@@ -158,6 +158,19 @@ def _evaluate_bandwidth(results: dict[str, Any]) -> Iterator[EvalResult]:
         yield _result(results["conditions"]["text"], part, "share_of_read_bandwidth", name, row["share"])
 
 
+def _evaluate_prefix(results: dict[str, Any]) -> Iterator[EvalResult]:
+    settings = results["settings"]
+    for row in results["rows"]:
+        yield _result(
+            results["conditions"]["text"],
+            f"a prefix of {settings['context']} tokens",
+            "load_speedup",
+            f"times faster to load than to compute: {row['variant']}",
+            row["speedup"]["of_medians"],
+            settings,
+        )
+
+
 EVALUATE = {
     "conversion": _evaluate_conversion,
     "perplexity": _evaluate_perplexity,
@@ -165,6 +178,7 @@ EVALUATE = {
     "throughput": _evaluate_throughput,
     "claims": _evaluate_claims,
     "bandwidth": _evaluate_bandwidth,
+    "prefix": _evaluate_prefix,
 }
 
 
@@ -282,6 +296,12 @@ def _limits_of_bandwidth(results: dict[str, Any]) -> list[str]:
     return [f"No backend reads keys and values at more than {share:.2f} of the memory's speed."]
 
 
+def _limits_of_prefix(results: dict[str, Any]) -> list[str]:
+    wrong = [row["variant"] for row in results["rows"] if not row["same_tokens"]]
+    lines = ["Files were loaded from the page cache: a disk that reads slower than memory adds its own time."]
+    return lines + [f"{name}: other tokens after loading than before saving." for name in wrong]
+
+
 LIMITS = {
     "conversion": _limits_of_conversion,
     "perplexity": _limits_of_perplexity,
@@ -289,6 +309,7 @@ LIMITS = {
     "throughput": _limits_of_throughput,
     "claims": _limits_of_claims,
     "bandwidth": _limits_of_bandwidth,
+    "prefix": _limits_of_prefix,
 }
 
 

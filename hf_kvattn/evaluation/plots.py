@@ -377,3 +377,24 @@ def plot_bandwidth(results: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     _plain(axes)
     return figure
+
+
+def plot_prefix(results: dict[str, Any]) -> Figure:
+    """What a prefix costs to compute, to save and to load, by cache."""
+    title = f"A prefix of {results['settings']['context']} tokens: computed, saved, loaded"
+    figure = _new_figure(6.4, 1.4 + 0.75 * len(results["rows"]), title, results["conditions"])
+    axes = figure.subplots()
+    parts = (("prefill", "#7d7468"), ("save", OURS[4]), ("load", OURS[0]))
+    for i, (name, color) in enumerate(parts):
+        found = [row[f"{name}_ms"]["median"] for row in results["rows"]]
+        bars = axes.barh([j + 0.26 * (i - 1) for j in range(len(found))], found, 0.24, color=color, label=name)
+        axes.bar_label(bars, [f"{value:.3g}" for value in found], fontsize=8, color=INK, padding=2)
+    axes.set_yticks(range(len(results["rows"])), [row["variant"] for row in results["rows"]])
+    axes.set_xscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("ms, median", fontsize=9, color=INK)
+    axes.invert_yaxis()
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    return figure

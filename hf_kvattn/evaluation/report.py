@@ -20,6 +20,7 @@ from hf_kvattn.evaluation.plots import (
     plot_claims,
     plot_conversion,
     plot_perplexity,
+    plot_prefix,
     plot_throughput,
     require_plotting,
 )
@@ -339,6 +340,28 @@ def _calibration_text(results: dict[str, Any]) -> str:
     return "\n".join([notes, markdown_table(header, rows), markdown_table(layer_header, layers)])
 
 
+def _prefix_text(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"A prefix of {settings['context']} tokens, computed, saved, and loaded from the page cache: medians (p20 to "
+        f"p80) of {settings['rounds']} rounds; how many times faster loading is than computing, of medians, then "
+        f"paired within each round. Tokens: {settings['new_tokens']} greedy ones after the prefix, with the loaded "
+        "cache and with the one that was saved.\n"
+    )
+    header = ["cache", "prefill ms", "save ms", "load ms", "loading faster", "file MiB", "tokens"]
+    rows = [
+        [
+            row["variant"],
+            *(_spread(row[key]) for key in ("prefill_ms", "save_ms", "load_ms")),
+            _speedup(row["speedup"]),
+            _number(row["file_bytes"] / MIB),
+            "same" if row["same_tokens"] else "**differ**",
+        ]
+        for row in results["rows"]
+    ]
+    return notes + "\n" + markdown_table(header, rows)
+
+
 def _conditions_text(found: dict[str, Any]) -> str:
     lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
@@ -361,6 +384,7 @@ KINDS: dict[str, Kind] = {
     "claims": Kind("Claims", _claims_text, "claims.png", plot_claims),
     "bandwidth": Kind("Decode attention against the memory's speed", _bandwidth_text, "bandwidth.png", plot_bandwidth),
     "calibration": Kind("Calibration", _calibration_text, "calibrated_bits.png", plot_calibration),
+    "prefix": Kind("A saved prefix", _prefix_text, "prefix.png", plot_prefix),
 }
 
 
