@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from hf_kvattn import KVCache, load_cache, save_cache
+from hf_kvattn.caches.base import KVCache
+from hf_kvattn.caches.serialize import load_cache, save_cache
 from hf_kvattn.evaluation import variants as caches
 from hf_kvattn.evaluation.throughput import ratio, spread
 from hf_kvattn.evaluation.variants import Variant
