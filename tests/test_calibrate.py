@@ -378,7 +378,7 @@ def test_the_command_line_refuses_in_one_line_and_writes_nothing(saved, tmp_path
         capsys.readouterr()
         assert run(*common, "--export-scales", tmp_path / "scales", *arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.split(": error: ")[0].endswith(".py") and message in error
+        assert ": error: " in error and message in error
         assert sorted(tmp_path.rglob("*")) == before
 
 
