@@ -12,6 +12,35 @@ from ..quant.packed import PackedKV
 
 
 @dataclass(slots=True)
+class SinkKV:
+    """First tokens that stay visible when a sliding window has left them behind (StreamingLLM, arXiv:2309.17453).
+
+    Attributes:
+        k, v: `(B, Hkv, S, D)`, each row's first S tokens; S is at most 64.
+        q: `(B, Hq, Tq, D)`, the queries turned so that against `k` they stand as far from the sinks as if no token
+            lay between the sinks and the window.
+        evicted: tokens of a row without padding that query 0 does not see any more; negative while it sees all. Query
+            `i` of row `b` sees the first `min(S, evicted + i - first[b])` sinks, in addition to its window.
+        first: `(B,)` int32, the position of each row's first token, or None for 0.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    q: torch.Tensor
+    evicted: int
+    first: torch.Tensor | None = None
+
+    def visible(self) -> torch.Tensor:
+        """Which sinks each query sees, `(B or 1, 1, Tq, S)` bool."""
+        device = self.q.device
+        left = self.evicted + torch.arange(self.q.shape[2], device=device)[:, None]
+        if self.first is not None:
+            left = left - self.first.to(device)[:, None, None, None]
+        seen = torch.arange(self.k.shape[2], device=device) < left
+        return seen if seen.ndim == 4 else seen[None, None]
+
+
+@dataclass(slots=True)
 class AttendCall:
     """`softmax(softcap(q k^T * scale)) v` over the visible keys, for `G = Hq // Hkv` query heads per KV head.
 
@@ -29,7 +58,8 @@ class AttendCall:
 
     Attributes:
         q: `(B, Hq, Tq, D)`, float32, float16 or bfloat16.
-        k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension.
+        k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension. A ring buffer, where
+            `tokens` says how many there are, has as many slots as it has.
         v: the same shape as `k`.
         scale: factor of the scores.
         causal: whether a query sees only keys up to its own position.
@@ -41,6 +71,10 @@ class AttendCall:
         dropout: probability of dropping a weight, for training.
         packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` stand before them,
             the others after. Tk counts all.
+        tokens: of a ring buffer without `packed`: how many it holds. Token `t` lies in slot `(slot + t) % slots`, and
+            where `slot` is not 0 all slots have been written.
+        slot: the slot of a ring buffer's first token.
+        sinks: tokens visible beside the window, with masks and rules of their own, or None. Tk does not count them.
     """
 
     q: torch.Tensor
@@ -54,10 +88,15 @@ class AttendCall:
     mask: torch.Tensor | None = None
     dropout: float = 0.0
     packed: PackedKV | None = None
+    tokens: int | None = None
+    slot: int = 0
+    sinks: SinkKV | None = None
 
     @property
     def kv_len(self) -> int:
         """Tk: all keys, packed ones included."""
+        if self.tokens is not None:
+            return self.tokens
         return self.k.shape[2] + (0 if self.packed is None else self.packed.tokens)
 
     @property
@@ -68,6 +107,12 @@ class AttendCall:
 
     def tiles(self, tile: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """All keys and values in fp32, `tile` quantized tokens at a time: the first one's position, keys, values."""
+        if self.tokens is not None:
+            to_wrap = min(self.tokens, self.k.shape[2] - self.slot)
+            for begin, slots in ((0, slice(self.slot, self.slot + to_wrap)), (to_wrap, slice(self.tokens - to_wrap))):
+                if begin < self.tokens:
+                    yield begin, self.k[:, :, slots].float(), self.v[:, :, slots].float()
+            return
         packed, start, end = self.packed, 0, 0
         if packed is not None:
             start, end = packed.start, packed.start + packed.tokens

@@ -29,13 +29,21 @@ def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.q.float()
     _, keys, values = zip(*call.tiles(call.kv_len), strict=True)
     k, v = (torch.cat(parts, dim=2).repeat_interleave(group, dim=1) for parts in (keys, values))
-    scores = q @ k.transpose(-1, -2) * call.scale
-    if call.softcap is not None:
-        scores = call.softcap * torch.tanh(scores / call.softcap)
+    scores = _capped(q @ k.transpose(-1, -2) * call.scale, call)
     mask = call.visible() if call.mask is None else call.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if call.sinks is not None:
+        sinks = call.sinks
+        sink_k, sink_v = (t.float().repeat_interleave(group, dim=1) for t in (sinks.k, sinks.v))
+        beside = _capped(sinks.q.float() @ sink_k.transpose(-1, -2) * call.scale, call)
+        scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
+        v = torch.cat([sink_v, v], 2)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
     weights = torch.nn.functional.dropout(weights, call.dropout, training=call.dropout > 0)
     return (weights @ v).transpose(1, 2), lse
+
+
+def _capped(scores: torch.Tensor, call: AttendCall) -> torch.Tensor:
+    return scores if call.softcap is None else call.softcap * torch.tanh(scores / call.softcap)

@@ -25,6 +25,8 @@ class PackedKV:
         v_codes: `(B, Hkv, blocks, 4 * v_bits * D)` uint8, of values in the basis of `quant/rotation.py`.
         v_scale, v_zero: `(B, Hkv, blocks, D / group, 32)` bfloat16, one for each token and group of channels; no zero
             with 8 bits.
+        slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows). Not
+            0 only where the number of slots is even, and even then, so that two blocks from an even one lie together.
     """
 
     start: int
@@ -38,10 +40,20 @@ class PackedKV:
     v_codes: torch.Tensor
     v_scale: torch.Tensor
     v_zero: torch.Tensor | None
+    slot: int = 0
 
     def dense(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 keys and values of the blocks [first, end): `(B, Hkv, (end - first) * 32, D)` each."""
-        blocks, dim = slice(first, end), self.k_scale.shape[-1]
+        slots = self.k_codes.shape[2]
+        begin = (self.slot + first) % slots
+        if begin + end - first <= slots:
+            return self._dense(slice(begin, begin + end - first))
+        pair = zip(self._dense(slice(begin, slots)), self._dense(slice(begin + end - first - slots)), strict=True)
+        k, v = (torch.cat(parts, 2) for parts in pair)
+        return k, v
+
+    def _dense(self, blocks: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        dim = self.k_scale.shape[-1]
         k_zero = None if self.k_zero is None else self.k_zero[:, :, blocks, None]
         k = dequantize(unpack_keys(self.k_codes[:, :, blocks], self.k_bits), self.k_scale[:, :, blocks, None], k_zero)
         group = dim // self.v_scale.shape[3]
