@@ -20,7 +20,7 @@ logger = logging.getLogger("hf_kvattn")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native}
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
-# wins; from there on PyTorch's blocked matrix products do.
+# wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys.
 NATIVE_MAX_ROWS = 128
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
@@ -80,7 +80,8 @@ def attend(call: AttendCall) -> torch.Tensor:
 def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
-    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or call.packed is not None)
+    local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
+    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
     order = (native, sdpa, reference) if few else (sdpa, native, reference)
     passed_over = None
     for module in order:

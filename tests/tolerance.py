@@ -20,6 +20,13 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
     mask = call.visible() if call.mask is None else call.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if call.sinks is not None:
+        sinks = call.sinks
+        beside = sinks.q @ sinks.k.repeat_interleave(group, 1).transpose(-1, -2) * call.scale
+        if call.softcap is not None:
+            beside = call.softcap * torch.tanh(beside / call.softcap)
+        scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
+        v = torch.cat([sinks.v.repeat_interleave(group, 1), v], 2)
     weights = torch.nan_to_num(torch.softmax(scores, -1, dtype=torch.float32)).to(call.q.dtype)
     return (weights @ v).transpose(1, 2)
 
