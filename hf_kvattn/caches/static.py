@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import KVCache, KVLayer, check_max_cache_len
+from .sliding import KVSlidingLayer
 
 _MIN_CAPACITY = 256
 _GROWTH = 1.5
@@ -88,6 +89,15 @@ class KVStaticLayer(KVLayer):
         self._k, self._v = self._k.to(device), self._v.to(device)
 
 
+def exact_layer(
+    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
+) -> KVLayer:
+    """A layer that keeps its tokens as they are: all of them, or those in its window."""
+    if window is None:
+        return KVStaticLayer(max_cache_len, layer_idx, heads, dim)
+    return KVSlidingLayer(window, max_cache_len, layer_idx, heads, dim)
+
+
 class StaticKVCache(KVCache):
     """Keys and values in buffers that are allocated once and appended to in place.
 
@@ -107,5 +117,5 @@ class StaticKVCache(KVCache):
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
         check_max_cache_len(max_cache_len)
-        super().__init__(config, functools.partial(KVStaticLayer, max_cache_len))
+        super().__init__(config, functools.partial(exact_layer, max_cache_len))
         self.settings = {"max_cache_len": max_cache_len}

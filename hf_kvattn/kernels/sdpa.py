@@ -115,13 +115,12 @@ def _tiled(call: AttendCall) -> torch.Tensor:
         return q.reshape(batch, kv_heads, group * q_len, dim).float() * call.scale
 
     q, mask = rows(call.q), call.visible() if call.mask is None else call.mask
-    tiles = ((q, k, v, None if mask is None else mask[..., t : t + k.shape[2]]) for t, k, v in call.tiles(TILE))
-    if call.sinks is not None:
-        sinks = call.sinks
-        tiles = chain([(rows(sinks.q), sinks.k.float(), sinks.v.float(), sinks.visible())], tiles)
+    dense = ((q, k, v, None if mask is None else mask[..., t : t + k.shape[2]]) for t, k, v in call.tiles(TILE))
+    sinks = call.sinks
+    beside = [] if sinks is None else [(rows(sinks.q), sinks.k.float(), sinks.v.float(), sinks.visible())]
     top = q.new_full((*q.shape[:3], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for queries, k, v, seen in tiles:
+    for queries, k, v, seen in chain(beside, dense):
         scores = queries @ k.transpose(-1, -2)
         if seen is not None:
             seen = seen.expand(-1, q_heads, -1, -1).reshape(-1, kv_heads, group * q_len, k.shape[2])
