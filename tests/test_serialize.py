@@ -23,7 +23,7 @@ import torch
 from models import generate, prompt, tiny_config, tiny_model
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache, load_cache, save_cache
+from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache, load_cache, save_cache
 from hf_kvattn.caches import serialize
 from hf_kvattn.evaluation import cards, inputs, prefix, report, variants
 
@@ -34,6 +34,8 @@ KINDS = {
     "int8": partial(QuantizedKVCache, bits=8, group_size=16),
     "int4-skips": partial(QuantizedKVCache, bits=4, group_size=16, skip_layers=(0, -1), residual_length=5),
     "k3v2-fixed": partial(QuantizedKVCache, key_bits=3, value_bits=2, group_size=16, sinks=0, max_cache_len=400),
+    "sliding": partial(SlidingWindowKVCache, window=30),
+    "sliding-sinks": partial(SlidingWindowKVCache, window=12, sinks=3),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -43,7 +45,8 @@ def append(cache, count: int, seed: int = 0, chunk: int = 23, batch: int = 2, dt
     tokens = torch.randn(3, 2, batch, 2, count, 16, generator=generator).to(dtype)
     for start in range(0, count, chunk):
         for layer, (k, v) in enumerate(tokens[..., start : start + chunk, :]):
-            cache.update(k, v, layer)
+            cache.layers[layer].append(k, v)
+            cache.layers[layer].settle()
     return cache
 
 
@@ -110,8 +113,29 @@ def test_what_is_appended_later_is_stored_as_without_the_detour(kind, way, lengt
     assert_same(cache, copied)
     for made in (cache, copied):
         made.reorder_cache(torch.tensor([1, 1]))
-        made.crop(-70)
+        made.crop(-60)
         append(made, 33, seed=2)
+    assert_same(cache, copied)
+
+
+@every_detour
+@pytest.mark.parametrize(
+    "make", [StaticKVCache, partial(QuantizedKVCache, bits=4, group_size=16)], ids=["exact", "int4"]
+)
+def test_rings_of_layers_with_a_window_travel_too(make, way, tmp_path):
+    model, start = tiny_model("mistral"), prompt(300)
+    with hf_kvattn.enabled(model):
+        cache = make(model.config)
+        ids, _ = generate(model, start, 20, past_key_values=cache)
+        if way == "disk":
+            save_cache(cache, tmp_path / "cache")
+            copied = load_cache(tmp_path / "cache", tiny_config("mistral"))
+        else:
+            copied = detours(tmp_path / "cache")[way](cache)
+        assert_same(cache, copied)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        expected, found = (generate(model, turn, 60, past_key_values=c) for c in (cache, copied))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert_same(cache, copied)
 
 
@@ -419,7 +443,7 @@ def rename(old: str, new: str):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("static", say("version", 2), "version 2 of the format, and 1 is read here"),
+        ("static", say("version", 1), "version 1 of the format, and 2 is read here"),
         ("static", say("version", "1"), "version '1'"),
         ("static", say("cache", "os.system"), "class 'os.system', known are"),
         ("static", say("cache", ["StaticKVCache"]), "class \\['StaticKVCache'\\]"),
@@ -458,8 +482,20 @@ def rename(old: str, new: str):
         ("int8", say("settings", "skip_layers", 5), "is not iterable"),
         ("int8", say("settings", "skip_layers", [2, 2]), "which mean"),
         ("int8", say("settings", "sinks", 33), "sinks must be"),
-        ("int8", all_layers("packed_tokens", 33), "33 tokens in blocks of 32 after 4 exact ones do not fit"),
-        ("int8", all_layers("packed_tokens", 96), "96 tokens in blocks of 32 after 4 exact ones do not fit into 75"),
+        ("sliding", all_layers("oldest", 50), "a window of 30 does not leave"),
+        ("sliding", all_layers("seen", 200), "a window of 30 does not leave"),
+        ("sliding", say("settings", "window", 5), "a window of 5 does not leave"),
+        ("int8", all_layers("dropped", 64), "64 dropped and 4 exact ones do not fit"),
+        (
+            "int8",
+            all_layers("packed_tokens", 33),
+            "33 tokens in blocks of 32 after 0 dropped and 4 exact ones do not fit",
+        ),
+        (
+            "int8",
+            all_layers("packed_tokens", 96),
+            "96 tokens in blocks of 32 after 0 dropped and 4 exact ones do not fit into 75",
+        ),
         ("int8", all_layers("packed_tokens", 32), "should be .*\\(2, 2, 43, 16\\)"),
         ("int8", write_numbers("layers.1.k_scale", torch.nan), "layer 1: k_scale holds NaN or infinite"),
         ("int8", write_numbers("layers.2.v_scale", torch.inf), "layer 2: v_scale holds NaN or infinite"),

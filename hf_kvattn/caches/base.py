@@ -194,6 +194,13 @@ class KVLayer(CacheLayerMixin):
         return self.stored + query_length, self.seen - self.stored
 
 
+def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str, torch.Tensor]:
+    """Views of `count` entries of a ring's dimension 2 from `slot` on: one, or two where it wraps, for `filled`."""
+    to_wrap = min(count, ring.shape[2] - slot)
+    spans = {name: ring[:, :, slot : slot + to_wrap]}
+    return spans if to_wrap == count else {**spans, f"{name}_wrapped": ring[:, :, : count - to_wrap]}
+
+
 def check_max_cache_len(max_cache_len: int | None) -> None:
     if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
         raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")

@@ -16,7 +16,7 @@ from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
 from ..quant.layout import BLOCK, pack_keys, pack_values
 from ..quant.packed import PackedKV
 from ..quant.rotation import rotate
-from .base import KVCache, KVLayer, Stored, check_max_cache_len, kv_shape
+from .base import KVCache, KVLayer, Stored, check_max_cache_len, kv_shape, ring_spans
 from .sliding import SLACK, overwritten
 from .static import exact_layer
 
@@ -263,10 +263,12 @@ class KVQuantizedLayer(KVLayer):
         self.batch_size = self._exact_k.shape[0]
 
     def filled(self) -> dict[str, torch.Tensor]:
-        exact, blocks = self._exact, (self.dropped + self.packed_tokens) // BLOCK
+        exact, blocks = self._exact, self.packed_tokens // BLOCK
         tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
         if blocks:
-            tensors |= {name: t if name == "k_mean" else t[:, :, :blocks] for name, t in self._packed.items()}
+            slot = self.dropped // BLOCK % self._packed["k_codes"].shape[2]
+            for name, array in self._packed.items():
+                tensors |= {name: array} if name == "k_mean" else ring_spans(name, array, slot, blocks)
         return tensors
 
     def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
@@ -290,6 +292,7 @@ class KVQuantizedLayer(KVLayer):
 
     def verify(self) -> None:
         for name, tensor in self.filled().items():
+            name = name.removesuffix("_wrapped")
             if name in ("k_mean", "k_zero", "v_zero", "k_scale", "v_scale") and not bool(tensor.isfinite().all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):

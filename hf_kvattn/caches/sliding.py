@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
-from .base import KVCache, KVLayer, Stored
+from .base import KVCache, KVLayer, Stored, ring_spans
 from .rope import TURNING, Rope, ropes
 
 SLACK = 64  # tokens that `crop` can take back after the ring has wrapped; also how many are appended without a copy
@@ -216,8 +216,8 @@ class KVSlidingLayer(KVLayer):
         self.batch_size = self._k.shape[0]
 
     def filled(self) -> dict[str, torch.Tensor]:
-        used = slice(0, min(self.seen, self._k.shape[2]))
-        tensors = {"k": self._k[:, :, used], "v": self._v[:, :, used]}
+        slot = self.oldest % self._k.shape[2]
+        tensors = ring_spans("k", self._k, slot, self.stored) | ring_spans("v", self._v, slot, self.stored)
         if self.sinks:
             if self._first is None:
                 self._first = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
