@@ -3,8 +3,11 @@
     python scripts/perplexity.py
     python scripts/perplexity.py --out results --windows 2 --stride 128
     python scripts/perplexity.py --model ./my-model --text book.txt --stride 1 --variants none kvattn-static
+    python scripts/perplexity.py --stream 65536 --text book.txt --out results
 
 The stock cache of generate() is always the first row, and what the others are compared with.
+With --stream, one text is fed through one cache instead: a window with sinks, at positions from 0 and from 4,000,000,
+the window alone, and everything kept; then decode steps and prompts are timed with the same window.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import sys
 
 import hf_kvattn
-from hf_kvattn.evaluation import inputs, perplexity, report, variants
+from hf_kvattn.evaluation import inputs, perplexity, report, stream, variants
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,15 +26,45 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=inputs.positive_int, default=1024, help="its first tokens, not scored")
     parser.add_argument("--stride", type=inputs.positive_int, default=32, help="tokens at once; 1 is exact decoding")
     parser.add_argument("--windows", type=inputs.positive_int, default=4, help="how many pieces of text")
+    stream_plan = stream.Plan()
+    parser.add_argument("--stream", type=inputs.positive_int, metavar="TOKENS", help="measure a stream of this length")
+    parser.add_argument("--stream-window", type=inputs.positive_int, default=stream_plan.window, help="its window")
+    parser.add_argument("--stream-sinks", type=int, default=stream_plan.sinks, help="its sinks")
+    parser.add_argument(
+        "--stream-full", type=inputs.positive_int, default=stream_plan.full_tokens, help="where keeping everything ends"
+    )
+    parser.add_argument(
+        "--stream-prompts", type=inputs.positive_int, nargs="+", default=list(stream_plan.prompts), help="lengths timed"
+    )
+    parser.add_argument("--rounds", type=inputs.positive_int, default=stream_plan.rounds, help="turns of what is timed")
     return parser.parse_args(arguments)
+
+
+def plan_of(args: argparse.Namespace) -> stream.Plan:
+    return stream.Plan(
+        tokens=args.stream,
+        window=args.stream_window,
+        sinks=args.stream_sinks,
+        full_tokens=args.stream_full,
+        prompts=tuple(args.stream_prompts),
+        rounds=args.rounds,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     chosen = variants.select(args.variants)
+    if args.stream is not None:
+        plan_of(args).check()
     report.check_out_dir(args.out)
     model, tokenizer, text = inputs.load_from_arguments(args)
     with hf_kvattn.backend(args.backend):
+        if args.stream is not None:
+            ids = inputs.load_tokens(tokenizer, text, args.stream + 1)
+            results = stream.measure(model, ids, plan_of(args), progress=True)
+            results["conditions"] = inputs.conditions(model, args)
+            report.finish(results, args.out, args.json)
+            return 0
         results = perplexity.measure(
             model,
             inputs.load_tokens(tokenizer, text, args.windows * args.window),

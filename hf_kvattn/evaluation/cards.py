@@ -171,6 +171,14 @@ def _evaluate_prefix(results: dict[str, Any]) -> Iterator[EvalResult]:
         )
 
 
+def _evaluate_stream(results: dict[str, Any]) -> Iterator[EvalResult]:
+    settings = results["settings"]
+    for row in (row for row in results["rows"] if row["last_perplexity"] is not None):
+        part = f"the last {settings['last']} of a stream of {settings['tokens']} tokens"
+        name = f"perplexity of the last tokens: {row['variant']}"
+        yield _result(results["conditions"]["text"], part, "perplexity", name, row["last_perplexity"], settings)
+
+
 EVALUATE = {
     "conversion": _evaluate_conversion,
     "perplexity": _evaluate_perplexity,
@@ -179,6 +187,7 @@ EVALUATE = {
     "claims": _evaluate_claims,
     "bandwidth": _evaluate_bandwidth,
     "prefix": _evaluate_prefix,
+    "stream": _evaluate_stream,
 }
 
 
@@ -302,6 +311,15 @@ def _limits_of_prefix(results: dict[str, Any]) -> list[str]:
     return lines + [f"{name}: other tokens after loading than before saving." for name in wrong]
 
 
+def _limits_of_stream(results: dict[str, Any]) -> list[str]:
+    lines = ["One text was streamed: others may need more of what a window has left behind."]
+    for row in results["rows"]:
+        change = row["last_over_recomputed_pct"]
+        if change is not None and change > 5:
+            lines.append(f"{row['variant']}: perplexity at the end {change:+.0f} % against a recomputation.")
+    return lines
+
+
 LIMITS = {
     "conversion": _limits_of_conversion,
     "perplexity": _limits_of_perplexity,
@@ -310,6 +328,7 @@ LIMITS = {
     "claims": _limits_of_claims,
     "bandwidth": _limits_of_bandwidth,
     "prefix": _limits_of_prefix,
+    "stream": _limits_of_stream,
 }
 
 

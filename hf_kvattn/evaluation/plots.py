@@ -398,3 +398,38 @@ def plot_prefix(results: dict[str, Any]) -> Figure:
     _plain(axes)
     axes.grid(axis="y", visible=False)
     return figure
+
+
+def plot_stream(results: dict[str, Any]) -> Figure:
+    """Perplexity along the stream by cache, and what a prompt costs with the window and without."""
+    settings = results["settings"]
+    figure = _new_figure(10.0, 4.6, "A stream far past what the model was trained on", results["conditions"])
+    panels = figure.subplot_mosaic([["stream", "stream", "prompts"]])
+    axes = panels["stream"]
+    styles = [(OURS[0], 2.6, "-"), (OURS[4], 1.2, (0, (4, 3))), (OURS[1], 1.4, "-"), ("#444444", 1.4, "-")]
+    if len(results["rows"]) < len(styles):
+        styles = [styles[0], *styles[-len(results["rows"]) + 1 :]]
+    for row, (color, width, line) in zip(results["rows"], styles, strict=True):
+        x = [point["position"] for point in row["points"]]
+        y = [point["perplexity"] for point in row["points"]]
+        axes.plot(x, y, color=color, linewidth=width, linestyle=line, label=row["variant"])
+    end = settings["tokens"]
+    axes.plot([end - settings["last"], end], [results["recomputed_perplexity"]] * 2, color=OURS[2], linewidth=3,
+              label="recomputed")  # fmt: skip
+    axes.axvline(settings["trained_positions"], color=INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.text(settings["trained_positions"], 1.0, " trained on", fontsize=8, va="top", color=INK,
+              transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_title(f"perplexity of each {settings['bucket']} tokens", loc="left", fontsize=9, color=INK)
+    axes.set_xlabel("position in the stream", fontsize=9, color=INK)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    _plain(axes)
+    lines = {
+        name: [(row["tokens"], row[f"{name}_ms"]["median"] / 1e3) for row in results["prompts"]]
+        for name in ("full", "windowed")
+    }
+    _plot_lines(panels["prompts"], lines, {"full": "#444444", "windowed": OURS[0]}, "a prompt at once: s")
+    panels["prompts"].set_xlabel("tokens", fontsize=9, color=INK)
+    return figure

@@ -21,6 +21,7 @@ from hf_kvattn.evaluation.plots import (
     plot_conversion,
     plot_perplexity,
     plot_prefix,
+    plot_stream,
     plot_throughput,
     require_plotting,
 )
@@ -362,6 +363,57 @@ def _prefix_text(results: dict[str, Any]) -> str:
     return notes + "\n" + markdown_table(header, rows)
 
 
+def _stream_text(results: dict[str, Any]) -> str:
+    settings, steps = results["settings"], results["steps"]
+    early, late = (str(position) for position in settings["steps_at"])
+    notes = (
+        f"One text of {settings['tokens']} tokens through one cache, {settings['chunk']} at a time; the model was "
+        f"trained on {settings['trained_positions']} positions. The last {settings['last']} tokens are compared with a "
+        f"recomputation without a cache, each predicted from a fresh window of "
+        f"{settings['window'] - settings['stride'] + 1} to {settings['window']} tokens: perplexity "
+        f"{results['recomputed_perplexity']:.3f}. Cache bytes: when the window is full, at their highest after that, "
+        "at the end.\n"
+    )
+    header = ["cache", "tokens", "perplexity", f"of the last {settings['last']}", "against recomputed %"]
+    header += ["bytes when full", "highest", "at the end"]
+    rows = [
+        [
+            row["variant"],
+            str(row["tokens"]),
+            _number(row["perplexity"], "{:.3f}"),
+            _number(row["last_perplexity"], "{:.3f}"),
+            _number(row["last_over_recomputed_pct"], "{:+.2f}"),
+            *(str(row[key]) for key in ("bytes_when_full", "bytes_peak", "bytes_at_the_end")),
+        ]
+        for row in results["rows"]
+    ]
+    step_rows = [[early, _spread(steps["step_ms"][early]), "-"]]
+    step_rows.append([late, _spread(steps["step_ms"][late]), _speedup(steps["late_over_early"])])
+    prompts = [
+        [
+            str(row["tokens"]),
+            _spread(row["windowed_ms"]),
+            _spread(row["full_ms"]),
+            _speedup(row["windowed_faster"]),
+            _speedup(row["windowed_over_half"]),
+        ]
+        for row in results["prompts"]
+    ]
+    return "\n".join(
+        [
+            notes,
+            markdown_table(header, rows),
+            "### A decode step along the stream\n",
+            markdown_table(["position", "step ms (p20 to p80)", "times the first"], step_rows),
+            "### A prompt at once\n",
+            markdown_table(
+                ["tokens", "in the window, ms", "in full, ms", "windowed faster", "windowed, times half the tokens"],
+                prompts,
+            ),
+        ]
+    )
+
+
 def _conditions_text(found: dict[str, Any]) -> str:
     lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
@@ -385,6 +437,7 @@ KINDS: dict[str, Kind] = {
     "bandwidth": Kind("Decode attention against the memory's speed", _bandwidth_text, "bandwidth.png", plot_bandwidth),
     "calibration": Kind("Calibration", _calibration_text, "calibrated_bits.png", plot_calibration),
     "prefix": Kind("A saved prefix", _prefix_text, "prefix.png", plot_prefix),
+    "stream": Kind("An endless stream", _stream_text, "stream.png", plot_stream),
 }
 
 
