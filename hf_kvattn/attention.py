@@ -79,12 +79,11 @@ def _apply_layer_window(call: AttendCall, kv_layer) -> None:
     if kv_layer.forced:
         if not call.causal:
             raise ValueError(f"a window of {kv_layer.window} is forced on causal attention only")
-        own = replace(call, mask=None, first=None, window=kv_layer.window)
         if call.mask is None:
             call.window = kv_layer.window
-        elif (seen := own.visible()) is not None:
-            allowed = call.mask if call.mask.dtype == torch.bool else None
-            call.mask = allowed & seen if allowed is not None else call.mask.masked_fill(~seen, -torch.inf)
+        elif (seen := replace(call, mask=None, first=None, window=kv_layer.window).visible()) is not None:
+            is_bool = call.mask.dtype == torch.bool
+            call.mask = call.mask & seen if is_bool else call.mask.masked_fill(~seen, -torch.inf)
     beside = kv_layer.beside(call.q, call.first)
     if beside is not None:
         call.sinks = SinkKV(*beside)

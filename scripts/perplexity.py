@@ -41,8 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan_of(args: argparse.Namespace) -> stream.Plan:
+    """The usual places of long streams; shorter streams are looked at where they have got to."""
+    usual, length = stream.Plan(), args.stream
+    shorter = {"last": length // 4 // usual.bucket * usual.bucket, "steps_at": (length // 32, length * 15 // 16)}
     return stream.Plan(
-        tokens=args.stream,
+        **({} if length >= usual.steps_at[1] else shorter),
+        tokens=length,
         window=args.stream_window,
         sinks=args.stream_sinks,
         full_tokens=args.stream_full,

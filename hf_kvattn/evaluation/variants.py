@@ -104,6 +104,12 @@ def _kvattn_quantized(**settings: Any) -> MakeCache:
     return make
 
 
+def _kvattn_window(config: PreTrainedConfig, capacity: int) -> Cache:
+    from hf_kvattn import SlidingWindowKVCache
+
+    return SlidingWindowKVCache(config, window=1024, sinks=4)
+
+
 BASELINE = "stock-dynamic"  # the default of generate(): what every variant is compared with
 STATIC_BASELINE = "stock-static"
 
@@ -123,6 +129,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("stock-fp8", False, _stock_quantized("fp8"), exact=False),
         Variant("kvattn-static", True, _kvattn_static),
         Variant("kvattn-static-fit", True, _kvattn_static_fit),
+        Variant("kvattn-window-1024", True, _kvattn_window, exact=False),
         Variant("kvattn-int8", True, _kvattn_quantized(bits=8), exact=False),
         Variant("kvattn-int4", True, _kvattn_quantized(bits=4), exact=False),
         Variant("kvattn-k8v4", True, _kvattn_quantized(key_bits=8, value_bits=4), exact=False),
