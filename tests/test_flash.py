@@ -238,7 +238,7 @@ def test_a_decode_step_reads_nothing_back_from_the_gpu(left_padding):
             reads.clear()
             model(inputs["input_ids"][:, -1:], attention_mask=mask, past_key_values=cache)
             in_model = list(reads)
-            assert len(launches) == 3
+            assert len(launches) == 3 and {launch["leftpad"] is None for launch in launches} == {not left_padding}
         q = on_gpu(torch.zeros(2, 4, 1, 16).half())
         layer = cache.layers[0]
         first = on_gpu(torch.tensor([left_padding, 0], dtype=torch.int32))
