@@ -13,6 +13,7 @@ from .caches.serialize import load_cache, save_cache
 from .caches.static import StaticKVCache
 from .describe import describe
 from .dispatch import backend, set_backend
+from .planning import plan
 from .plugin import disable, enable, enabled, is_enabled
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "enabled",
     "is_enabled",
     "load_cache",
+    "plan",
     "save_cache",
     "set_backend",
 ]
