@@ -13,6 +13,7 @@ runs in parallel.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from unittest import mock
 
@@ -47,6 +48,9 @@ class Impostor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents=None):
         return f"Impostor({self.data_on_cpu}, device={self.device})"
+
+    def record_stream(self, stream) -> None:
+        """For the allocator of a real GPU."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -111,6 +115,11 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "copy_" and (queue := torch.cuda.current_stream().queue) is not None:
+            queue.append(functools.partial(func, *map(_unwrap, args), **kwargs))
+            return args[0]
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
         if name in _GUARDED and isinstance(args[0], Impostor):
             if name == "nonzero" or any(isinstance(i, Impostor) and i.dtype == torch.bool for i in args[1:2]):
                 self.reads.append(name)
@@ -133,11 +142,38 @@ class _Calls(TorchFunctionMode):
         return Impostor(out, asked[0]) if isinstance(out, torch.Tensor) else out
 
 
+class _Stream:
+    """A stream beside the default one does its copies when somebody waits for it, and not earlier."""
+
+    def __init__(self, queue: list | None = None):
+        self.queue = queue
+
+    def wait_stream(self, other: _Stream) -> None:
+        other.synchronize()
+
+    def synchronize(self) -> None:
+        for copy in self.queue or ():
+            copy()
+        if self.queue:
+            self.queue.clear()
+
+
 @contextlib.contextmanager
 def fake_cuda(capability: tuple[int, int] = (8, 0), devices: int = 1) -> Iterator[list[str]]:
     """A machine with `devices` GPUs of that compute capability, for the body of a `with`: what the host reads back."""
     reads: list[str] = []
+    streams = [_Stream()]  # the current one is the last
+
+    @contextlib.contextmanager
+    def stream(entered):
+        streams.append(entered)
+        yield
+        streams.pop()
+
     answers = {
+        "Stream": lambda device=None: _Stream(queue=[]),
+        "current_stream": lambda device=None: streams[-1],
+        "stream": stream,
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: 0,

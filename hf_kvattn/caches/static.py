@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from transformers import PreTrainedConfig
 
@@ -100,12 +98,29 @@ class StaticKVCache(KVCache):
         config: the model's config.
         max_cache_len: tokens that fit; going beyond raises before anything is written. None grows geometrically: a
             buffer that is full moves once into one 1.5 times as large.
+        offload: keep layers of full attention in pinned memory of the host; on the GPU are the one whose attention runs
+            and the next. Every step then moves the whole cache over the bus once. Needs `max_cache_len`.
 
     Raises:
-        ValueError: `max_cache_len` below 1, or an unsupported model (`caches.base.check_config`).
+        ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, or an
+            unsupported model (`caches.base.check_config`).
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offload: bool = False):
         check_max_cache_len(max_cache_len)
-        super().__init__(config, functools.partial(KVStaticLayer, max_cache_len))
-        self.settings = {"max_cache_len": max_cache_len}
+        full: type[KVStaticLayer] = KVStaticLayer
+        if offload:
+            from .offload import KVOffloadedLayer, chain  # which derives from the layer above
+
+            if max_cache_len is None:
+                raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
+            full = KVOffloadedLayer
+
+        def make_layer(layer_idx: int, heads: int | None, dim: int | None, window: int | None) -> KVStaticLayer:
+            kind = full if window is None else KVStaticLayer
+            return kind(max_cache_len, layer_idx, heads, dim, window)
+
+        super().__init__(config, make_layer)
+        if offload:
+            chain(self.layers)
+        self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean
