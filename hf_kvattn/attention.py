@@ -10,7 +10,7 @@ from .kernels.call import AttendCall
 from .masks import is_compact, read_compact_mask
 
 NAME = "kvattn"
-_UNSERVED = ("s_aux", "position_bias", "cache", "block_table", "head_mask")
+_UNSERVED = ("position_bias", "cache", "block_table", "head_mask")
 
 
 def kvattn_attention(
@@ -24,6 +24,7 @@ def kvattn_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     kv_layer=None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -36,6 +37,7 @@ def kvattn_attention(
         value: as `key`.
         attention_mask: what `kvattn_mask` returned, or a custom 4-D mask `(B or 1, Hq or 1, Tq, Tk)`, bool or float.
         scaling: factor of the scores; None means `D ** -0.5`.
+        s_aux: learned attention sinks, `(Hq,)` scores without values (gpt-oss).
         kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
 
     Returns:
@@ -51,7 +53,7 @@ def kvattn_attention(
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
     k, v, packed = (key, value, None) if kv_layer is None else kv_layer.kv()
     call = AttendCall(query, k, v, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
-    call.dropout, call.packed = dropout, packed
+    call.dropout, call.packed, call.s_aux = dropout, packed, s_aux
     if attention_mask is None:
         call.causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         call.window = sliding_window if call.causal else None

@@ -71,7 +71,7 @@ def attend(call: AttendCall) -> torch.Tensor:
     if name == "auto":
         return auto_choice(call)[0].attend(call)
     module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
-    reason = module.unsupported(call)
+    reason = unsupported(module, call)
     if reason:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
     return module.attend(call)
@@ -81,13 +81,20 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     passed_over = None
     for module in _fastest_first(call):
-        reason = module.unavailable() or module.unsupported(call)
+        reason = module.unavailable() or unsupported(module, call)
         if reason is None:
             break
         passed_over = passed_over or reason
     if passed_over:
         _log_once(f"auto backend: {_name(module)}, because {passed_over}")
     return module, passed_over
+
+
+def unsupported(module: ModuleType, call: AttendCall) -> str | None:
+    """Why the backend `module` cannot serve `call`, or None."""
+    if call.s_aux is not None and module not in (flash, reference):
+        return f"the {_name(module)} backend has no learned attention sinks (s_aux)"
+    return module.unsupported(call)
 
 
 def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:

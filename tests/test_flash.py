@@ -7,10 +7,11 @@ import pytest
 import torch
 from flash_stub import FA2, FA3, flash_libraries
 from impostor import Impostor, fake_cuda, on_gpu
-from models import generate, prompt, tiny_model
+from models import SMALL, generate, prompt, tiny_model
 from problems import POISON, SHAPES, problem
 from test_dispatch import fresh_choice  # noqa: F401  # a fixture: every test begins without a choice
 from tolerance import assert_close_to_reference
+from transformers import GptOssConfig, GptOssForCausalLM
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache, dispatch
@@ -48,6 +49,19 @@ def test_flash_computes_what_the_reference_does(launches, name, dtype):
     for given, stored in ((launch["k"], on_it.k), (launch["v"], on_it.v)):
         given, stored = given.data_on_cpu, stored.data_on_cpu
         assert given.untyped_storage().data_ptr() == stored.untyped_storage().data_ptr(), "keys must not be copied"
+
+
+@pytest.mark.parametrize("name", ["g3-65", "short-query", "padded-window", "empty-row", "softcap"])
+def test_learned_sinks_take_their_share(launches, name):
+    call = problem(name, torch.bfloat16)
+    call.s_aux = 3 * torch.randn(call.q.shape[1])
+    on_it = moved(call)
+    assert dispatch.auto_choice(on_it) == (flash, None)
+    out = dispatch.attend(on_it).data_on_cpu
+    assert_close_to_reference(out, call)
+    call.s_aux = None
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_close_to_reference(out, call)
 
 
 def test_the_window_is_converted_once_and_is_a_slice_for_one_query(launches):
@@ -221,6 +235,30 @@ def test_logits_of_generate_on_a_gpu():
             ours, our_logits = generate(model, on_gpu(inputs), past_key_values=StaticKVCache(model.config))
     assert torch.equal(ours.data_on_cpu, tokens)
     torch.testing.assert_close(our_logits.data_on_cpu, logits, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("left_padding", [0, 5])
+def test_gpt_oss_with_its_learned_sinks(left_padding):
+    config = GptOssConfig(**SMALL, head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=8)
+    torch.manual_seed(1)
+    model = GptOssForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    inputs = prompt(left_padding=left_padding)
+    tokens, logits = generate(model, inputs)
+    with hf_kvattn.enabled(model):
+        ours, our_logits = generate(model, inputs, past_key_values=StaticKVCache(model.config))
+        assert torch.equal(ours, tokens)
+        torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-4)
+        with hf_kvattn.backend("native"), pytest.raises(ValueError, match="no learned attention sinks"):
+            generate(model, inputs)
+        expected, _ = generate(model.half(), inputs)
+        with flash_libraries(FA2) as launches, fake_cuda():
+            on_gpu(model)
+            with hf_kvattn.backend("flash"):
+                ours, _ = generate(model, on_gpu(inputs), past_key_values=StaticKVCache(model.config))
+            assert len(launches) == 3 * 24
+    assert torch.equal(ours.data_on_cpu, expected)
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])

@@ -20,8 +20,11 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
     mask = call.visible() if call.mask is None else call.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if call.s_aux is not None:
+        sinks = call.s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
     weights = torch.nan_to_num(torch.softmax(scores, -1, dtype=torch.float32)).to(call.q.dtype)
-    return (weights @ v).transpose(1, 2)
+    return (weights[..., : v.shape[2]] @ v).transpose(1, 2)
 
 
 def assert_close_to_reference(out: torch.Tensor, call: AttendCall) -> None:

@@ -108,7 +108,7 @@ def attend(call: AttendCall) -> torch.Tensor:
         # With the length: without it the kernels read whole tiles as if nothing were padded.
         first = (first.to(call.q.device, torch.int32) - begin).clamp(min=0)
         padding = {"cache_leftpad": first, "cache_seqlens": kv_len - begin}
-    return library.flash_attn_with_kvcache(
+    out, lse, *_ = library.flash_attn_with_kvcache(
         call.q.transpose(1, 2),
         k,
         v,
@@ -118,5 +118,11 @@ def attend(call: AttendCall) -> torch.Tensor:
         if window is None
         else (window - 1, 0 if call.causal else -1),  # the query's own not counted
         softcap=call.softcap or 0.0,
+        return_softmax_lse=True,
         **padding,
     )
+    if call.s_aux is None:
+        return out
+    # A score more in the softmax shrinks every weight alike; builds of the library that take it are not needed.
+    share = torch.sigmoid(lse.transpose(1, 2) - call.s_aux.float())
+    return (out * share[..., None]).to(out.dtype)
