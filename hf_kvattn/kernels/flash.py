@@ -33,16 +33,16 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 def _library(device: torch.device) -> tuple[ModuleType | None, str | None]:
     """The library that serves a GPU, or why none does."""
     capability = torch.cuda.get_device_capability(device)
+    version = "{}.{}".format(*capability)
     if capability < (8, 0):
-        return None, "flash-attn needs a GPU of compute capability 8.0 or later, {} has {}.{}".format(
-            device, *capability
-        )
-    loaded = [_load(name) for name in ((_FA3, _FA2) if capability == (9, 0) else (_FA2,))]
-    reasons = "; ".join(reason for _, reason in loaded if reason)
-    return next(
-        ((module, None) for module, _ in loaded if module is not None),
-        (None, f"no flash-attn for compute capability {capability[0]}.{capability[1]} ({reasons}): {_INSTALL}"),
-    )
+        return None, f"flash-attn needs a GPU of compute capability 8.0 or later, {device} has {version}"
+    reasons = []
+    for name in (_FA3, _FA2) if capability == (9, 0) else (_FA2,):
+        module, reason = _load(name)
+        if module is not None:
+            return module, None
+        reasons.append(reason)
+    return None, f"no flash-attn for compute capability {version} ({'; '.join(map(str, reasons))}): {_INSTALL}"
 
 
 def unavailable() -> str | None:
@@ -66,9 +66,7 @@ def unsupported(call: AttendCall) -> str | None:
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype is needed"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
-        return (
-            f"flash-attn takes a head_dim of up to 256 in steps of 8 (others it pads, copying all), not {q.shape[-1]}"
-        )
+        return f"flash-attn takes a head_dim of up to 256 in steps of 8 (it pads others, copying), not {q.shape[-1]}"
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         return "flash-attn reads keys and values whose channels lie side by side"
     if call.mask is not None:
