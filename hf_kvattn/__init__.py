@@ -10,6 +10,7 @@ model.generate(**inputs, past_key_values=StaticKVCache(model.config, max_cache_l
 from .caches.base import KVCache
 from .caches.quantized import QuantizedKVCache
 from .caches.serialize import load_cache, save_cache
+from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
 from .describe import describe
 from .dispatch import backend, set_backend
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "KVCache",
     "QuantizedKVCache",
+    "SlidingWindowKVCache",
     "StaticKVCache",
     "backend",
     "describe",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from . import dispatch
 from .autograd import cut_graph
-from .kernels.call import AttendCall
+from .kernels.call import AttendCall, SinkKV
 from .masks import is_compact, read_compact_mask
 
 NAME = "kvattn"
@@ -51,9 +53,10 @@ def kvattn_attention(
             raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} (layer {module.layer_idx})")
     if kwargs.get("output_attentions"):
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
-    k, v, packed = (key, value, None) if kv_layer is None else kv_layer.kv()
-    call = AttendCall(query, k, v, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
-    call.dropout, call.packed, call.s_aux = dropout, packed, s_aux
+    call = AttendCall(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
+    call.dropout, call.s_aux = dropout, s_aux
+    if kv_layer is not None:
+        call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.kv()
     if attention_mask is None:
         call.causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         call.window = sliding_window if call.causal else None
@@ -64,8 +67,26 @@ def kvattn_attention(
         if attention_mask.shape[-2:] != (q_len, kv_len):
             raise ValueError(f"mask {tuple(attention_mask.shape)} does not fit {q_len} queries and {kv_len} keys")
         call.mask = attention_mask
+    if kv_layer is not None:
+        _apply_layer_window(call, kv_layer)
     out = dispatch.attend(call)
     if kv_layer is not None:
         kv_layer.settle()
         out = cut_graph(out, query, key, value)
     return out.contiguous(), None
+
+
+def _apply_layer_window(call: AttendCall, kv_layer) -> None:
+    """The window that a cache forces on the model, and the sinks beside it."""
+    if kv_layer.forced:
+        if not call.causal:
+            raise ValueError(f"a window of {kv_layer.window} is forced on causal attention only")
+        own = replace(call, mask=None, first=None, window=kv_layer.window)
+        if call.mask is None:
+            call.window = kv_layer.window
+        elif (seen := own.visible()) is not None:
+            allowed = call.mask if call.mask.dtype == torch.bool else None
+            call.mask = allowed & seen if allowed is not None else call.mask.masked_fill(~seen, -torch.inf)
+    beside = kv_layer.beside(call.q, call.first)
+    if beside is not None:
+        call.sinks = SinkKV(*beside)

@@ -20,7 +20,7 @@ logger = logging.getLogger("hf_kvattn")
 BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native, "flash": flash}
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
-# wins; from there on PyTorch's blocked matrix products do.
+# wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys.
 NATIVE_MAX_ROWS = 128
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
@@ -101,7 +101,8 @@ def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     if call.q.device.type == "cuda":
         return (flash, sdpa, reference)
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
-    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or call.packed is not None)
+    local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
+    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
     return (native, sdpa, reference) if few else (sdpa, native, reference)
 
 

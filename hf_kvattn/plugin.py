@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache, check_config
 from .caches.quantized import QuantizedKVCache
+from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
@@ -91,6 +92,7 @@ def enable(
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
     hook = functools.partial(_open_door, n_layers=len(modules))
     hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    hooks.append(model.get_decoder().register_forward_pre_hook(_own_positions, with_kwargs=True))
     setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, model.__dict__.get("generate")))
     if make_cache is not None:
         model.__dict__["generate"] = types.MethodType(_generate_with_cache, model)
@@ -142,6 +144,21 @@ def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict, n_layers: int
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
     return args, {**kwargs, "past_key_values": cache.writer(index), "kv_layer": cache.layers[index]}
+
+
+def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
+    """Positions of an endless stream are the cache's business: the model's would leave what it was trained on."""
+    if len(args) > 1:
+        kwargs, args = {**inspect.signature(decoder.forward).bind(*args, **kwargs).arguments}, ()
+        kwargs |= kwargs.pop("kwargs", {})
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, SlidingWindowKVCache) or _implementation(decoder) != NAME:
+        return None
+    tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+    mask = kwargs.get("attention_mask")
+    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens.device.type == "cpu" and not mask[:, -1].all()
+    positions = cache.positions(kwargs.get("position_ids"), tokens.shape[1], tokens.device, padded)
+    return args, {**kwargs, "position_ids": positions}
 
 
 def _implementation(module: torch.nn.Module) -> str | None:

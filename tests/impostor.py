@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 aten = torch.ops.aten
 _READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
 # These ask for a device guard, which a PyTorch without CUDA has not, before they dispatch.
-_GUARDED = ("__getitem__", "__setitem__", "__invert__", "contiguous", "copy_", "nonzero")
+_GUARDED = ("__getitem__", "__setitem__", "__invert__", "__int__", "contiguous", "copy_", "nonzero")
 
 
 class Impostor(torch.Tensor):
@@ -121,7 +121,9 @@ class _Calls(TorchFunctionMode):
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if name in _GUARDED and isinstance(args[0], Impostor):
-            if name == "nonzero" or any(isinstance(i, Impostor) and i.dtype == torch.bool for i in args[1:2]):
+            if name in ("nonzero", "__int__") or any(
+                isinstance(i, Impostor) and i.dtype == torch.bool for i in args[1:2]
+            ):
                 self.reads.append(name)
             here = args[0]
             out = func(*tree_map(_unwrap, args), **kwargs)

@@ -1,8 +1,10 @@
 """Attention problems for the kernel tests: hostile shapes, poisoned slots, every rule."""
 
+from dataclasses import replace
+
 import torch
 
-from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.kernels.call import AttendCall, SinkKV
 
 POISON = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}  # finite: 0 * inf would hide in a NaN anyway
 
@@ -37,6 +39,32 @@ SHAPES = {
     "padded-prefill": (2, 70, 70, 64, {"first": [0, 69, 3]}),
     "padded-window": (2, 5, 150, 64, {"first": [0, 148, 60], "window": 20}),
     "empty-row": (2, 1, 40, 64, {"first": [0, 40, 39]}),
+    "window-long-prefill": (2, 530, 600, 16, {"window": 40}),
+    "padded-window-long-prefill": (1, 300, 320, 16, {"window": 50, "first": [0, 319, 33]}),
+    "sinks": (3, 1, 90, 64, {"window": 90, "sinks": (4, 7)}),
+    "sinks-coming-in": (2, 9, 49, 64, {"window": 41, "sinks": (5, -3)}),
+    "sinks-one": (3, 1, 40, 80, {"window": 40, "sinks": (1, 1), "softcap": 2.0}),
+    "sinks-many": (8, 3, 130, 33, {"window": 128, "sinks": (63, 4000)}),
+    "sinks-long-prefill": (3, 600, 640, 16, {"window": 41, "sinks": (4, -7)}),
+    "sinks-padded": (2, 5, 80, 64, {"window": 76, "first": [0, 70, 3], "sinks": (6, 4, [0, 5, 9])}),
+}
+
+# (slots, slot of the first token) for a problem's keys in a ring: wraps in and between tiles, nearly empty, full
+RINGS = {
+    "g3-65": [(65, 1), (65, 64), (70, 69), (300, 40), (300, 270)],
+    "g4-d128": [(127, 100), (160, 96), (160, 33)],
+    "g5-d80": [(129, 64), (200, 199)],
+    "d7": [(66, 31), (90, 60)],
+    "long-split": [(3001, 1234), (3100, 3000)],
+    "short-query": [(77, 70), (100, 90)],
+    "rows-cross-chunk": [(140, 77)],
+    "window-crosses-tile": [(130, 66), (131, 1)],
+    "softcap-window": [(90, 80)],
+    "padded": [(100, 64), (128, 63)],
+    "padded-window": [(160, 70)],
+    "empty-row": [(40, 17)],
+    "sinks": [(90, 50), (154, 100)],
+    "sinks-padded": [(80, 8)],
 }
 
 
@@ -52,4 +80,20 @@ def problem(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) ->
     for buffer in buffers:
         buffer[:, :, :kv_len] = torch.randn(batch, kv_heads, kv_len, dim)
     k, v = (buffer[:, :, :kv_len] for buffer in buffers)
-    return AttendCall(q, k, v, dim**-0.5, **rules)
+    sinks = rules.pop("sinks", None)
+    call = AttendCall(q, k, v, dim**-0.5, **rules)
+    if sinks is not None:
+        count, evicted, *first = sinks
+        k, v = (torch.randn(batch, kv_heads, count, dim).to(dtype) for _ in "kv")
+        own = torch.randn(batch, q_len, kv_heads * group, dim).to(dtype).transpose(1, 2)
+        call.sinks = SinkKV(k, v, own, evicted, torch.tensor(first[0], dtype=torch.int32) if first else None)
+    return call
+
+
+def ringed(call: AttendCall, slots: int, slot: int) -> AttendCall:
+    """The same problem with its keys and values in rings of `slots`, the first token's in `slot`."""
+    batch, kv_heads, tokens, dim = call.k.shape
+    at = (slot + torch.arange(tokens)) % slots
+    rings = [torch.full((batch, kv_heads, slots, dim), POISON[call.q.dtype], dtype=call.q.dtype) for _ in "kv"]
+    rings[0][:, :, at], rings[1][:, :, at] = call.k, call.v
+    return replace(call, k=rings[0], v=rings[1], tokens=tokens, slot=slot)

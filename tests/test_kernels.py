@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from problems import SHAPES, VARIANTS, problem
+from problems import RINGS, SHAPES, VARIANTS, problem, ringed
 from tolerance import LSE, assert_close_to_reference, plain_torch
 
 from hf_kvattn.kernels import native, reference, sdpa
@@ -26,14 +26,17 @@ def spelled_out(call: AttendCall) -> torch.Tensor:
                 if call.window is not None:
                     low = max(low, position - call.window + 1)
                 keys = range(low, position + 1 if call.causal else kv_len)
-                scores = [
-                    float(call.q[b, h, i].double() @ call.k[b, h // group, j].double()) * call.scale for j in keys
-                ]
+                pairs = [(call.q[b, h, i], call.k[b, h // group, j], call.v[b, h // group, j]) for j in keys]
+                if sinks := call.sinks:
+                    left = sinks.evicted + i - (0 if sinks.first is None else int(sinks.first[b]))
+                    for j in range(max(0, min(left, sinks.k.shape[2]))):
+                        pairs.append((sinks.q[b, h, i], sinks.k[b, h // group, j], sinks.v[b, h // group, j]))
+                scores = [float(q.double() @ k.double()) * call.scale for q, k, _ in pairs]
                 if call.softcap is not None:
                     scores = [call.softcap * math.tanh(s / call.softcap) for s in scores]
                 weights = [math.exp(s - max(scores)) for s in scores]
-                for j, w in zip(keys, weights, strict=True):
-                    out[b, i, h] += w / sum(weights) * call.v[b, h // group, j]
+                for (_, _, v), w in zip(pairs, weights, strict=True):
+                    out[b, i, h] += w / sum(weights) * v
     return out
 
 
@@ -50,8 +53,39 @@ def test_reference_rounds_once(name, dtype):
     assert_close_to_reference(reference.attend(call), call)
 
 
+RING_CASES = [(name, *ring) for name, rings in RINGS.items() for ring in rings]
+
+
+@pytest.mark.parametrize(("name", "slots", "slot"), RING_CASES)
+def test_rings_mean_the_same_as_the_tokens_in_order(name, slots, slot):
+    call = problem(name)
+    torch.testing.assert_close(reference.attend(ringed(call, slots, slot)), reference.attend(call), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [n for n in SHAPES if "softcap" not in n])
+@pytest.mark.parametrize("module", [sdpa, native], ids=lambda m: m.__name__.rsplit(".")[-1])
+@pytest.mark.parametrize(("name", "slots", "slot"), RING_CASES)
+def test_rings(name, slots, slot, module, dtype):
+    call = problem(name, dtype)
+    ring = ringed(call, slots, slot)
+    if module is sdpa and call.softcap is not None:
+        assert "softcap" in sdpa.unsupported(ring)
+        return
+    assert module.unsupported(ring) is None
+    assert_close_to_reference(module.attend(ring), call)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+@pytest.mark.parametrize(("name", "slots", "slot"), RING_CASES)
+def test_rings_in_every_variant(name, slots, slot, variant):
+    call = problem(name)
+    lse = torch.full(call.q.shape[:3], torch.nan)
+    assert_close_to_reference(native.attend(ringed(call, slots, slot), lse), call)
+    torch.testing.assert_close(lse, reference.attend_with_lse(call)[1], rtol=0, atol=LSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n in SHAPES if SHAPES[n][4].get("softcap") is None])
 def test_sdpa(name, dtype):
     call = problem(name, dtype)
     assert sdpa.unsupported(call) is None

@@ -68,7 +68,7 @@ def test_weights_are_those_of_the_model(tied):
     assert real / 2 <= half <= real / 2 + 256, "only the rotary frequencies stay in float32"
 
 
-@pytest.mark.parametrize("model", ["llama", "mistral"])
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
 def test_the_longest_context_is_the_last_that_fits(model):
     config, budget = MODELS[model], 20_000_000
     result = hf_kvattn.plan(config, 3, 100, torch.float16, budget)
@@ -79,6 +79,12 @@ def test_the_longest_context_is_the_last_that_fits(model):
         assert row.cache_bytes == size(100) and row.fits
     sizes = [row.longest_context for row in result.rows.values()]
     assert sizes == sorted(sizes), "from static to int2 more and more tokens fit"
+
+
+def test_a_model_of_windows_alone_has_no_longest_context():
+    result = asked(MODELS["mistral"])
+    assert {row.longest_context for row in result.rows.values()} == {planning.LONGEST}
+    assert result.rows["static"].cache_bytes == asked(MODELS["mistral"], context=10**6).rows["static"].cache_bytes
 
 
 def test_the_choice_is_the_most_exact_that_fits():

@@ -20,9 +20,15 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
     mask = call.visible() if call.mask is None else call.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if call.sinks is not None:
+        sinks = call.sinks
+        beside = sinks.q @ sinks.k.repeat_interleave(group, 1).transpose(-1, -2) * call.scale
+        if call.softcap is not None:
+            beside = call.softcap * torch.tanh(beside / call.softcap)
+        scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
+        v = torch.cat([sinks.v.repeat_interleave(group, 1), v], 2)
     if call.s_aux is not None:
-        sinks = call.s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], -1)
+        scores = torch.cat([scores, call.s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
     weights = torch.nan_to_num(torch.softmax(scores, -1, dtype=torch.float32)).to(call.q.dtype)
     return (weights[..., : v.shape[2]] @ v).transpose(1, 2)
 

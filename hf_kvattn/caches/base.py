@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -16,6 +16,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from ..autograd import cut_graph
 from ..quant.packed import PackedKV
+
+
+class Stored(NamedTuple):
+    """What attention reads of a layer: the fields of `kernels.call.AttendCall` of the same names."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    packed: PackedKV | None = None
+    tokens: int | None = None
+    slot: int = 0
 
 
 class KVLayer(CacheLayerMixin):
@@ -30,6 +40,7 @@ class KVLayer(CacheLayerMixin):
 
     is_compileable = False
     is_croppable = True
+    forced = False  # whether the window is the cache's own, not the model's
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
 
     # Set at the first append.
@@ -58,9 +69,13 @@ class KVLayer(CacheLayerMixin):
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the stored tokens, `(B, Hkv, stored, D)` each, after the first append."""
 
-    def kv(self) -> tuple[torch.Tensor, torch.Tensor, PackedKV | None]:
-        """What attention reads: dense keys and values, and the packed ones that stand before them, if any."""
-        return *self.dense(), None
+    def kv(self) -> Stored:
+        """What attention over the newest tokens reads."""
+        return Stored(*self.dense())
+
+    def beside(self, q: torch.Tensor, first: torch.Tensor | None) -> Any:
+        """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/sliding.py`."""
+        return None
 
     def settle(self) -> None:
         """Called when the attention over what was appended is done: the time to compress it."""
@@ -265,6 +280,16 @@ class KVCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens in all layers; 0 does nothing.
+
+        Raises:
+            ValueError: more tokens than a layer can take back; nothing has changed then.
+        """
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from .base import KVLayer
-from .static import KVStaticLayer
+from .static import KVStaticLayer, exact_layer
 
 
 class KVOffloadedLayer(KVStaticLayer):
@@ -110,6 +110,15 @@ class KVOffloadedLayer(KVStaticLayer):
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a GPU that copies layers beside its work."""
     return torch.cuda.Stream(device)
+
+
+def offloaded_layer(
+    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
+) -> KVLayer:
+    """A layer of full attention lies on the host; one with a window is small, and stays."""
+    if window is None:
+        return KVOffloadedLayer(max_cache_len, layer_idx, heads, dim)
+    return exact_layer(max_cache_len, layer_idx, heads, dim, window)
 
 
 def chain(layers: Sequence[KVLayer]) -> None:

@@ -16,8 +16,9 @@ from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
 from ..quant.layout import BLOCK, pack_keys, pack_values
 from ..quant.packed import PackedKV
 from ..quant.rotation import rotate
-from .base import KVCache, KVLayer, check_max_cache_len, kv_shape
-from .static import KVStaticLayer
+from .base import KVCache, KVLayer, Stored, check_max_cache_len, kv_shape
+from .sliding import SLACK, overwritten
+from .static import exact_layer
 
 logger = logging.getLogger("hf_kvattn")
 
@@ -44,33 +45,39 @@ class KVQuantizedLayer(KVLayer):
     `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once, when
     attention over its tokens is done (`settle`) and `residual_length` newer tokens follow it; its codes never change
     again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
+
+    With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
     """
 
-    counts = ("seen", "packed_tokens")
+    counts = ("seen", "packed_tokens", "dropped")
 
     def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
         super().__init__(max_cache_len, layer_idx, *shape)
         self.settings = settings
-        self.packed_tokens = 0
+        self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
 
     @property
     def stored(self) -> int:
-        return self.seen
+        return self.seen - self.dropped
+
+    @property
+    def _exact(self) -> int:
+        return self.stored - self.packed_tokens
 
     @property
     def nbytes(self) -> int:
         tensors = [self._exact_k, self._exact_v, *self._packed.values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def kv(self) -> tuple[torch.Tensor, torch.Tensor, PackedKV | None]:
-        exact = slice(0, self.seen - self.packed_tokens)
+    def kv(self) -> Stored:
+        exact = slice(0, self._exact)
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
-            return k, v, None
+            return Stored(k, v)
         settings, arrays = self.settings, self._packed
-        return (
+        return Stored(
             k,
             v,
             PackedKV(
@@ -85,12 +92,13 @@ class KVQuantizedLayer(KVLayer):
                 arrays["v_codes"],
                 arrays["v_scale"],
                 arrays.get("v_zero"),
+                self.dropped // BLOCK % arrays["k_codes"].shape[2],
             ),
         )
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything dequantized, in the model's dtype: a copy."""
-        k, v, packed = self.kv()
+        k, v, packed, *_ = self.kv()
         if packed is None:
             return k, v
         sinks, newest = slice(0, packed.start), slice(packed.start, None)
@@ -109,7 +117,7 @@ class KVQuantizedLayer(KVLayer):
         end = self.seen + k.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        exact, new_exact = self.seen - self.packed_tokens, end - self.packed_tokens
+        exact, new_exact = self._exact, self._exact + k.shape[2]
         if new_exact <= self._exact_k.shape[2]:
             self._exact_k[:, :, exact:new_exact].copy_(k.detach())
             self._exact_v[:, :, exact:new_exact].copy_(v.detach())
@@ -126,8 +134,11 @@ class KVQuantizedLayer(KVLayer):
         group_size = self.settings.group_size
         if self.head_dim % group_size:
             raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
-        limit = self.max_cache_len
-        self._allocate(0 if limit is None else max(0, limit - self._least_exact) // BLOCK)
+        blocks = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self._least_exact) // BLOCK
+        if self.sliding_window is not None:
+            ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` wants it
+            blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
+        self._allocate(blocks)
         self._resize_exact(self._least_exact + BLOCK, 0)
         self.is_initialized = True
 
@@ -141,7 +152,7 @@ class KVQuantizedLayer(KVLayer):
         Raises:
             ValueError: NaN or infinite keys or values; no block has been written then.
         """
-        exact, sinks = self.seen - self.packed_tokens, self.settings.sinks
+        exact, sinks = self._exact, self.settings.sinks
         count = max(0, exact - self._least_exact) // BLOCK
         if not count:
             return
@@ -149,25 +160,35 @@ class KVQuantizedLayer(KVLayer):
         for name, tensor in (("keys", self._exact_k), ("values", self._exact_v)):
             if not bool(torch.isfinite(tensor[:, :, sinks:done]).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
-        first = self.packed_tokens // BLOCK
-        if first + count > self._packed["k_codes"].shape[2]:
-            self._allocate(max(first + count, int((first + count) * _GROWTH)))
-        for start in range(0, count, _CHUNK_BLOCKS):
-            stop = min(start + _CHUNK_BLOCKS, count)
+        first = (self.dropped + self.packed_tokens) // BLOCK
+        slots, dropped = self._packed["k_codes"].shape[2], self.dropped // BLOCK
+        if self.sliding_window is not None:
+            dropped = max(dropped, first + count - slots)
+            dropped += dropped % 2
+        elif first + count > slots:
+            slots = max(first + count, int((first + count) * _GROWTH))
+            self._allocate(slots)
+        start = max(0, dropped - first)  # what no later token sees is not quantized at all
+        if not self.packed_tokens:  # offsets that no block must spend its range on: means of the first tokens
+            part = slice(sinks + start * BLOCK, min(done, sinks + (start + _CHUNK_BLOCKS) * BLOCK))
+            self._packed["k_mean"].copy_(self._exact_k[:, :, part].float().mean(2))
+        while start < count:
+            slot = (first + start) % slots
+            stop = min(start + _CHUNK_BLOCKS, count, start + slots - slot)
             part = slice(sinks + start * BLOCK, sinks + stop * BLOCK)
-            self._write_blocks(first + start, self._exact_k[:, :, part], self._exact_v[:, :, part])
+            self._write_blocks(slot, self._exact_k[:, :, part], self._exact_v[:, :, part])
+            start = stop
         rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
         if self._exact_k.shape[2] != self._least_exact + BLOCK:  # it held a prompt
             self._resize_exact(self._least_exact + BLOCK, sinks)
         after = slice(sinks, sinks + exact - done)
         self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
-        self.packed_tokens += count * BLOCK
+        self.packed_tokens = (first + count - dropped) * BLOCK
+        self.dropped = dropped * BLOCK
 
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
         settings, packed = self.settings, self._packed
-        if first == 0:  # the channels' means of the first tokens: offsets that no block must spend its range on
-            packed["k_mean"].copy_(k.float().mean(2))
         slots = slice(first, first + k.shape[2] // BLOCK)
         blocks = (k.float() - packed["k_mean"][:, :, None]).unflatten(2, (-1, BLOCK))
         codes, scale, zero = quantize(blocks, settings.k_bits, -2, KEYS)
@@ -199,8 +220,8 @@ class KVQuantizedLayer(KVLayer):
                 grown[name][:, :, :used] = self._packed[name][:, :, :used]
         empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
         self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
-        limit = self.max_cache_len
-        self.capacity = limit or blocks * BLOCK + self._least_exact + BLOCK
+        room = blocks * BLOCK + self._least_exact + BLOCK
+        self.capacity = room if self.max_cache_len is None else min(room, self.max_cache_len)
 
     def _resize_exact(self, capacity: int, keep: int) -> None:
         shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
@@ -209,14 +230,23 @@ class KVQuantizedLayer(KVLayer):
             k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
         self._exact_k, self._exact_v = k, v
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        super().check_crop(tokens_to_remove)
+        kept, window = self.seen + tokens_to_remove, self.sliding_window
+        if window is not None and tokens_to_remove and kept and max(0, kept - window + 1) < self.dropped:
+            raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens. A block that is cut becomes exact tokens again, dequantized."""
         self.check_crop(tokens_to_remove)
         kept, sinks = self.seen + tokens_to_remove, self.settings.sinks
-        if kept < sinks + self.packed_tokens:
-            block, cut = divmod(max(0, kept - sinks), BLOCK)
+        if not kept:
+            return self.reset()
+        kept_here = kept - self.dropped
+        if kept_here < sinks + self.packed_tokens:
+            block, cut = divmod(max(0, kept_here - sinks), BLOCK)
             if cut:
-                packed = self.kv()[2]
+                packed = self.kv().packed
                 assert packed is not None
                 slots = slice(sinks, sinks + BLOCK)
                 self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
@@ -225,7 +255,7 @@ class KVQuantizedLayer(KVLayer):
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay."""
-        self.seen = self.packed_tokens = 0
+        self.seen = self.packed_tokens = self.dropped = 0
 
     def select(self, rows: torch.Tensor) -> None:
         self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
@@ -233,25 +263,30 @@ class KVQuantizedLayer(KVLayer):
         self.batch_size = self._exact_k.shape[0]
 
     def filled(self) -> dict[str, torch.Tensor]:
-        exact, blocks = self.seen - self.packed_tokens, self.packed_tokens // BLOCK
+        exact, blocks = self._exact, (self.dropped + self.packed_tokens) // BLOCK
         tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
         if blocks:
             tensors |= {name: t if name == "k_mean" else t[:, :, :blocks] for name, t in self._packed.items()}
         return tensors
 
     def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
-        seen, packed, sinks = counts["seen"], counts["packed_tokens"], self.settings.sinks
-        if packed % BLOCK or (packed and packed > seen - sinks):
+        seen, packed, dropped = (counts[name] for name in self.counts)
+        sinks, window = self.settings.sinks, self.sliding_window
+        outside = max(0, seen - window + 1) if window is not None else 0
+        if packed % BLOCK or dropped % (2 * BLOCK) or (packed and dropped + packed > seen - sinks) or dropped > outside:
             raise ValueError(
-                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {sinks} exact ones do not fit "
-                f"into {seen} tokens"
+                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {dropped} dropped and {sinks} "
+                f"exact ones do not fit into {seen} tokens"
             )
         super().prepare(like, counts)
-        if packed // BLOCK > self._packed["k_codes"].shape[2]:
+        slots = self._packed["k_codes"].shape[2]
+        if packed // BLOCK > slots:
+            if window is not None:
+                raise ValueError(f"layer {self.layer_idx}: {packed} tokens do not fit into a window of {window}")
             self._allocate(packed // BLOCK)
-        if seen - packed > self._exact_k.shape[2]:
-            self._resize_exact(seen - packed, 0)
-        self.packed_tokens = packed
+        if seen - dropped - packed > self._exact_k.shape[2]:
+            self._resize_exact(seen - dropped - packed, 0)
+        self.packed_tokens, self.dropped = packed, dropped
 
     def verify(self) -> None:
         for name, tensor in self.filled().items():
@@ -337,8 +372,9 @@ class QuantizedKVCache(KVCache):
 
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:
             if layer_idx in skipped:
-                return KVStaticLayer(max_cache_len, layer_idx, *shape)
-            settings = QuantSettings(k_bits[layer_idx], v_bits[layer_idx], group_size, residual, sinks)
+                return exact_layer(max_cache_len, layer_idx, *shape)
+            first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
+            settings = QuantSettings(k_bits[layer_idx], v_bits[layer_idx], group_size, residual, first)
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)

@@ -30,13 +30,14 @@ from transformers import PreTrainedConfig
 
 from .base import KVCache
 from .quantized import QuantizedKVCache
+from .sliding import SlidingWindowKVCache
 from .static import StaticKVCache
 
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 4 << 20  # some 1 KiB a layer is written
 _MAX_MESSAGE = 2000  # characters: what a file says may be long
 
-_CLASSES: dict[str, type[KVCache]] = {c.__name__: c for c in (StaticKVCache, QuantizedKVCache)}
+_CLASSES: dict[str, type[KVCache]] = {c.__name__: c for c in (StaticKVCache, SlidingWindowKVCache, QuantizedKVCache)}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
 _KEYS = {"version", "cache", "settings", "model", "dtype", "layers", "token_ids_sha256"}
@@ -52,7 +53,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds
     written, a second copy of what the cache holds is in memory.
 
     Args:
-        cache: a `StaticKVCache` or `QuantizedKVCache` between two forwards.
+        cache: a `StaticKVCache`, `SlidingWindowKVCache` or `QuantizedKVCache` between two forwards.
         path: the file; a link, a folder or anything else than a regular file there is left alone.
         token_ids: what the cache was filled with, `(B, seen)`, or `(seen,)` of a single row, padding included: its hash
             is stored, for `load_cache` to compare. After `generate()`, which leaves the last token out of the cache,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from transformers import PreTrainedConfig
 
 from .base import KVCache, KVLayer, check_max_cache_len
+from .sliding import KVSlidingLayer
 
 _MIN_CAPACITY = 256
 _GROWTH = 1.5
@@ -86,6 +89,15 @@ class KVStaticLayer(KVLayer):
         self._k, self._v = self._k.to(device), self._v.to(device)
 
 
+def exact_layer(
+    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
+) -> KVLayer:
+    """A layer that keeps its tokens as they are: all of them, or those in its window."""
+    if window is None:
+        return KVStaticLayer(max_cache_len, layer_idx, heads, dim)
+    return KVSlidingLayer(window, max_cache_len, layer_idx, heads, dim)
+
+
 class StaticKVCache(KVCache):
     """Keys and values in buffers that are allocated once and appended to in place.
 
@@ -108,18 +120,13 @@ class StaticKVCache(KVCache):
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offload: bool = False):
         check_max_cache_len(max_cache_len)
-        full: type[KVStaticLayer] = KVStaticLayer
+        make_layer = functools.partial(exact_layer, max_cache_len)
         if offload:
-            from .offload import KVOffloadedLayer, chain  # which derives from the layer above
+            from .offload import chain, offloaded_layer  # which derive from the layer above
 
             if max_cache_len is None:
                 raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
-            full = KVOffloadedLayer
-
-        def make_layer(layer_idx: int, heads: int | None, dim: int | None, window: int | None) -> KVStaticLayer:
-            kind = full if window is None else KVStaticLayer
-            return kind(max_cache_len, layer_idx, heads, dim, window)
-
+            make_layer = functools.partial(offloaded_layer, max_cache_len)
         super().__init__(config, make_layer)
         if offload:
             chain(self.layers)

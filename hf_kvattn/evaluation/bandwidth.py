@@ -115,5 +115,5 @@ def _filled(
 
 
 def _call(q: torch.Tensor, layer: Any) -> AttendCall:
-    k, v, packed = layer.kv()
+    k, v, packed, *_ = layer.kv()
     return AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed)

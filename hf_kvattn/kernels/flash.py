@@ -3,8 +3,9 @@
 One library function serves everything, `flash_attn_with_kvcache`, on views of the cache transposed to `(B, T, Hkv, D)`:
 nothing is copied. A decode step is split over the tokens, with the query heads of a group as rows of their KV head; for
 a prompt it launches the kernel of `flash_attn_func`. Left padding is `cache_leftpad`: nothing is unpadded, which would
-copy keys and values and read lengths back from the GPU. The library could append the new tokens in the same call; here
-the cache has written them before, as it does for every backend, with two small copies a layer.
+copy keys and values and read lengths back from the GPU. For one query a ring buffer that wraps is read in two pieces,
+and sinks are a piece of their own; the log-sum-exps join them. The library could append the new tokens in the same
+call; here the cache has written them before, as it does for every backend, with two small copies a layer.
 """
 
 from __future__ import annotations
@@ -75,20 +76,24 @@ def unsupported(call: AttendCall) -> str | None:
         return "the flash backend is for inference: no dropout, no gradients"
     if call.packed is not None:
         return "flash-attn reads no quantized keys and values"
-    if call.sinks is not None:
-        return "flash-attn takes no first tokens beside a window"
-    if call.slot and not _order_is_free(call):
-        return (
-            f"flash-attn reads keys in the order of storage; this ring buffer begins in slot {call.slot}, which serves "
-            "only one query that sees all slots, without padding"
-        )
+    if q.shape[2] > 1 and (call.sinks is not None or len(_pieces(call, 0)) > 1):
+        return f"sinks, and ring buffers that wrap, are joined for one query at a time, not for {q.shape[2]}"
     return None
 
 
-def _order_is_free(call: AttendCall) -> bool:
-    """Whether one query sees every slot of a ring buffer, so that it does not matter where the first token lies."""
-    full = call.tokens == call.k.shape[2]
-    return full and call.q.shape[2] == 1 and call.first is None and (call.window or call.kv_len) >= call.kv_len
+def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
+    """Where the tokens from `begin` on lie, in one piece or two: the position of each one's first token, its slots."""
+    slots = call.k.shape[2]
+    everything = call.tokens == slots and not begin and call.first is None
+    if not call.slot or (everything and call.q.shape[2] == 1):  # the order of keys does not matter to one query
+        return [(begin, slice(begin, call.kv_len))]
+    to_wrap = min(call.kv_len, slots - call.slot)
+    wrapped = max(begin, to_wrap)
+    pieces = [
+        (begin, slice(call.slot + begin, call.slot + to_wrap)),
+        (wrapped, slice(wrapped - to_wrap, call.kv_len - to_wrap)),
+    ]
+    return [(start, piece) for start, piece in pieces if piece.start < piece.stop]
 
 
 def attend(call: AttendCall) -> torch.Tensor:
@@ -96,31 +101,42 @@ def attend(call: AttendCall) -> torch.Tensor:
     library, reason = _library(call.q.device)
     if library is None:
         raise ValueError(f"backend 'flash' cannot be used here: {reason}")
-    kv_len, window, first = call.kv_len, call.window, call.first
-    begin = 0
-    if window is not None and call.q.shape[2] == 1:  # one query: the window is a slice, and costs no speed then
-        begin, window = max(0, kv_len - window), None
-    k, v = (t[:, :, begin:kv_len].transpose(1, 2) for t in (call.k, call.v))
-    padding = {}
-    if first is not None:
-        # With the length: without it the kernels read whole tiles as if nothing were padded.
-        first = (first.to(call.q.device, torch.int32) - begin).clamp(min=0)
-        padding = {"cache_leftpad": first, "cache_seqlens": kv_len - begin}
-    out, lse, *_ = library.flash_attn_with_kvcache(
-        call.q.transpose(1, 2),
-        k,
-        v,
+    launch = functools.partial(
+        library.flash_attn_with_kvcache,
         softmax_scale=call.scale,
-        causal=call.causal,
-        window_size=(-1, -1)
-        if window is None
-        else (window - 1, 0 if call.causal else -1),  # the query's own not counted
         softcap=call.softcap or 0.0,
         return_softmax_lse=True,
-        **padding,
     )
-    if call.s_aux is None:
-        return out
-    # A score more in the softmax shrinks every weight alike; builds of the library that take it are not needed.
-    share = torch.sigmoid(lse.transpose(1, 2) - call.s_aux.float())
-    return (out * share[..., None]).to(out.dtype)
+    q, window, begin = call.q.transpose(1, 2), call.window, 0
+    if window is not None and call.q.shape[2] == 1:  # one query: the window is a slice
+        begin, window = max(0, call.kv_len - window), None
+    # The library does not count the query's own key in the window.
+    sides = (-1, -1) if window is None else (window - 1, 0 if call.causal else -1)
+    parts = []
+    for start, slots in _pieces(call, begin):
+        padding = {}
+        if call.first is not None:
+            # With the length: without it the kernels read whole tiles as if nothing were padded.
+            length = slots.stop - slots.start
+            first = (call.first.to(q.device, torch.int32) - start).clamp(0, length)
+            padding = {"cache_leftpad": first, "cache_seqlens": length}
+        k, v = (t[:, :, slots].transpose(1, 2) for t in (call.k, call.v))
+        parts.append(launch(q, k, v, causal=call.causal, window_size=sides, **padding))
+    if call.sinks is not None:
+        seen = call.sinks.visible().sum((1, 2, 3), dtype=torch.int32).expand(q.shape[0]).contiguous()
+        own_q, k, v = (t.transpose(1, 2) for t in (call.sinks.q, call.sinks.k, call.sinks.v))
+        parts.append(launch(own_q, k, v, cache_seqlens=seen))
+    return _joined(parts, call)
+
+
+def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:
+    """One softmax over all parts' keys, and `s_aux`, from each part's result and log-sum-exp `(B, Hq, Tq)`."""
+    if len(parts) == 1 and call.s_aux is None:
+        return parts[0][0]
+    scores = torch.stack([part[1] for part in parts])
+    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # the library's mark of a part without keys
+    if call.s_aux is not None:
+        own = call.s_aux.float()[:, None].expand_as(scores[:1])
+        scores = torch.cat([scores, own])
+    shares = torch.nan_to_num(torch.softmax(scores, 0)).transpose(2, 3)[..., None]
+    return sum(part[0] * share for part, share in zip(parts, shares, strict=False)).to(call.q.dtype)

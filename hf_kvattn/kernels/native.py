@@ -20,15 +20,17 @@ import torch
 
 from ..quant import rotation
 from ..quant.packed import PackedKV
-from .call import AttendCall
+from .call import AttendCall, SinkKV
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
+MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
 # `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer.
-_ARGS = struct.Struct("@4i7q2f6P9q5q2i7P")
-_NOTHING_PACKED = (0, 0, 0, 0, 1, 0, 0) + (0,) * 7
+_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q6q2i7P")
+_NO_SINKS = (0,) * 12
+_NOTHING_PACKED = (0, 0, 0, 0, 0, 1, 0, 0) + (0,) * 7
 
 
 def _candidates() -> list[Path]:
@@ -102,6 +104,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if call.mask is not None:
         return "native kernels take causal, window and left-padding rules, not a dense mask"
+    if call.sinks is not None and not (call.causal and call.sinks.k.shape[2] <= MAX_SINKS):
+        return f"native kernels take up to {MAX_SINKS} sinks of causal attention"
     if call.dropout > 0 or call.needs_grad:
         return "native kernels are for inference: no dropout, no gradients"
     return None
@@ -118,6 +122,8 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
     first = None if call.first is None else call.first.to(torch.int32).contiguous()
+    sinks = call.sinks
+    sink_first = None if sinks is None or sinks.first is None else sinks.first.to(torch.int32).contiguous()
     args = _ARGS.pack(
         _DTYPES[q.dtype],
         call.causal,
@@ -141,6 +147,8 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
+        *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
+        *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_first)),
         *(_NOTHING_PACKED if call.packed is None else _packed_args(call.packed)),
     )
     status = _library().kvattn_attend(args)
@@ -150,6 +158,22 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
             f"k {tuple(k.shape)}, window {call.window}"
         )
     return out
+
+
+def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
+    """The fields of the struct from `sinks` to `sink_kv_stride`; `first` must live as long as the call."""
+    q, k, v = sinks.q, sinks.k, sinks.v
+    assert q.stride(-1) == k.stride(-1) == 1 and k.stride() == v.stride()  # as caches allocate them
+    return (
+        k.shape[2],
+        sinks.evicted,
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        0 if first is None else first.data_ptr(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+    )
 
 
 def _packed_args(packed: PackedKV) -> tuple[int, ...]:
@@ -169,6 +193,7 @@ def _packed_args(packed: PackedKV) -> tuple[int, ...]:
         packed.start,
         packed.tokens,
         packed.k_codes.shape[2],
+        packed.slot,
         dim // packed.v_scale.shape[3],
         rotation.size_for(dim),
         packed.k_bits,

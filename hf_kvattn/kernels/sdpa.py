@@ -7,12 +7,17 @@ head, and it keeps a GPU's SDPA off the slow math kernel.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .call import AttendCall
 
 TILE = 1024  # tokens dequantized at once, a multiple of 32
+WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
 
 
 def unavailable() -> str | None:
@@ -22,28 +27,64 @@ def unavailable() -> str | None:
 def unsupported(call: AttendCall) -> str | None:
     if call.softcap is not None:
         return f"torch's scaled_dot_product_attention has no softcap (asked: {call.softcap})"
-    if call.packed is not None and (call.dropout > 0 or call.needs_grad):
-        return "quantized keys and values are for inference: no dropout, no gradients"
+    if (call.packed is not None or call.sinks is not None) and (call.dropout > 0 or call.needs_grad):
+        return "quantized keys and values, and sinks, are for inference: no dropout, no gradients"
     return None
 
 
 def attend(call: AttendCall) -> torch.Tensor:
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`."""
-    if call.packed is not None:
+    q_len, kv_len = call.q.shape[2], call.kv_len
+    windowed = call.window is not None and call.window < kv_len and call.mask is None
+    if windowed and call.causal and q_len > WINDOW_BLOCK and call.packed is None and call.tokens is None:
+        return torch.cat([attend(block) for block in _blocks(call)], 1)
+    if call.packed is not None or call.sinks is not None:
         return _tiled(call)
-    q_len, kv_len = call.q.shape[2], call.k.shape[2]
+    if call.tokens is not None:
+        return _ring(call)
     if call.mask is not None:
         return _grouped(call, call.k, call.v, call.mask)
-    everything_but_causal = call.first is None and (call.window is None or call.window >= kv_len)
     if q_len == 1 and call.first is None:
         begin = max(0, kv_len - (call.window or kv_len))  # one query: the window is a slice
         return _grouped(call, call.k[:, :, begin:], call.v[:, :, begin:], None)
-    if everything_but_causal and (q_len == kv_len or not call.causal):
+    if call.first is None and not windowed and (q_len == kv_len or not call.causal):
         out = scaled_dot_product_attention(
             call.q, call.k, call.v, dropout_p=call.dropout, is_causal=call.causal, scale=call.scale, enable_gqa=True
         )
         return out.transpose(1, 2)
     return _grouped(call, call.k, call.v, call.visible())
+
+
+def _blocks(call: AttendCall) -> Iterator[AttendCall]:
+    """The same, some queries at a time with the keys that they see: time and masks grow with the window only."""
+    q_len, kv_len, window = call.q.shape[2], call.kv_len, call.window
+    assert window is not None
+    for start in range(0, q_len, WINDOW_BLOCK):
+        stop = min(start + WINDOW_BLOCK, q_len)
+        begin = max(0, kv_len - q_len + start - window + 1)
+        keys, queries = slice(begin, kv_len - q_len + stop), slice(start, stop)
+        block = replace(call, q=call.q[:, :, queries], k=call.k[:, :, keys], v=call.v[:, :, keys])
+        if call.first is not None:
+            block.first = call.first - begin
+        if call.sinks is not None:
+            sinks = call.sinks
+            block.sinks = replace(sinks, q=sinks.q[:, :, queries], evicted=sinks.evicted + start)
+        yield block
+
+
+def _ring(call: AttendCall) -> torch.Tensor:
+    """Attention over a ring buffer as it lies: the order of keys does not matter, their mask is turned instead."""
+    slots, tokens = call.k.shape[2], call.kv_len
+    if call.slot == 0:
+        return attend(replace(call, k=call.k[:, :, :tokens], v=call.v[:, :, :tokens], tokens=None))
+    mask = call.visible() if call.mask is None else call.mask
+    if mask is None and tokens == slots:
+        return _grouped(call, call.k, call.v, None)
+    if mask is None:
+        mask = torch.ones(1, 1, call.q.shape[2], tokens, dtype=torch.bool, device=call.q.device)
+    hidden = False if mask.dtype == torch.bool else -torch.inf
+    mask = torch.nn.functional.pad(mask, (0, slots - tokens), value=hidden)
+    return _grouped(call, call.k, call.v, mask.roll(call.slot, -1))
 
 
 def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -65,20 +106,25 @@ def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 def _tiled(call: AttendCall) -> torch.Tensor:
-    """Attention over quantized tokens, dequantized a tile at a time, with an online softmax in fp32."""
+    """Attention a tile of keys at a time, quantized ones dequantized by the tile, with an online softmax in fp32."""
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads = call.k.shape[1]
     group = q_heads // kv_heads
-    q = call.q.reshape(batch, kv_heads, group * q_len, dim).float() * call.scale
-    mask = call.visible() if call.mask is None else call.mask
+
+    def rows(q: torch.Tensor) -> torch.Tensor:
+        return q.reshape(batch, kv_heads, group * q_len, dim).float() * call.scale
+
+    q, mask = rows(call.q), call.visible() if call.mask is None else call.mask
+    dense = ((q, k, v, None if mask is None else mask[..., t : t + k.shape[2]]) for t, k, v in call.tiles(TILE))
+    sinks = call.sinks
+    beside = [] if sinks is None else [(rows(sinks.q), sinks.k.float(), sinks.v.float(), sinks.visible())]
     top = q.new_full((*q.shape[:3], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for start, k, v in call.tiles(TILE):
-        scores = q @ k.transpose(-1, -2)
-        if mask is not None:
-            tile = mask[..., start : start + k.shape[2]].expand(-1, q_heads, -1, -1)
-            tile = tile.reshape(-1, kv_heads, group * q_len, k.shape[2])
-            scores = scores.masked_fill(~tile, -torch.inf) if tile.dtype == torch.bool else scores + tile
+    for queries, k, v, seen in chain(beside, dense):
+        scores = queries @ k.transpose(-1, -2)
+        if seen is not None:
+            seen = seen.expand(-1, q_heads, -1, -1).reshape(-1, kv_heads, group * q_len, k.shape[2])
+            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         finite = torch.where(new_top == -torch.inf, 0, new_top)  # nothing visible yet: no inf - inf
         weights, shrink = torch.exp(scores - finite), torch.exp(top - finite)

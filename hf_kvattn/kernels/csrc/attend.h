@@ -220,7 +220,8 @@ class Attend {
         d_pad(round_up(d, 64)),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
         tile(a.packed_len == 0 && d > 64 ? kTile / 2 : kTile),
-        lead(a.packed_len > 0 ? a.packed_start : 0),
+        to_wrap(a.ring_slots > 0 ? a.ring_slots - a.ring_slot : a.kv_len),
+        lead(a.packed_len > 0 ? a.packed_start : a.ring_slots > 0 ? to_wrap % tile : 0),
         origin(lead > 0 ? lead - tile : 0),
         jobs(a.batch * a.kv_heads * chunks),
         piece_floats(kChunk * (2 + d_pad)) {}
@@ -301,7 +302,8 @@ class Attend {
     return job;
   }
 
-  // Packed blocks begin together with tiles: exact tokens before them have a tile of their own.
+  // Packed blocks begin together with tiles: exact tokens before them have a tile of their own. Where a ring wraps, a
+  // tile begins too.
   int64_t tile_of(int64_t t) const { return t < lead ? 0 : (t - origin) / tile; }
   int64_t tile_begin(int64_t i) const { return most<int64_t>(0, origin + i * tile); }
 
@@ -315,16 +317,35 @@ class Attend {
     fill(outputs(piece), outputs(piece) + n_rows * d_pad, 0.f);
   }
 
-  const T *query(const Job &job, int64_t row) const {
-    return static_cast<const T *>(a.q) + job.b * a.q_stride[0] + (job.h * group + row % group) * a.q_stride[1] +
-           row / group * a.q_stride[2];
+  int64_t query(const Job &job, int64_t row, const int64_t *stride) const {
+    return job.b * stride[0] + (job.h * group + row % group) * stride[1] + row / group * stride[2];
+  }
+
+  // The sinks are a tile of their own before the first, with queries of their own.
+  void attend_sinks(const Job &job, int n_rows, Scratch &scratch, float *piece) const {
+    const int n = static_cast<int>(a.sinks);
+    const int64_t *stride = a.sink_kv_stride, at = job.b * stride[0] + job.h * stride[1];
+    auto visible = [&](int r) {
+      int64_t left = a.sink_evicted + (job.row + r) / group - (a.sink_first ? a.sink_first[job.b] : 0);
+      return static_cast<int>(most<int64_t>(0, least<int64_t>(left, n)));
+    };
+    if (visible(n_rows - 1) == 0) return;
+    for (int r = 0; r < n_rows; ++r)
+      load_query(static_cast<const T *>(a.sink_q) + query(job, job.row + r, a.sink_q_stride), r, scratch);
+    score_tile(static_cast<const T *>(a.sink_k) + at, stride[2], n, n_rows, scratch, 0);
+    for (int r = 0; r < n_rows; ++r)
+      soften(0, visible(r), n, &scratch.scores[r * kTile], references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
+             outputs(piece) + r * d_pad);
+    value_tile(static_cast<const T *>(a.sink_v) + at, stride[2], n, n_rows, scratch, 0, outputs(piece));
   }
 
   void attend_tiles(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *piece) const {
     int n_rows = static_cast<int>(job.end_row - job.row);
     clear(piece, n_rows);
     fill(scratch.sum_lanes, scratch.sum_lanes + n_rows * Simd::kLanes, 0.f);
-    for (int r = 0; r < n_rows; ++r) load_query(query(job, job.row + r), r, scratch);
+    if (a.sinks > 0 && lo == 0) attend_sinks(job, n_rows, scratch, piece);
+    for (int r = 0; r < n_rows; ++r)
+      load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
     const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
     const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
     const PackedKeys keys = packed_keys(job);
@@ -341,9 +362,11 @@ class Attend {
 #ifdef __AVX512VNNI__
       if (int64_t run = least(whole_packed_tiles(job, t), job.tile + hi - i)) {
         turn(true);
+        const int64_t slot = packed_slot((t - lead) / kBlock);
+        run = least(run, most<int64_t>(1, (a.packed_blocks - slot) / 2));
         const float *q = scratch.q, factor = a.scale * kLog2e;
         for_row_blocks(n_rows, [&](auto some, int r) {
-          attend_run<some.value>(keys.at((t - lead) / kBlock), values.at((t - lead) / kBlock), run, q + r * d_pad, d_pad,
+          attend_run<some.value>(keys.at(slot), values.at(slot), run, q + r * d_pad, d_pad,
                                  scratch.mean_part + r, factor, references(piece) + r,
                                  scratch.sum_lanes + r * Simd::kLanes, outputs(piece) + r * d_pad, d_pad);
         });
@@ -355,17 +378,21 @@ class Attend {
       // Blocks are read whole: the rows' limits mask what lies beyond them.
       int64_t left = t < lead ? 0 : most<int64_t>(0, lead + a.packed_len - t);
       int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
-      int64_t block = (t - lead) / kBlock;
+      int64_t block = packed_slot((t - lead) / kBlock);
       n = most(n, packed);
       for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
         packed_scores<some.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_part + r,
                                   &scratch.scores[r * kTile], kTile);
       });
-      int64_t dense = t < lead ? t : t + packed - a.packed_len;  // the tile's first exact token, of those stored
-      if (packed < n) score_tile(k + dense * a.k_stride[2], n - packed, n_rows, scratch, packed);
-      for (int r = 0; r < n_rows; ++r)
-        soften(job.b, job.row + r, t, n, &scratch.scores[r * kTile], references(piece) + r,
-               scratch.sum_lanes + r * Simd::kLanes, outputs(piece) + r * d_pad);
+      // The tile's first exact token, of those stored.
+      int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + packed - a.packed_len;
+      if (packed < n) score_tile(k + dense * a.k_stride[2], a.k_stride[2], n - packed, n_rows, scratch, packed);
+      for (int r = 0; r < n_rows; ++r) {
+        int begin = static_cast<int>(least<int64_t>(most<int64_t>(lowest(job.b, job.row + r) - t, 0), n));
+        int end = static_cast<int>(least<int64_t>(most<int64_t>(limit(job.row + r) - t, begin), n));
+        soften(begin, end, n, &scratch.scores[r * kTile], references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
+               outputs(piece) + r * d_pad);
+      }
       if (packed) turn(true);
       for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
         packed_values<some.value>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
@@ -373,7 +400,7 @@ class Attend {
       });
       if (packed < n) {
         turn(false);
-        value_tile(v + dense * a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
+        value_tile(v + dense * a.v_stride[2], a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
       }
     }
     turn(false);
@@ -386,6 +413,11 @@ class Attend {
     if (t < lowest(job.b, job.end_row - 1)) return 0;
     return most<int64_t>(0, least(lead + a.packed_len, limit(job.row)) - t) / kTile;
   }
+
+  int64_t packed_slot(int64_t block) const {
+    return block + a.packed_slot < a.packed_blocks ? block + a.packed_slot : block + a.packed_slot - a.packed_blocks;
+  }
+  int64_t ring_slot(int64_t t) const { return t < to_wrap ? a.ring_slot + t : t - to_wrap; }
 
   static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
 
@@ -417,24 +449,24 @@ class Attend {
   }
 
   // Scores of n tokens, written from column `at` of the tile on.
-  void score_tile(const T *k, int n, int n_rows, Scratch &scratch, int at) const {
+  void score_tile(const T *k, int64_t stride, int n, int n_rows, Scratch &scratch, int at) const {
     if constexpr (kInBf16) {
       for_row_blocks(n_rows, [&](auto block, int r) {
-        score_block_bf16<block.value>(scratch.q_bf16 + r * d_pad, d_pad, k, a.k_stride[2], n, d, &scratch.scores[r * kTile + at]);
+        score_block_bf16<block.value>(scratch.q_bf16 + r * d_pad, d_pad, k, stride, n, d, &scratch.scores[r * kTile + at]);
       });
     } else {
-      with_wide_tile(k, a.k_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
+      with_wide_tile(k, stride, n, n_rows, scratch, [&](auto *tile, int64_t tile_stride) {
         for_row_blocks(n_rows, [&](auto block, int r) {
-          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, stride, n, d, &scratch.scores[r * kTile + at]);
+          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, tile_stride, n, d, &scratch.scores[r * kTile + at]);
         });
       });
     }
   }
 
-  void value_tile(const T *v, int n, int n_rows, Scratch &scratch, int at, float *acc) const {
-    with_wide_tile(v, a.v_stride[2], n, n_rows, scratch, [&](auto *tile, int64_t stride) {
+  void value_tile(const T *v, int64_t stride, int n, int n_rows, Scratch &scratch, int at, float *acc) const {
+    with_wide_tile(v, stride, n, n_rows, scratch, [&](auto *tile, int64_t tile_stride) {
       for_row_blocks(n_rows, [&](auto block, int r) {
-        value_block<block.value>(&scratch.scores[r * kTile + at], tile, stride, n, d, acc + r * d_pad, d_pad);
+        value_block<block.value>(&scratch.scores[r * kTile + at], tile, tile_stride, n, d, acc + r * d_pad, d_pad);
       });
     });
   }
@@ -454,9 +486,8 @@ class Attend {
 
   // Scores of one row and tile become weights 2^(x - reference). The reference is a maximum seen earlier: it follows a
   // greater one, and the running sums with it, only when weights would pass 2^kSlack (FlashAttention-4, 2025).
-  void soften(int64_t b, int64_t row, int64_t t, int n, float *x, float *reference, float *sum_lanes, float *acc) const {
-    int begin = static_cast<int>(least<int64_t>(most<int64_t>(lowest(b, row) - t, 0), n));
-    int end = static_cast<int>(least<int64_t>(most<int64_t>(limit(row) - t, begin), n));
+  // Of the n tokens those in [begin, end) are seen.
+  void soften(int begin, int end, int n, float *x, float *reference, float *sum_lanes, float *acc) const {
     const int padded = static_cast<int>(round_up(n, Simd::kLanes));
     if (a.softcap > 0)
       for (int i = 0; i < padded; i += Simd::kLanes) {
@@ -525,7 +556,8 @@ class Attend {
   int64_t rows, chunks;
   int d;
   int64_t d_pad, tile;
-  int64_t lead, origin;  // exact tokens before the packed ones; where tile 0 would begin if it were a whole one
+  int64_t to_wrap;       // tokens before a ring starts over
+  int64_t lead, origin;  // tokens that have tile 0 to themselves; where it would begin if it were a whole one
   int64_t jobs, piece_floats;
 };
 

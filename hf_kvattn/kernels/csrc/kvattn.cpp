@@ -91,10 +91,16 @@ int kvattn_attend(const kvattn_attend_args *a) {
     return KVATTN_BAD_ARGUMENT;
   if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_start < 0 || a->packed_start > 32 ||
                         a->packed_start + a->packed_len > a->kv_len || a->packed_blocks * 32 < a->packed_len ||
+                        a->packed_slot < 0 || a->packed_slot >= a->packed_blocks || a->packed_slot % 2 ||
+                        (a->packed_slot && a->packed_blocks % 2) ||
                         a->head_dim > 512 || a->v_group < 16 || a->v_group % 16 || a->head_dim % a->v_group ||
                         a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) || a->head_dim % a->v_rotation ||
                         !is_bits(a->k_bits) || !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_mean ||
                         !a->v_codes || !a->v_scale))
+    return KVATTN_BAD_ARGUMENT;
+  if (a->ring_slots && (a->packed_len || a->ring_slots < a->kv_len || a->ring_slot < 0 || a->ring_slot >= a->ring_slots))
+    return KVATTN_BAD_ARGUMENT;
+  if (a->sinks && (a->sinks < 0 || a->sinks > 64 || !a->sink_q || !a->sink_k || !a->sink_v || !a->causal))
     return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);

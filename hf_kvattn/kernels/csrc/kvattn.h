@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 3 };
+enum { KVATTN_ABI_VERSION = 4 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
 
@@ -21,6 +21,10 @@ enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMOR
 // packed_len tokens from packed_start on may be quantized, in blocks of 32 (layout: quant/layout.py); k and v then hold
 // the tokens before and after them. `kv_len` counts all. Packed arrays are contiguous, with room for packed_blocks
 // blocks of each KV head.
+// k and v may be rings: token t of Tk then lies in slot (ring_slot + t) % ring_slots, and block i of the packed ones in
+// slot (packed_slot + i) % packed_blocks. Both kinds together do not occur.
+// `sinks` tokens stand beside the keys, at most 64, and are not counted by Tk: query i of row b sees the first
+// sink_evicted + i - sink_first[b] of them, with queries of their own.
 // Strides are in elements; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
   int32_t dtype;    // of q, k, v and out
@@ -40,7 +44,16 @@ typedef struct {
   int64_t q_stride[3];   // batch, head, token
   int64_t k_stride[3];
   int64_t v_stride[3];
+  int64_t ring_slots, ring_slot;  // 0 slots: no ring
+  int64_t sinks, sink_evicted;
+  const void *sink_q;         // (B, Hq, Tq, D)
+  const void *sink_k;         // (B, Hkv, sinks, D)
+  const void *sink_v;         // (B, Hkv, sinks, D)
+  const int32_t *sink_first;  // (B), null = 0
+  int64_t sink_q_stride[3];
+  int64_t sink_kv_stride[3];  // of both
   int64_t packed_start, packed_len, packed_blocks;
+  int64_t packed_slot;               // even; 0 where packed_blocks is odd
   int64_t v_group;                   // channels that share a value scale
   int64_t v_rotation;                // packed values stand in the basis of a Hadamard matrix of this size; 1 = as they are
   int32_t k_bits, v_bits;            // 8, 4, 3 or 2

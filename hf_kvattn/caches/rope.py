@@ -1,0 +1,78 @@
+"""A model's rotary position embedding, used to turn keys and queries that it has turned already (Su et al., 2021).
+
+Turning by `a` and then by `b` is turning by `a + b`, whatever the frequencies are: linear, Llama-3, YaRN, dynamic and
+LongRoPE scaling only choose them. The angles and the pairing of channels are the model's own code.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+# Models that turn the keys of every layer with the function and class below, but for those in `no_rope_layers`.
+TURNING = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3")
+# Their frequencies change with the longest position seen, so positions must stay below where they first do.
+_CHANGING = ("dynamic", "longrope")
+
+
+class Rope:
+    """Turns by whole positions, for the layers of one type.
+
+    Attributes:
+        limit: positions below it are what the model was trained on.
+        changes: whether frequencies change from there on.
+    """
+
+    def __init__(self, decoder: PreTrainedConfig, layer_type: str):
+        module = _modeling(decoder)
+        embedding = next(c for name, c in vars(module).items() if name.endswith("RotaryEmbedding"))
+        self._apply, self._embedding = module.apply_rotary_pos_emb, embedding(decoder)
+        parameters, self._of_type, scaling = decoder.rope_parameters, {}, "attention_scaling"
+        if layer_type in parameters:  # one set for each type of layer
+            parameters, self._of_type = parameters[layer_type], {"layer_type": layer_type}
+            scaling = f"{layer_type}_{scaling}"
+        self._scaling = scaling
+        self.changes = parameters.get("rope_type", "default") in _CHANGING
+        self.limit = int(decoder.max_position_embeddings)
+        if self.changes:
+            self.limit = int(parameters.get("original_max_position_embeddings") or self.limit)
+        self._last: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """`x` `(B, H, T, D)` turned by `by` `(B or 1, T)` positions, computed in fp32."""
+        return self._turn(x, self._angles(by, x.device))
+
+    def turn_back(self, x: torch.Tensor, gap: int, ahead: int = 0) -> torch.Tensor:
+        """As `turn`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn."""
+        asked = (gap, ahead, x.shape[2], x.device)
+        if self._last is None or self._last[0] != asked:
+            by = ahead - (gap + torch.arange(x.shape[2], device=x.device)).clamp(min=0)
+            self._last = (asked, self._angles(by[None], x.device))
+        return self._turn(x, self._last[1])
+
+    def _turn(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        wide = x.float()
+        return self._apply(wide, wide[:, :0], *angles)[0].to(x.dtype)
+
+    def _angles(self, by: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self._embedding(torch.empty(0, device=device), by, **self._of_type)
+        scaling = getattr(self._embedding, self._scaling)
+        return cos / scaling, sin / scaling
+
+
+def ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
+    """The turning of each layer's keys, None for a layer that does not turn them; None where it is not known."""
+    if decoder.model_type not in TURNING:
+        return None
+    types = getattr(decoder, "layer_types", None) or ["full_attention"] * decoder.num_hidden_layers
+    turned = getattr(decoder, "no_rope_layers", None) or [1] * decoder.num_hidden_layers
+    of_type = {kind: Rope(decoder, kind) for kind in set(types)}
+    return [of_type[kind] if use else None for kind, use in zip(types, turned, strict=True)]
+
+
+def _modeling(decoder: PreTrainedConfig) -> ModuleType:
+    return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(decoder)].__module__]
