@@ -14,6 +14,7 @@ from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
 from .describe import describe
 from .dispatch import backend, set_backend
+from .planning import plan
 from .plugin import disable, enable, enabled, is_enabled
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "enabled",
     "is_enabled",
     "load_cache",
+    "plan",
     "save_cache",
     "set_backend",
 ]

@@ -12,7 +12,7 @@ from .kernels.call import AttendCall, SinkKV
 from .masks import is_compact, read_compact_mask
 
 NAME = "kvattn"
-_UNSERVED = ("s_aux", "position_bias", "cache", "block_table", "head_mask")
+_UNSERVED = ("position_bias", "cache", "block_table", "head_mask")
 
 
 def kvattn_attention(
@@ -26,6 +26,7 @@ def kvattn_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     kv_layer=None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
@@ -38,6 +39,7 @@ def kvattn_attention(
         value: as `key`.
         attention_mask: what `kvattn_mask` returned, or a custom 4-D mask `(B or 1, Hq or 1, Tq, Tk)`, bool or float.
         scaling: factor of the scores; None means `D ** -0.5`.
+        s_aux: learned attention sinks, `(Hq,)` scores without values (gpt-oss).
         kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
 
     Returns:
@@ -52,7 +54,7 @@ def kvattn_attention(
     if kwargs.get("output_attentions"):
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
     call = AttendCall(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
-    call.dropout = dropout
+    call.dropout, call.s_aux = dropout, s_aux
     if kv_layer is not None:
         call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.kv()
     if attention_mask is None:

@@ -66,7 +66,7 @@ def _taken(call: AttendCall) -> tuple[str, str | None]:
     if chosen == "auto":
         module, reason = dispatch.auto_choice(call)
         return module.__name__.rsplit(".", 1)[-1], reason
-    reason = dispatch.BACKENDS[chosen].unsupported(call)
+    reason = dispatch.unsupported(dispatch.BACKENDS[chosen], call)
     return (chosen, None) if reason is None else ("raises", reason)
 
 

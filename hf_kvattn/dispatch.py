@@ -12,12 +12,12 @@ from types import ModuleType
 
 import torch
 
-from .kernels import native, reference, sdpa
+from .kernels import flash, native, reference, sdpa
 from .kernels.call import AttendCall
 
 logger = logging.getLogger("hf_kvattn")
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native, "flash": flash}
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
 # wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys.
@@ -34,7 +34,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Chooses the backend for the whole process, all threads: `auto`, `reference`, `sdpa` or `native`.
+    """Chooses the backend for the whole process, all threads: `auto` or a name in `BACKENDS`.
 
     With `auto` each call takes the fastest backend that can serve it. Any other choice is a demand: a call that the
     backend cannot serve raises.
@@ -71,7 +71,7 @@ def attend(call: AttendCall) -> torch.Tensor:
     if name == "auto":
         return auto_choice(call)[0].attend(call)
     module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
-    reason = module.unsupported(call)
+    reason = unsupported(module, call)
     if reason:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
     return module.attend(call)
@@ -79,19 +79,31 @@ def attend(call: AttendCall) -> torch.Tensor:
 
 def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
-    rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
-    local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
-    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
-    order = (native, sdpa, reference) if few else (sdpa, native, reference)
     passed_over = None
-    for module in order:
-        reason = module.unavailable() or module.unsupported(call)
+    for module in _fastest_first(call):
+        reason = module.unavailable() or unsupported(module, call)
         if reason is None:
             break
         passed_over = passed_over or reason
     if passed_over:
         _log_once(f"auto backend: {_name(module)}, because {passed_over}")
     return module, passed_over
+
+
+def unsupported(module: ModuleType, call: AttendCall) -> str | None:
+    """Why the backend `module` cannot serve `call`, or None."""
+    if call.s_aux is not None and module not in (flash, reference):
+        return f"the {_name(module)} backend has no learned attention sinks (s_aux)"
+    return module.unsupported(call)
+
+
+def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
+    if call.q.device.type == "cuda":
+        return (flash, sdpa, reference)
+    rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
+    local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
+    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
+    return (native, sdpa, reference) if few else (sdpa, native, reference)
 
 
 def _usable(name: str, source: str) -> str:

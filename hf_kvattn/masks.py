@@ -3,10 +3,11 @@
 transformers asks it once per forward and pattern, and hands what it returns to every layer. Three answers:
 
 - None: causal, no padding.
-- A compact mask, int32 `(B, 1, 1 + window, 1)`: causal with a left-padded batch, a sliding window, or both. The numbers
-  are the first visible key of each row, counted from the first key that the layer sees; the third dimension says the
-  window, 1 meaning none (it is an expanded view and takes no memory). Four dimensions, because transformers passes 4-D
-  masks on untouched; a shape, because reading a number back from a GPU would stall it.
+- A compact mask, int32 `(B, 1, 1 + window, 1 or 2)`: causal with a left-padded batch, a sliding window, or both. The
+  numbers are the first visible key of each row, counted from the first key that the layer sees; the third dimension
+  says the window, 1 meaning none (it is an expanded view and takes no memory), and the fourth is 2 where no row is
+  padded. Four dimensions, because transformers passes 4-D masks on untouched; a shape, because reading a number back
+  from a GPU would stall it.
 - A dense bool mask `(B, 1, Tq, Tk)`, as for `sdpa`: everything else (packed sequences, bidirectional, chunked or custom
   masks, right padding, caches whose tail is not filled yet).
 """
@@ -56,15 +57,16 @@ def kvattn_mask(
 
 
 def compact_mask(first: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str) -> torch.Tensor:
-    """Packs `first` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1)`."""
+    """Packs `first` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1 or 2)`."""
+    unpadded = first is None
     if first is None:
         first = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    return first.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1)
+    return first.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1 + unpadded)
 
 
-def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor, int | None]:
-    """`first` `(B,)` int32 and the window (None: none) of a compact mask."""
-    return mask[:, 0, 0, 0], mask.shape[2] - 1 or None
+def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
+    """`first` `(B,)` int32 (None: all 0) and the window (None: none) of a compact mask."""
+    return None if mask.shape[3] == 2 else mask[:, 0, 0, 0], mask.shape[2] - 1 or None
 
 
 def is_compact(mask: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=$(bash scripts/environment.sh test test | tail -n 1)
 bin=$environment/bin
+bash scripts/flash_attn.sh "$environment"
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"

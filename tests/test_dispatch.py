@@ -13,7 +13,7 @@ from tolerance import assert_close_to_reference
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache, dispatch
-from hf_kvattn.kernels import native
+from hf_kvattn.kernels import flash, native
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_what_native_refuses(change, message):
 
 def test_unknown_names_are_refused_everywhere(monkeypatch):
     with pytest.raises(
-        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native"
+        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native, flash"
     ):
         hf_kvattn.set_backend("cuda9")
     with pytest.raises(ValueError, match="unknown backend 'x' in backend"), hf_kvattn.backend("x"):
@@ -119,7 +119,9 @@ def test_context_goes_before_set_backend_goes_before_environment(monkeypatch):
 
 def test_describe_tells_backends_cases_and_reasons(monkeypatch):
     description = hf_kvattn.describe()
-    assert description.backends == {"reference": None, "sdpa": None, "native": None}
+    reasons = dict(description.backends)
+    assert reasons.pop("flash") == flash.unavailable()
+    assert reasons == {"reference": None, "sdpa": None, "native": None}
     assert description.cases["decode, 1 token"] == ("native", None)
     name, reason = description.cases["decode, custom dense mask"]
     assert name == "sdpa" and "dense mask" in reason

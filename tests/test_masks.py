@@ -79,7 +79,8 @@ def test_no_dense_mask_for_a_decode_step(pattern):
     mask = kvattn_mask(2, 1, 5000, 4999, 0, PATTERNS[pattern], padding("left", 5000))
     assert is_compact(mask) and mask.untyped_storage().nbytes() <= 16
     assert read_compact_mask(mask)[1] == PLAIN[pattern] and read_compact_mask(mask)[0].tolist() == [3, 0]
-    assert kvattn_mask(2, 1, 5000, 4999, 0, causal_mask_function, padding("ones", 5000)) is None
+    unpadded = kvattn_mask(2, 1, 5000, 4999, 0, PATTERNS[pattern], padding("ones", 5000))
+    assert unpadded is None if pattern == "causal" else read_compact_mask(unpadded) == (None, PLAIN[pattern])
 
 
 def test_a_cache_with_an_unfilled_tail_gets_a_dense_mask():

@@ -72,6 +72,7 @@ def test_imports_point_one_way():
         "attention": {"dispatch", "kernels", "masks", "autograd"},
         "autograd": set(),
         "modules": {"attention", "caches"},
+        "planning": {"caches"},
         "teaching": set(),
         "evaluation": {"caches", "dispatch", "kernels", "modules"},
         "convert": {"caches", "evaluation", "plugin", "quant"},

@@ -253,7 +253,7 @@ def test_arguments_that_would_change_the_result_are_refused():
     function = AttentionInterface()["kvattn"]
     module = tiny_model().model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16)
-    for name in ("s_aux", "position_bias", "cache"):
+    for name in ("position_bias", "cache"):
         with pytest.raises(ValueError, match=name):
             function(module, q, k, k, None, **{name: torch.ones(4)})
     with pytest.raises(ValueError, match="output_attentions"):

@@ -27,8 +27,10 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
             beside = call.softcap * torch.tanh(beside / call.softcap)
         scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
         v = torch.cat([sinks.v.repeat_interleave(group, 1), v], 2)
+    if call.s_aux is not None:
+        scores = torch.cat([scores, call.s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)
     weights = torch.nan_to_num(torch.softmax(scores, -1, dtype=torch.float32)).to(call.q.dtype)
-    return (weights @ v).transpose(1, 2)
+    return (weights[..., : v.shape[2]] @ v).transpose(1, 2)
 
 
 def assert_close_to_reference(out: torch.Tensor, call: AttendCall) -> None:

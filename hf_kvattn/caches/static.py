@@ -110,12 +110,24 @@ class StaticKVCache(KVCache):
         config: the model's config.
         max_cache_len: tokens that fit; going beyond raises before anything is written. None grows geometrically: a
             buffer that is full moves once into one 1.5 times as large.
+        offload: keep layers of full attention in pinned memory of the host; on the GPU are the one whose attention runs
+            and the next. Every step then moves the whole cache over the bus once. Needs `max_cache_len`.
 
     Raises:
-        ValueError: `max_cache_len` below 1, or an unsupported model (`caches.base.check_config`).
+        ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, or an
+            unsupported model (`caches.base.check_config`).
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None):
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offload: bool = False):
         check_max_cache_len(max_cache_len)
-        super().__init__(config, functools.partial(exact_layer, max_cache_len))
-        self.settings = {"max_cache_len": max_cache_len}
+        make_layer = functools.partial(exact_layer, max_cache_len)
+        if offload:
+            from .offload import chain, offloaded_layer  # which derive from the layer above
+
+            if max_cache_len is None:
+                raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
+            make_layer = functools.partial(offloaded_layer, max_cache_len)
+        super().__init__(config, make_layer)
+        if offload:
+            chain(self.layers)
+        self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean

@@ -1,4 +1,6 @@
-"""Attention backends, one module each: `reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU).
+"""Attention backends, one module each.
+
+`reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU), `flash` (flash-attn on an NVIDIA GPU).
 
 A backend module has three functions:
 

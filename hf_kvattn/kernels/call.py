@@ -75,6 +75,8 @@ class AttendCall:
             where `slot` is not 0 all slots have been written.
         slot: the slot of a ring buffer's first token.
         sinks: tokens visible beside the window, with masks and rules of their own, or None. Tk does not count them.
+        s_aux: `(Hq,)`, a learned score for each query head that takes its share of the softmax and has no value
+            (gpt-oss; the name is transformers'), or None. It is neither scaled nor capped.
     """
 
     q: torch.Tensor
@@ -91,6 +93,7 @@ class AttendCall:
     tokens: int | None = None
     slot: int = 0
     sinks: SinkKV | None = None
+    s_aux: torch.Tensor | None = None
 
     @property
     def kv_len(self) -> int:
@@ -102,8 +105,8 @@ class AttendCall:
     @property
     def needs_grad(self) -> bool:
         """Whether autograd must be able to differentiate the result."""
-        tensors = (self.q, self.k, self.v)
-        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        tensors = (self.q, self.k, self.v, self.s_aux)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def tiles(self, tile: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """All keys and values in fp32, `tile` quantized tokens at a time: the first one's position, keys, values."""

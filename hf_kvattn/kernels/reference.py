@@ -23,7 +23,7 @@ def attend(call: AttendCall) -> torch.Tensor:
 def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
     """The unrounded fp32 result `(B, Tq, Hq, D)`, and the log-sum-exp of each query's scores, `(B, Hq, Tq)`.
 
-    The log-sum-exp (natural, after scale, softcap and mask) is -inf where nothing is visible.
+    The log-sum-exp (natural, after scale, softcap and mask, `s_aux` included) is -inf where nothing is visible.
     """
     group = call.q.shape[1] // call.k.shape[1]
     q = call.q.float()
@@ -40,6 +40,8 @@ def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
         scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
         v = torch.cat([sink_v, v], 2)
     lse = torch.logsumexp(scores, dim=-1)
+    if call.s_aux is not None:
+        lse = torch.logaddexp(lse, call.s_aux.float()[:, None])
     weights = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse)[..., None])
     weights = torch.nn.functional.dropout(weights, call.dropout, training=call.dropout > 0)
     return (weights @ v).transpose(1, 2), lse

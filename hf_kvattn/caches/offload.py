@@ -1,0 +1,130 @@
+"""`KVOffloadedLayer`: keys and values in pinned memory of the host, on the GPU only while their attention runs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from .base import KVLayer
+from .static import KVStaticLayer, exact_layer
+
+
+class KVOffloadedLayer(KVStaticLayer):
+    """A layer whose buffers lie on the host, and which is copied to its device for each attention.
+
+    While one layer's attention runs, the next one's tokens are on their way on a second stream, so that the device
+    holds two layers at a time. New tokens are written to both places, and nothing is ever copied back. The host's
+    buffers are `(capacity, B, Hkv, D)`, seen as `(B, Hkv, capacity, D)`: what is stored is one piece of memory, or it
+    could not be copied beside other work.
+
+    Attributes:
+        following: the offloaded layer whose attention comes next, after the last one the first; set by the cache.
+    """
+
+    following: KVOffloadedLayer
+
+    def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
+        super().__init__(max_cache_len, layer_idx, *shape)
+        self._coming: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, still being written perhaps
+        self._here: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, for the attention that runs
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the filled part: on the device between `append` and `settle`, else on the host."""
+        if self._here is None:
+            self._wait_for_writes()
+            return super().dense()
+        k, v = (near[:, :, : self.seen] for near in self._here)
+        return k, v
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.check(k, v)
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        self.prefetch()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
+        self._here, self._coming = self._coming, None
+        assert self._here is not None
+        if self.following is not self:
+            self.following.prefetch()
+        new = slice(self.seen, self.seen + k.shape[2])
+        for near, far, tokens in zip(self._here, (self._k, self._v), (k.detach(), v.detach()), strict=True):
+            near[:, :, new].copy_(tokens)
+            far[:, :, new].copy_(near[:, :, new], non_blocking=True)
+        self.seen = new.stop
+
+    def settle(self) -> None:
+        self._here = None
+
+    def prefetch(self) -> None:
+        """Starts copying what is stored to the device, once what has been started there is done."""
+        if not self.is_initialized or self._coming is not None:
+            return
+        self._coming = self._buffers(device=self.device)
+        beside: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.device.type == "cuda":
+            side = _side_stream(self.device)
+            # Until then this memory may be in use, and the newest tokens may be on their way to the host.
+            side.wait_stream(torch.cuda.current_stream(self.device))
+            for near in self._coming:
+                near.record_stream(side)
+            beside = torch.cuda.stream(side)
+        with beside:
+            for near, far in zip(self._coming, (self._k, self._v), strict=True):
+                near[:, :, : self.seen].copy_(far[:, :, : self.seen], non_blocking=True)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._wait_for_writes()
+        self._here = self._coming = None
+        super().select(rows.cpu())
+
+    def move(self, device: torch.device | str) -> None:
+        raise ValueError(f"layer {self.layer_idx} is offloaded: it stays on the host and cannot move to {device}")
+
+    def _allocate(self, needed: int) -> None:
+        assert self.max_cache_len is not None
+        self.capacity = self.max_cache_len
+        self._k, self._v = self._buffers(device="cpu", pin_memory=self.device.type == "cuda")
+
+    def _buffers(self, **where) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (self.capacity, self.batch_size, self.kv_heads, self.head_dim)
+        k, v = (torch.empty(shape, dtype=self.dtype, **where).permute(1, 2, 0, 3) for _ in range(2))
+        return k, v
+
+    def _wait_for_writes(self) -> None:
+        """Before the host looks at its buffers."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which begin on the host alone."""
+        if self.is_initialized:
+            self._wait_for_writes()
+        return self.__dict__ | {"_here": None, "_coming": None}
+
+
+@functools.lru_cache(maxsize=16)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU that copies layers beside its work."""
+    return torch.cuda.Stream(device)
+
+
+def offloaded_layer(
+    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
+) -> KVLayer:
+    """A layer of full attention lies on the host; one with a window is small, and stays."""
+    if window is None:
+        return KVOffloadedLayer(max_cache_len, layer_idx, heads, dim)
+    return exact_layer(max_cache_len, layer_idx, heads, dim, window)
+
+
+def chain(layers: Sequence[KVLayer]) -> None:
+    """Tells each offloaded layer which one follows; ValueError where there is none."""
+    offloaded = [layer for layer in layers if isinstance(layer, KVOffloadedLayer)]
+    if not offloaded:
+        raise ValueError("offload=True finds no layer to offload: all have sliding windows")
+    for layer, following in zip(offloaded, offloaded[1:] + offloaded[:1], strict=True):
+        layer.following = following

@@ -1,0 +1,142 @@
+"""FlashAttention on NVIDIA GPUs: `flash_attn` (FA2), or `flash_attn_interface` (FA3) on compute capability 9.0.
+
+One library function serves everything, `flash_attn_with_kvcache`, on views of the cache transposed to `(B, T, Hkv, D)`:
+nothing is copied. A decode step is split over the tokens, with the query heads of a group as rows of their KV head; for
+a prompt it launches the kernel of `flash_attn_func`. Left padding is `cache_leftpad`: nothing is unpadded, which would
+copy keys and values and read lengths back from the GPU. For one query a ring buffer that wraps is read in two pieces,
+and sinks are a piece of their own; the log-sum-exps join them. The library could append the new tokens in the same
+call; here the cache has written them before, as it does for every backend, with two small copies a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+from .call import AttendCall
+
+_FA2, _FA3 = "flash_attn", "flash_attn_interface"
+_INSTALL = "pip install flash-attn --no-build-isolation"
+
+
+@functools.lru_cache(maxsize=2)
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    """The library of that import name, or why there is none."""
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        return None, f"{name}: {error}"
+
+
+def _library(device: torch.device) -> tuple[ModuleType | None, str | None]:
+    """The library that serves a GPU, or why none does."""
+    capability = torch.cuda.get_device_capability(device)
+    version = "{}.{}".format(*capability)
+    if capability < (8, 0):
+        return None, f"flash-attn needs a GPU of compute capability 8.0 or later, {device} has {version}"
+    reasons = []
+    for name in (_FA3, _FA2) if capability == (9, 0) else (_FA2,):
+        module, reason = _load(name)
+        if module is not None:
+            return module, None
+        reasons.append(reason)
+    return None, f"no flash-attn for compute capability {version} ({'; '.join(map(str, reasons))}): {_INSTALL}"
+
+
+def unavailable() -> str | None:
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    if torch.version.hip is not None:
+        return "flash-attn is used on NVIDIA GPUs only: on AMD's it may ignore left padding"
+    reasons = [_load(name)[1] for name in (_FA2, _FA3)]
+    return None if None in reasons else f"flash-attn cannot be imported ({'; '.join(map(str, reasons))}): {_INSTALL}"
+
+
+def unsupported(call: AttendCall) -> str | None:
+    q, k, v = call.q, call.k, call.v
+    if q.device.type != "cuda":
+        return f"flash-attn runs on CUDA GPUs, the tensors are on {q.device}"
+    reason = _library(q.device)[1]
+    if reason is not None:
+        return reason
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"flash-attn takes float16 and bfloat16, not {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype is needed"
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        return f"flash-attn takes a head_dim of up to 256 in steps of 8 (it pads others, copying), not {q.shape[-1]}"
+    if k.stride(-1) != 1 or v.stride(-1) != 1:
+        return "flash-attn reads keys and values whose channels lie side by side"
+    if call.mask is not None:
+        return "flash-attn takes causal, window and left-padding rules, not a dense mask"
+    if call.dropout > 0 or call.needs_grad:
+        return "the flash backend is for inference: no dropout, no gradients"
+    if call.packed is not None:
+        return "flash-attn reads no quantized keys and values"
+    if q.shape[2] > 1 and (call.sinks is not None or len(_pieces(call, 0)) > 1):
+        return f"sinks, and ring buffers that wrap, are joined for one query at a time, not for {q.shape[2]}"
+    return None
+
+
+def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
+    """Where the tokens from `begin` on lie, in one piece or two: the position of each one's first token, its slots."""
+    slots = call.k.shape[2]
+    everything = call.tokens == slots and not begin and call.first is None
+    if not call.slot or (everything and call.q.shape[2] == 1):  # the order of keys does not matter to one query
+        return [(begin, slice(begin, call.kv_len))]
+    to_wrap = min(call.kv_len, slots - call.slot)
+    wrapped = max(begin, to_wrap)
+    pieces = [
+        (begin, slice(call.slot + begin, call.slot + to_wrap)),
+        (wrapped, slice(wrapped - to_wrap, call.kv_len - to_wrap)),
+    ]
+    return [(start, piece) for start, piece in pieces if piece.start < piece.stop]
+
+
+def attend(call: AttendCall) -> torch.Tensor:
+    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU."""
+    library, reason = _library(call.q.device)
+    if library is None:
+        raise ValueError(f"backend 'flash' cannot be used here: {reason}")
+    launch = functools.partial(
+        library.flash_attn_with_kvcache,
+        softmax_scale=call.scale,
+        softcap=call.softcap or 0.0,
+        return_softmax_lse=True,
+    )
+    q, window, begin = call.q.transpose(1, 2), call.window, 0
+    if window is not None and call.q.shape[2] == 1:  # one query: the window is a slice
+        begin, window = max(0, call.kv_len - window), None
+    # The library does not count the query's own key in the window.
+    sides = (-1, -1) if window is None else (window - 1, 0 if call.causal else -1)
+    parts = []
+    for start, slots in _pieces(call, begin):
+        padding = {}
+        if call.first is not None:
+            # With the length: without it the kernels read whole tiles as if nothing were padded.
+            length = slots.stop - slots.start
+            first = (call.first.to(q.device, torch.int32) - start).clamp(0, length)
+            padding = {"cache_leftpad": first, "cache_seqlens": length}
+        k, v = (t[:, :, slots].transpose(1, 2) for t in (call.k, call.v))
+        parts.append(launch(q, k, v, causal=call.causal, window_size=sides, **padding))
+    if call.sinks is not None:
+        seen = call.sinks.visible().sum((1, 2, 3), dtype=torch.int32).expand(q.shape[0]).contiguous()
+        own_q, k, v = (t.transpose(1, 2) for t in (call.sinks.q, call.sinks.k, call.sinks.v))
+        parts.append(launch(own_q, k, v, cache_seqlens=seen))
+    return _joined(parts, call)
+
+
+def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:
+    """One softmax over all parts' keys, and `s_aux`, from each part's result and log-sum-exp `(B, Hq, Tq)`."""
+    if len(parts) == 1 and call.s_aux is None:
+        return parts[0][0]
+    scores = torch.stack([part[1] for part in parts])
+    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # the library's mark of a part without keys
+    if call.s_aux is not None:
+        own = call.s_aux.float()[:, None].expand_as(scores[:1])
+        scores = torch.cat([scores, own])
+    shares = torch.nan_to_num(torch.softmax(scores, 0)).transpose(2, 3)[..., None]
+    return sum(part[0] * share for part, share in zip(parts, shares, strict=False)).to(call.q.dtype)
