@@ -166,6 +166,7 @@ class KVSlidingLayer(KVLayer):
         self._first = found if self._first is None else torch.where(self._first >= before, found, self._first)
         self._complete = int(self._first.max()) + self.sinks
 
+    @torch.inference_mode(False)
     def _keep_first(self, before: int) -> None:
         """Copies the rows' first tokens, as far as they are new."""
         (k, v), sinks = self.dense(), self.sinks
@@ -189,6 +190,7 @@ class KVSlidingLayer(KVLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
+    @torch.inference_mode(False)
     def rebase(self, by: int) -> None:
         """Turns all stored keys back by `by` positions."""
         if self.rope is not None:
@@ -352,8 +354,9 @@ class SlidingWindowKVCache(KVCache):
         rebased = rings[0].rebased
         by = min(ring.oldest for ring in rings) - rebased
         if seen + new - rebased > self._limit and by > 0:
-            for ring in rings:
-                ring.rebase(by)
+            with self._changing("turning of keys"):
+                for ring in rings:
+                    ring.rebase(by)
             rebased += by
         return asked if start + rebased == 0 else asked - (start + rebased)
 
