@@ -24,7 +24,7 @@ from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.layout import BLOCK
 from hf_kvattn.quant.rotation import rotate
 
-SEQUENCES = int(os.environ.get("HF_KVATTN_SEQUENCES", "150"))
+SEQUENCES = int(os.environ.get("HF_KVATTN_SEQUENCES", "40"))
 STEPS = 16
 LAYERS, GROUP = 2, 16
 MOST_ROWS, MOST_CACHES = 6, 4
@@ -91,8 +91,10 @@ class Caches(RuleBasedStateMachine):
         dim=st.sampled_from([16, 48]),
         dtype=st.sampled_from([torch.float32, torch.bfloat16]),
         seed=st.integers(0, 2**16),
+        first=st.integers(0, 80),
+        batch=st.integers(1, 4),
     )
-    def start(self, kind, bits, sinks, residual, limit, heads, dim, dtype, seed):
+    def start(self, kind, bits, sinks, residual, limit, heads, dim, dtype, seed, first, batch):
         self.heads = heads
         shape = {"hidden_size": 192, "num_attention_heads": 2 * heads, "num_key_value_heads": heads, "head_dim": dim}
         self.config = config = tiny_config(num_hidden_layers=LAYERS, dtype=dtype, **shape)
@@ -112,10 +114,12 @@ class Caches(RuleBasedStateMachine):
                 skip_layers=(0,) if kind == "mixed" else (),
             )
         self.pairs = [(cache, Oracle())]
+        if first:
+            self.append(0, first, batch, False)
 
     def tokens(self, batch: int, count: int) -> list[torch.Tensor]:
         shape = (batch, self.heads, count, self.dim)
-        return [(3 * torch.randn(shape, generator=self.random) + 1).to(self.dtype) for _ in "kv"]
+        return [(torch.randn(shape, generator=self.random) + 0.5).to(self.dtype) for _ in "kv"]
 
     def store(self, cache, oracle, index: int, new: list[torch.Tensor], by_update: bool) -> None:
         """As a forward on a model that is not enabled does it, or as on one that is."""
@@ -144,7 +148,7 @@ class Caches(RuleBasedStateMachine):
         if self.limit is None or self.limit > 90:
             self.append(which, count, 2, False)
 
-    @rule(which=st.integers(0), share=st.floats(0, 1))
+    @rule(which=st.integers(0), share=st.sampled_from([0.9, 0.7, 0.5, 0.2, 0.0]))
     def crop(self, which, share):
         cache, oracle = self.pairs[which % len(self.pairs)]
         kept = round(share * oracle.length)
@@ -185,6 +189,17 @@ class Caches(RuleBasedStateMachine):
         rows = data.draw(st.lists(st.integers(0, batch - 1), min_size=batch, max_size=batch))
         cache.reorder_cache(torch.tensor(rows))
         self.select(cache, oracle, rows)
+
+    @rule(which=st.integers(0), data=st.data(), steps=st.lists(st.integers(-3, 3), min_size=2, max_size=5))
+    def search_with_beams(self, which, data, steps):
+        """Reorders, and between them tokens that are stored (or taken back): rows share more or less of their past."""
+        for count in steps:
+            self.reorder(which, data)
+            if count > 0:
+                self.append(which, count, 2, False)
+            else:
+                self.undo_a_few(which, -count)
+            self.all_hold_what_they_should()
 
     @rule(which=st.integers(0), data=st.data(), as_bools=st.booleans())
     def select_rows(self, which, data, as_bools):
@@ -236,8 +251,10 @@ class Caches(RuleBasedStateMachine):
         if len(self.pairs) > 1:
             del self.pairs[which % len(self.pairs)]
 
-    @rule(which=st.integers(0))
-    def reset(self, which):
+    @rule(which=st.integers(0), really=st.sampled_from([False, False, True]))
+    def reset(self, which, really):
+        if not really:
+            return
         cache, oracle = self.pairs[which % len(self.pairs)]
         cache.reset()
         oracle.layers = [Layer() for _ in range(LAYERS)]
@@ -288,9 +305,9 @@ class Caches(RuleBasedStateMachine):
         scores = q.float() @ k.transpose(-1, -2) * call.scale
         scores += torch.full((q_len, model.length), -torch.inf).triu(model.length - q_len + 1)
         expected = (scores.softmax(-1) @ v).transpose(1, 2)
-        # bfloat16: what is read densely was rounded to it once more.
-        bound = 1e-3 if self.dtype == torch.float32 else 0.06
-        for backend in (reference, native):
+        # native splits queries and weights for codes into 16 bits; in bfloat16, `model` holds codes rounded once more.
+        bounds = {reference: 1e-5, native: 2e-4} if self.dtype == torch.float32 else {reference: 0.02, native: 0.02}
+        for backend, bound in bounds.items():
             if backend.unavailable() is None:
                 torch.testing.assert_close(backend.attend(call).float(), expected, rtol=bound, atol=bound)
 
