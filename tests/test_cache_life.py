@@ -523,3 +523,34 @@ def test_a_forks_frozen_prefix_is_not_taken_for_one_that_was_written_anew():
     before = contents(cache)
     cache._look()  # where the change stopped
     assert same(contents(cache.fork()), before)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("then", [(), (1,), (90,), (30, -20), (90, -60), (40, -1, 40)], ids=str)
+@pytest.mark.parametrize("before", [20, 70], ids="after-{}".format)
+def test_rows_with_a_common_past_stay_what_they_are(before, then, kind):
+    """A row becomes another's copy, both go on, and again: what is compressed meanwhile is not common any more."""
+    cache, late = ALL[kind](tiny_config()), QuantizedKVCache(tiny_config(), group_size=16, residual_length=40)
+    for each in (cache, late):
+        forward(each, tokens(before))
+        each.reorder_cache(torch.tensor([0, 0]))
+        for seed, count in enumerate(then):
+            forward(each, tokens(count, seed=seed)) if count > 0 else each.crop(count)
+        expected = [t[[1, 1]] for t in contents(each)]
+        each.reorder_cache(torch.tensor([1, 1]))
+        assert same(contents(each), expected)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("then", [(-1,), (-20,), (-40,), (-20, 20), (1, -1), (60, -60)], ids=str)
+def test_each_fork_is_what_the_cache_is_then(then, kind):
+    """Forks of a cache that was cut or went on since its last fork, and came back to the same length maybe."""
+    cache = ALL[kind](tiny_config())
+    forward(cache, tokens(90))
+    for seed, count in enumerate((0, *then)):
+        forward(cache, tokens(count, seed=seed)) if count > 0 else cache.crop(count)
+        before = contents(cache)
+        fork = cache.fork()
+        assert same(contents(fork), before)
+        forward(fork, tokens(3, seed=9))
+        assert same(contents(cache), before)

@@ -27,6 +27,7 @@ from hf_kvattn.quant.rotation import rotate
 SEQUENCES = int(os.environ.get("HF_KVATTN_SEQUENCES", "40"))
 STEPS = 16
 LAYERS, GROUP = 2, 16
+BEAM_STEPS = [1, 2, 3, 0, -1, -3, 33, 64]  # tokens stored, or taken back, between two reorderings
 MOST_ROWS, MOST_CACHES = 6, 4
 
 
@@ -190,15 +191,12 @@ class Caches(RuleBasedStateMachine):
         cache.reorder_cache(torch.tensor(rows))
         self.select(cache, oracle, rows)
 
-    @rule(which=st.integers(0), data=st.data(), steps=st.lists(st.integers(-3, 3), min_size=2, max_size=5))
+    @rule(which=st.integers(0), data=st.data(), steps=st.lists(st.sampled_from(BEAM_STEPS), min_size=2, max_size=5))
     def search_with_beams(self, which, data, steps):
         """Reorders, and between them tokens that are stored (or taken back): rows share more or less of their past."""
         for count in steps:
             self.reorder(which, data)
-            if count > 0:
-                self.append(which, count, 2, False)
-            else:
-                self.undo_a_few(which, -count)
+            self.append(which, count, 2, False) if count > 0 else self.undo_a_few(which, -count)
             self.all_hold_what_they_should()
 
     @rule(which=st.integers(0), data=st.data(), as_bools=st.booleans())
