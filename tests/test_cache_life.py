@@ -554,3 +554,17 @@ def test_each_fork_is_what_the_cache_is_then(then, kind):
         assert same(contents(fork), before)
         forward(fork, tokens(3, seed=9))
         assert same(contents(cache), before)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_fork_knows_what_its_rows_do_not_share_any_more(kind):
+    """What the parent cut off and stored anew since it last looked counts for the fork too (found by hypothesis)."""
+    cache = ALL[kind](tiny_config())
+    forward(cache, tokens(33))
+    cache.reorder_cache(torch.tensor([0, 0]))
+    cache.crop(-1)
+    forward(cache, tokens(40, seed=1))
+    fork = cache.fork()
+    expected = [t[[1, 1]] for t in contents(fork)]
+    fork.reorder_cache(torch.tensor([1, 1]))
+    assert same(contents(fork), expected)

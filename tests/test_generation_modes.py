@@ -3,6 +3,7 @@
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_kvattn
 from hf_kvattn.caches.base import KVCache
+from hf_kvattn.evaluation import beams, cards, inputs, report, variants
 
 BACKENDS = ["native", "sdpa", "reference"]
 NEW_TOKENS = 14
@@ -263,6 +265,34 @@ def test_diverse_beams():
         for backend in BACKENDS:
             with hf_kvattn.enabled(target(), cache=make), hf_kvattn.backend(backend):
                 assert torch.equal(target().generate(**arguments), expected)
+
+
+def test_beam_search_moves_few_bytes(tmp_path):
+    """Rows that stay are not moved, nor the tokens that beams have in common; stock moves all of them every step."""
+    ids = prompt(90, 2)["input_ids"].flatten()
+    names = ["stock-dynamic", "stock-static", "kvattn-static", "kvattn-static-fit", "kvattn-int8"]
+    chosen = variants.select(names)
+    sizes = {"context": 90, "batch_size": 2, "beams": 4, "new_tokens": 40, "rounds": 1}
+    found = beams.measure(tiny_model(head_dim=32), ids, variants=chosen, **sizes)
+    rows = {row["variant"]: row for row in found["rows"]}
+    # Stock: keys and values, 3 layers, 8 rows, 2 heads, of 90 to 128 tokens, 32 numbers, 4 bytes; and nothing else.
+    tokens_moved = sum(range(90, 129)) / 39
+    assert rows["stock-dynamic"]["written_bytes"] == pytest.approx(2 * 3 * 8 * 2 * 32 * 4 * tokens_moved, rel=0.03)
+    assert rows["stock-dynamic"]["fewer_bytes"] == 1 < 1.1 < 1 / rows["stock-static"]["fewer_bytes"]
+    for name in names[2:]:
+        assert rows[name]["fewer_bytes"] > 5 and rows[name]["same_tokens"] in (True, None), rows[name]
+    conditions = inputs.conditions(tiny_model(), SimpleNamespace(model="tiny", text="x", backend="auto"))
+    report.write({"kind": "beams", "conditions": conditions} | found, tmp_path)
+    assert "| kvattn-int8 | " in (tmp_path / "report.md").read_text() and (tmp_path / "beams.png").is_file()
+    assert "bytes moved at a step of beam search: kvattn-static" in cards.render(tmp_path)
+    for wrong, message in (
+        ({"variants": chosen[1:]}, "stock-dynamic must be among the variants, got"),
+        ({"variants": [*variants.select(["none"]), *chosen[:1]]}, "none is no cache"),
+        ({"beams": 1}, "beams=1"),
+        ({"context": 91}, "180 tokens, context=91"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            beams.measure(target(), ids, **{"variants": chosen} | sizes | wrong)
 
 
 def in_threads(*functions) -> list:

@@ -433,17 +433,15 @@ class KVCache(Cache):
         """
         self.check_whole()
         tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
-        twin = _twin(self)
         if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
-            twin.layers = copy.deepcopy(self.layers)
-            return twin
+            return copy.deepcopy(self)
         same = self._frozen is not None and self._frozen.fits([tensor for tensor, _ in tensors])
         if not same or any(layer.untouched != layer.seen for layer in self.layers):
             self._look()
             self._frozen = Frozen(tensors)
             self._adopt(self._frozen)
+        twin = _twin(self)
         twin.layers = [_twin(layer) for layer in self.layers]
-        twin._frozen = self._frozen
         twin._adopt(self._frozen)
         return twin
 

@@ -297,7 +297,7 @@ class KVQuantizedLayer(KVLayer):
             return super().copy_rows(target, source, start)
         blocks = self.packed_tokens // BLOCK
         first = max(0, start - self.settings.sinks) // BLOCK
-        for name, array in self._packed.items():
+        for name, array in self._packed.items() if first < blocks else ():
             changed = slice(None) if name == "k_mean" else slice(first, blocks)
             array[target, :, changed] = array[source, :, changed]
         beyond = start - self.packed_tokens  # all that differs may be among the newest tokens
