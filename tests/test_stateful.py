@@ -297,7 +297,7 @@ class Caches(RuleBasedStateMachine):
         """The last queries over all tokens, read as kernels read them, against plain softmax over what is expected."""
         q_len = min(queries, model.length)
         q = torch.randn(model.kv[0].shape[0], 2 * self.heads, q_len, self.dim, generator=self.random).to(self.dtype)
-        k, v, packed = layer.kv()
+        k, v, packed, *_ = layer.kv()
         call = AttendCall(q, k, v, self.dim**-0.5, packed=packed)
         k, v = (t.float().repeat_interleave(2, 1) for t in model.kv)
         scores = q.float() @ k.transpose(-1, -2) * call.scale
