@@ -16,7 +16,7 @@ from models import prompt, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache
+from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches.base import KVLayer
 
 
@@ -568,3 +568,43 @@ def test_a_fork_knows_what_its_rows_do_not_share_any_more(kind):
     expected = [t[[1, 1]] for t in contents(fork)]
     fork.reorder_cache(torch.tensor([1, 1]))
     assert same(contents(fork), expected)
+
+
+RINGS = {  # that have wrapped: model family, and cache
+    "window": ("llama", functools.partial(SlidingWindowKVCache, window=24)),
+    "sinks": ("llama", functools.partial(SlidingWindowKVCache, window=24, sinks=4)),
+    "native": ("mistral", StaticKVCache),
+    "native-int8": ("mistral", functools.partial(QuantizedKVCache, bits=8, group_size=16)),
+}
+
+
+@pytest.mark.parametrize("kind", RINGS)
+def test_rings_are_forked_copied_reordered_and_repaired_after_they_wrapped(kind):
+    family, make = RINGS[kind]
+    model, inputs = hf_kvattn.enable(tiny_model(family)), prompt(150)
+    cache = make(model.config)
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :140], past_key_values=cache)
+    arguments = {"max_new_tokens": 90, "do_sample": False}
+    before = contents(cache)
+    expected = model.generate(**inputs, **arguments, past_key_values=copy.deepcopy(cache))
+    for each in (cache.fork(), pickle.loads(pickle.dumps(cache.fork()))):
+        assert torch.equal(model.generate(**inputs, **arguments, past_key_values=each), expected)
+        assert same(contents(cache), before)
+
+    swapped = cache.fork()
+    swapped.reorder_cache(torch.tensor([1, 0]))
+    ids = inputs["input_ids"].flip(0)
+    ours = model.generate(ids, **arguments, past_key_values=swapped, attention_mask=torch.ones_like(ids))
+    assert torch.equal(ours.flip(0), expected)
+
+    broken = cache.fork()
+    handle = interrupt(model, 1, KeyboardInterrupt(), True)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(**inputs, **arguments, past_key_values=broken)
+    handle.remove()
+    with pytest.raises(ValueError, match=r"151 to 152 tokens; crop\(-1\)"):
+        model.generate(expected[:, :153], past_key_values=broken)
+    broken.crop(-1)
+    again = model.generate(expected[:, :152], **arguments | {"max_new_tokens": 88}, past_key_values=broken)
+    assert torch.equal(again, expected)
