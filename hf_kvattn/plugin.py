@@ -90,8 +90,7 @@ def enable(
     AttentionMaskInterface.register(NAME, kvattn_mask)
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
-    hook = functools.partial(_open_door, n_layers=len(modules))
-    hooks = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    hooks = [m.register_forward_pre_hook(_open_door, with_kwargs=True) for m in modules]
     hooks.append(model.get_decoder().register_forward_pre_hook(_own_positions, with_kwargs=True))
     setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, model.__dict__.get("generate")))
     if make_cache is not None:
@@ -133,11 +132,12 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return getattr(model, _STATE, None) is not None
 
 
-def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict, n_layers: int):
+def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict):
     cache = kwargs.get("past_key_values")
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
     if not isinstance(cache, KVCache) or _implementation(module) != NAME:
         return None
+    n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
     if len(cache.layers) != n_layers:
         raise ValueError(
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"

@@ -5,9 +5,10 @@ The only file that imports `transformers.cache_utils`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 
 from ..autograd import cut_graph
 from ..quant.packed import PackedKV
+from .shared import Frozen, can_share
 
 
 class Stored(NamedTuple):
@@ -34,6 +36,9 @@ class KVLayer(CacheLayerMixin):
     - `seen`: tokens ever appended (and not cropped), what positions are counted from;
     - `stored`: tokens in the buffer now;
     - `capacity`: tokens that the buffer has room for.
+
+    `untouched` of the leading tokens have not changed since the cache last looked (`KVCache._look`). `torn` names a
+    change that was interrupted half way: nothing can be read any more, only `reset` helps.
 
     `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
     """
@@ -63,7 +68,8 @@ class KVLayer(CacheLayerMixin):
         self.sliding_window = window
         self.is_sliding = window is not None
         self.is_initialized = False
-        self.seen = self.capacity = 0
+        self.seen = self.capacity = self.untouched = 0
+        self.torn: str | None = None
 
     @abstractmethod
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,14 +99,22 @@ class KVLayer(CacheLayerMixin):
     @abstractmethod
     def stored(self) -> int: ...
 
-    @property
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values, with everything needed to read them."""
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """Everything allocated, by name, each with the number of entries of dimension 2 that are filled."""
 
     @abstractmethod
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Replaces the tensors of `buffers` by others of the same shapes and contents."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values, with everything needed to read them."""
+        return sum(tensor.nbytes for tensor, _ in self.buffers().values())
+
     def filled(self) -> dict[str, torch.Tensor]:
         """Everything that is stored, by name: views without spare capacity, after the first append."""
+        return {name: tensor[:, :, :filled] for name, (tensor, filled) in self.buffers().items()}
 
     def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         """Makes an unused layer one that holds tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
@@ -117,9 +131,10 @@ class KVLayer(CacheLayerMixin):
     def verify(self) -> None:
         """Raises ValueError when `filled`, written from outside, holds numbers that no append leaves there."""
 
-    @abstractmethod
+    @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
         """Moves the buffers; `device`, where tokens come from, stays."""
+        self.adopt({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
 
     def offload(self) -> None:
         self.move("cpu")
@@ -128,9 +143,27 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.move(self.device)
 
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict) -> KVLayer:
+        """A layer with memory of its own, also of tensors that forks share."""
+        twin = _twin(self)
+        twin.adopt({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
+        return twin
+
+    def __getstate__(self) -> dict:
+        return copy.deepcopy(self).__dict__
+
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores new tokens `(B, Hkv, T, D)`, after `check`; nothing is written when it raises."""
+        """Stores new tokens `(B, Hkv, T, D)`, after `ready`; nothing is written when it raises."""
+
+    def ready(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """`check`, and buffers for such tokens where there are none yet, or empty ones for another batch or dtype."""
+        self.check(k, v)
+        mine = (self.batch_size, self.head_dim, self.dtype, self.device) if self.is_initialized else None
+        if not self.seen and mine != (k.shape[0], k.shape[3], k.dtype, k.device):
+            self.is_initialized = False
+            self.lazy_initialization(k, v)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """transformers' entry on a model that is not enabled: appends, and returns dense keys and values of all."""
@@ -142,6 +175,8 @@ class KVLayer(CacheLayerMixin):
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuses tokens that do not fit, naming both values. Nothing has been written when it raises ValueError."""
         where = f"layer {self.layer_idx}"
+        if self.torn is not None:
+            raise ValueError(f"{where}: {_torn(self.torn)}")
         if k.ndim != 4 or k.shape != v.shape:
             raise ValueError(f"{where}: keys {tuple(k.shape)} and values {tuple(v.shape)} must both be (B, Hkv, T, D)")
         if (k.dtype, k.device) != (v.dtype, v.device):
@@ -152,7 +187,7 @@ class KVLayer(CacheLayerMixin):
                 f"{where}: the cache was made for {self.expected_heads} KV heads of {self.expected_dim}, "
                 f"got {heads} of {dim}: it belongs to another model's config"
             )
-        if self.is_initialized:
+        if self.seen:
             if batch != self.batch_size:
                 raise ValueError(f"{where}: the cache holds a batch of {self.batch_size}, got {batch}")
             if (k.dtype, k.device) != (self.dtype, self.device):
@@ -163,24 +198,39 @@ class KVLayer(CacheLayerMixin):
                 f"{where}: {self.seen} stored tokens and {new} new ones exceed max_cache_len={self.max_cache_len}"
             )
 
+    @abstractmethod
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
+
+    def reset(self) -> None:
+        """Forgets all tokens; the buffers stay, unless a change of them was interrupted."""
+        self.seen = self.untouched = 0
+        self.is_initialized = self.is_initialized and self.torn is None
+        self.torn = None
+
     def check_crop(self, tokens_to_remove: int) -> None:
         if not -self.seen <= tokens_to_remove <= 0:
             raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
-        """Gathers batch rows of what is stored; `rows` are indices or bools on the layer's device."""
+        """Gathers batch rows of what is stored; `rows` are indices on the layer's device."""
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        """Overwrites batch rows `target` by rows `source` (indices), which have the tokens before `start` in common."""
+        for tensor, filled in self.buffers().values():
+            tensor[target, :, :filled] = tensor[source, :, :filled]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
-        if self.is_initialized:
-            self.select(indices.to(self.device))
+        if self.seen:
+            self.select(check_rows(indices, self.batch_size).to(self.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
+        if self.seen:
             self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
     def get_max_length(self) -> int:
@@ -204,6 +254,26 @@ def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str
 def check_max_cache_len(max_cache_len: int | None) -> None:
     if max_cache_len is not None and (type(max_cache_len) is not int or max_cache_len < 1):
         raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
+
+
+def check_rows(indices: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The batch rows, counted from 0, that `indices` `(B',)` names: integers, or bools for `(B,)`."""
+    rows = indices.nonzero().flatten() if indices.dtype == torch.bool and indices.shape == (batch_size,) else indices
+    whole = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1 and rows.numel() > 0
+    if not whole or not -batch_size <= int(rows.min()) <= int(rows.max()) < batch_size:
+        raise ValueError(f"expected rows of a batch of {batch_size}, got {indices}")
+    return rows.long() % batch_size
+
+
+def _twin(thing: Any) -> Any:
+    """Another object of the same class with the same attributes."""
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(thing.__dict__)
+    return twin
+
+
+def _torn(change: str) -> str:
+    return f"{change} was interrupted half way; only reset() makes the cache usable again"
 
 
 class LayerWriter:
@@ -251,6 +321,137 @@ class KVCache(Cache):
         known = {name: getattr(decoder, name, None) for name in _FINGERPRINT}
         shapes = {"num_key_value_heads": heads, "head_dim": dim, "sliding_windows": windows}
         self.fingerprint: dict[str, Any] = copy.deepcopy(known | shapes)  # of the model; the config may change
+        # (B, B): leading tokens that two batch rows are known to have in common, as far as layers left them untouched.
+        self._alike = torch.zeros(0, 0, dtype=torch.long)
+        self._frozen: Frozen | None = None  # what forks were made from, still good while layers are untouched
+
+    def check_whole(self) -> None:
+        """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
+        lengths = [layer.seen for layer in self.layers]
+        for layer in self.layers:
+            if layer.torn is not None:
+                raise ValueError(_torn(layer.torn))
+        if min(lengths) != max(lengths):
+            raise ValueError(
+                f"a forward was interrupted half way: layers hold {min(lengths)} to {max(lengths)} tokens; "
+                f"crop({min(lengths) - max(lengths)}) goes back to the last whole step"
+            )
+
+    @contextlib.contextmanager
+    def _changing(self, change: str) -> Iterator[None]:
+        """For what is done to all layers or to none: they stay torn where the body does not come to its end."""
+        for layer in self.layers:
+            layer.torn = change
+        yield
+        for layer in self.layers:
+            layer.torn = None
+
+    def _look(self) -> None:
+        """Takes note of what layers changed by themselves: what is known holds for the tokens before that only."""
+        self._frozen = None  # first: an interrupt must not leave what was frozen beside layers that look untouched
+        self._alike = self._alike.clamp(max=min(layer.untouched for layer in self.layers))
+        for layer in self.layers:
+            layer.untouched = layer.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As in transformers, which asks once a forward, before any layer stores: the time to notice a torn cache."""
+        self.check_whole()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens in all layers, or in none.
+
+        Repairs a cache whose forward was interrupted: counted from the longest layer, down to a length that all hold.
+
+        Raises:
+            ValueError: a number of tokens that not all layers hold; nothing has changed then.
+        """
+        lengths = [layer.seen for layer in self.layers]
+        if torn := next((layer.torn for layer in self.layers if layer.torn is not None), None):
+            raise ValueError(_torn(torn))
+        kept = max(lengths) + tokens_to_remove
+        if tokens_to_remove > 0 or not 0 <= kept <= min(lengths):
+            raise ValueError(
+                f"crop takes a number from {-max(lengths)} (all stored tokens) to {min(lengths) - max(lengths)}, "
+                f"got {tokens_to_remove}"
+            )
+        for layer in self.layers:
+            layer.check_crop(kept - layer.seen)
+        if tokens_to_remove:
+            with self._changing("crop"):
+                for layer in self.layers:
+                    layer.crop(kept - layer.seen)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Beam search's: row i becomes what row `beam_idx[i]` was. Rows that stay do not move, nor do common tokens."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        if type(repeats) is not int or repeats < 1:
+            raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
+        if self.layers[0].seen:
+            self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
+
+    @torch.inference_mode(False)
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` `(B',)` names (integers, or bools for `(B,)`), in its order.
+
+        Raises:
+            ValueError: rows that are not there; nothing has changed then.
+        """
+        self.check_whole()
+        seen = self.layers[0].seen
+        if not seen:
+            return
+        batch_size = self.layers[0].batch_size
+        rows = check_rows(indices.cpu(), batch_size)
+        target = (rows != torch.arange(len(rows))).nonzero().flatten()
+        if len(rows) == batch_size and not len(target):
+            return
+        if len(self._alike) != batch_size:
+            self._alike = torch.zeros(batch_size, batch_size, dtype=torch.long)
+        self._look()
+        with self._changing("reordering of the batch"):
+            if len(rows) == batch_size:
+                source = rows[target]
+                start = int(self._alike[target, source].min())
+                for layer in self.layers:
+                    layer.copy_rows(target.to(layer.device), source.to(layer.device), start)
+            else:
+                for layer in self.layers:
+                    layer.select(rows.to(layer.device))
+            self._alike = torch.where(rows[:, None] == rows, seen, self._alike[rows][:, rows])
+
+    @torch.inference_mode(False)
+    def fork(self) -> KVCache:
+        """Another cache with the same contents, which goes its own way: what is stored so far is shared.
+
+        On Linux and a CPU, memory is shared by pages of 4 KiB, copied when one of the caches writes to them: all
+        forks of one prefix, and this cache, hold one copy of it together, and each the pages that its own tokens touch.
+        A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. Elsewhere, a deep copy.
+        """
+        self.check_whole()
+        tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
+        if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
+            return copy.deepcopy(self)
+        same = self._frozen is not None and self._frozen.fits([tensor for tensor, _ in tensors])
+        if not same or any(layer.untouched != layer.seen for layer in self.layers):
+            self._look()
+            self._frozen = Frozen(tensors)
+            self._adopt(self._frozen)
+        twin = _twin(self)
+        twin.layers = [_twin(layer) for layer in self.layers]
+        twin._adopt(self._frozen)
+        return twin
+
+    def _adopt(self, frozen: Frozen) -> None:
+        views = iter(frozen.views())
+        for layer in self.layers:
+            layer.adopt({name: next(views) for name in layer.buffers()})
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_frozen": None}
 
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
@@ -278,6 +479,8 @@ class KVCache(Cache):
 
     def writer(self, layer_idx: int) -> LayerWriter:
         """The stand-in for this cache in the forward of attention layer `layer_idx`."""
+        if layer_idx == 0:
+            self.check_whole()
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
         return LayerWriter(self, self.layers[layer_idx])
@@ -287,16 +490,6 @@ class KVCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens in all layers; 0 does nothing.
-
-        Raises:
-            ValueError: more tokens than a layer can take back; nothing has changed then.
-        """
-        for layer in self.layers:
-            layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
 
     @property
     def nbytes(self) -> int:

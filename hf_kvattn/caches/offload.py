@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -40,9 +41,7 @@ class KVOffloadedLayer(KVStaticLayer):
         return k, v
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.check(k, v)
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
+        self.ready(k, v)
         self.prefetch()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
@@ -81,6 +80,11 @@ class KVOffloadedLayer(KVStaticLayer):
         self._here = self._coming = None
         super().select(rows.cpu())
 
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        self._wait_for_writes()
+        self._here = self._coming = None
+        super().copy_rows(target.cpu(), source.cpu(), start)
+
     def move(self, device: torch.device | str) -> None:
         raise ValueError(f"layer {self.layer_idx} is offloaded: it stays on the host and cannot move to {device}")
 
@@ -104,6 +108,12 @@ class KVOffloadedLayer(KVStaticLayer):
         if self.is_initialized:
             self._wait_for_writes()
         return self.__dict__ | {"_here": None, "_coming": None}
+
+    def __deepcopy__(self, memo: dict) -> KVOffloadedLayer:
+        """With the layer that follows it, which `memo` knows when it has been copied."""
+        memo[id(self)] = twin = object.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
 
 @functools.lru_cache(maxsize=16)

@@ -66,10 +66,16 @@ class KVQuantizedLayer(KVLayer):
     def _exact(self) -> int:
         return self.stored - self.packed_tokens
 
-    @property
-    def nbytes(self) -> int:
-        tensors = [self._exact_k, self._exact_v, *self._packed.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        blocks = (self.dropped + self.packed_tokens) // BLOCK
+        packed = {
+            name: (t, t.shape[2] if name == "k_mean" else min(blocks, t.shape[2])) for name, t in self._packed.items()
+        }
+        return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
+
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._packed = {name: buffers[name] for name in self._packed}
+        self._exact_k, self._exact_v = buffers["exact_k"], buffers["exact_v"]
 
     def kv(self) -> Stored:
         exact = slice(0, self._exact)
@@ -113,17 +119,16 @@ class KVQuantizedLayer(KVLayer):
         return super().update(key_states, value_states, *args, **kwargs)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.check(k, v)
+        self.ready(k, v)
         end = self.seen + k.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
         exact, new_exact = self._exact, self._exact + k.shape[2]
         if new_exact <= self._exact_k.shape[2]:
             self._exact_k[:, :, exact:new_exact].copy_(k.detach())
             self._exact_v[:, :, exact:new_exact].copy_(v.detach())
         elif exact:  # a prompt: all of it is exact until `settle`
-            self._exact_k = torch.cat([self._exact_k[:, :, :exact], k.detach()], 2)
-            self._exact_v = torch.cat([self._exact_v[:, :, :exact], v.detach()], 2)
+            self._resize_exact(new_exact, exact)
+            self._exact_k[:, :, exact:].copy_(k.detach())
+            self._exact_v[:, :, exact:].copy_(v.detach())
         else:  # the first prompt: the caller's own tensors, for as long as one attention takes
             self._exact_k, self._exact_v = k.detach(), v.detach()
         self.seen = end
@@ -138,6 +143,7 @@ class KVQuantizedLayer(KVLayer):
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` wants it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
+        self._packed = {}
         self._allocate(blocks)
         self._resize_exact(self._least_exact + BLOCK, 0)
         self.is_initialized = True
@@ -168,6 +174,8 @@ class KVQuantizedLayer(KVLayer):
         elif first + count > slots:
             slots = max(first + count, int((first + count) * _GROWTH))
             self._allocate(slots)
+        self.torn = "quantization"  # from here on a ring's old blocks are overwritten
+        self.untouched = min(self.untouched, self.dropped + sinks + self.packed_tokens)
         start = max(0, dropped - first)  # what no later token sees is not quantized at all
         if not self.packed_tokens:  # offsets that no block must spend its range on: means of the first tokens
             part = slice(sinks + start * BLOCK, min(done, sinks + (start + _CHUNK_BLOCKS) * BLOCK))
@@ -179,12 +187,12 @@ class KVQuantizedLayer(KVLayer):
             self._write_blocks(slot, self._exact_k[:, :, part], self._exact_v[:, :, part])
             start = stop
         rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
-        if self._exact_k.shape[2] != self._least_exact + BLOCK:  # it held a prompt
-            self._resize_exact(self._least_exact + BLOCK, sinks)
+        self._own_exact(sinks)
         after = slice(sinks, sinks + exact - done)
         self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
         self.packed_tokens = (first + count - dropped) * BLOCK
         self.dropped = dropped * BLOCK
+        self.torn = None
 
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
@@ -203,6 +211,7 @@ class KVQuantizedLayer(KVLayer):
         if zero is not None:
             packed["v_zero"][:, :, slots] = zero[..., 0].transpose(-1, -2)
 
+    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
         """Room for `blocks` blocks; codes that are there move, they are not made again."""
         lead, dim = (self.batch_size, self.kv_heads), self.head_dim
@@ -223,12 +232,19 @@ class KVQuantizedLayer(KVLayer):
         room = blocks * BLOCK + self._least_exact + BLOCK
         self.capacity = room if self.max_cache_len is None else min(room, self.max_cache_len)
 
+    @torch.inference_mode(False)
     def _resize_exact(self, capacity: int, keep: int) -> None:
         shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
         k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         if keep:
             k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
-        self._exact_k, self._exact_v = k, v
+        self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
+
+    def _own_exact(self, keep: int) -> None:
+        """Where the exact tokens are those of a prompt, perhaps the caller's own tensors: moves `keep` of them."""
+        usual = self._least_exact + BLOCK
+        if self.is_initialized and self._exact_k.shape[2] != usual:
+            self._resize_exact(max(keep, usual), keep)
 
     def check_crop(self, tokens_to_remove: int) -> None:
         super().check_crop(tokens_to_remove)
@@ -243,6 +259,8 @@ class KVQuantizedLayer(KVLayer):
         if not kept:
             return self.reset()
         kept_here = kept - self.dropped
+        self.untouched = min(self.untouched, kept)
+        self._own_exact(max(sinks, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
         if kept_here < sinks + self.packed_tokens:
             block, cut = divmod(max(0, kept_here - sinks), BLOCK)
             if cut:
@@ -250,17 +268,20 @@ class KVQuantizedLayer(KVLayer):
                 assert packed is not None
                 slots = slice(sinks, sinks + BLOCK)
                 self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
+                self.untouched = min(self.untouched, self.dropped + sinks + block * BLOCK)
             self.packed_tokens = block * BLOCK
         self.seen = kept
 
     def reset(self) -> None:
-        """Forgets all tokens; the buffers stay."""
+        self._own_exact(0)
         self.seen = self.packed_tokens = self.dropped = 0
+        super().reset()
 
     def select(self, rows: torch.Tensor) -> None:
         self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
         self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
         self.batch_size = self._exact_k.shape[0]
+        self.untouched = 0
 
     def filled(self) -> dict[str, torch.Tensor]:
         exact, blocks = self._exact, self.packed_tokens // BLOCK
@@ -270,6 +291,19 @@ class KVQuantizedLayer(KVLayer):
             for name, array in self._packed.items():
                 tensors |= {name: array} if name == "k_mean" else ring_spans(name, array, slot, blocks)
         return tensors
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        if self.sliding_window is not None:
+            return super().copy_rows(target, source, start)
+        blocks = self.packed_tokens // BLOCK
+        first = max(0, start - self.settings.sinks) // BLOCK
+        for name, array in self._packed.items() if first < blocks else ():
+            changed = slice(None) if name == "k_mean" else slice(first, blocks)
+            array[target, :, changed] = array[source, :, changed]
+        beyond = start - self.packed_tokens  # all that differs may be among the newest tokens
+        exact = slice(beyond if beyond > self.settings.sinks else 0, self._exact)
+        for buffer in (self._exact_k, self._exact_v):
+            buffer[target, :, exact] = buffer[source, :, exact]
 
     def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         seen, packed, dropped = (counts[name] for name in self.counts)
@@ -297,10 +331,6 @@ class KVQuantizedLayer(KVLayer):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
-
-    def move(self, device: torch.device | str) -> None:
-        self._packed = {name: tensor.to(device) for name, tensor in self._packed.items()}
-        self._exact_k, self._exact_v = self._exact_k.to(device), self._exact_v.to(device)
 
 
 class QuantizedKVCache(KVCache):

@@ -61,35 +61,40 @@ class KVSlidingLayer(KVLayer):
     def stored(self) -> int:
         return self.seen - self.oldest
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * (self._k.nbytes + self._sink_k.nbytes)
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        used = min(self.seen, self._k.shape[2]) if self.is_initialized else 0
+        rings = {"k": (self._k, used), "v": (self._v, used)}
+        return rings | {"sink_k": (self._sink_k, self.sinks), "sink_v": (self._sink_v, self.sinks)}
+
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._k, self._v, self._sink_k, self._sink_v = (buffers[name] for name in ("k", "v", "sink_k", "sink_v"))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         past = min(self.seen, self.window - 1)
         return past + query_length, self.seen - past
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.check(k, v)
+        self.ready(k, v)
         k, v = k.detach(), v.detach()
         new, past = k.shape[2], min(self.seen, self.window - 1)
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
         slots = self._k.shape[2]
         self.begin, self._chunk = self.seen - past, None
         if past + new > slots:
             before = self._in_order(self.begin)
             chunk = (torch.cat([old, own], 2) for old, own in zip(before, (k, v), strict=True)) if past else (k, v)
             self._chunk = tuple(chunk)  # type: ignore[assignment]  # two tensors
-        self.seen += new
-        self.oldest = max(self.oldest, self.seen - slots)
+            self.torn = "storing of a prompt"  # tokens that the window still needs are overwritten
+        self.oldest = max(self.oldest, self.seen + new - slots)
         kept = min(new, slots)
-        slot = (self.seen - kept) % slots
+        slot = (self.seen + new - kept) % slots
         for ring, own in ((self._k, k[:, :, new - kept :]), (self._v, v[:, :, new - kept :])):
             to_wrap = min(kept, slots - slot)
             ring[:, :, slot : slot + to_wrap].copy_(own[:, :, :to_wrap])
             ring[:, :, : kept - to_wrap].copy_(own[:, :, to_wrap:])
+        self.seen += new  # last: an interrupt must not leave tokens counted that are not there
+        self.torn = None
 
+    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -161,6 +166,7 @@ class KVSlidingLayer(KVLayer):
         self._first = found if self._first is None else torch.where(self._first >= before, found, self._first)
         self._complete = int(self._first.max()) + self.sinks
 
+    @torch.inference_mode(False)
     def _keep_first(self, before: int) -> None:
         """Copies the rows' first tokens, as far as they are new."""
         (k, v), sinks = self.dense(), self.sinks
@@ -184,11 +190,13 @@ class KVSlidingLayer(KVLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
+    @torch.inference_mode(False)
     def rebase(self, by: int) -> None:
         """Turns all stored keys back by `by` positions."""
         if self.rope is not None:
             self._k = self.rope.turn(self._k, torch.full((1, 1), -by, device=self._k.device))
         self.rebased += by
+        self.untouched = 0
 
     def check_crop(self, tokens_to_remove: int) -> None:
         super().check_crop(tokens_to_remove)
@@ -201,19 +209,27 @@ class KVSlidingLayer(KVLayer):
         self.check_crop(tokens_to_remove)
         if tokens_to_remove == -self.seen:
             return self.reset()
+        self._chunk = None
         self.seen += tokens_to_remove
+        self.untouched = min(self.untouched, self.seen)
         self.begin = max(self.oldest, min(self.begin, self.seen))
 
     def reset(self) -> None:
-        """Forgets all tokens; the buffers stay."""
         self.seen = self.oldest = self.begin = self.rebased = 0
         self._first = self._chunk = None
         self._complete = self.sinks
+        super().reset()
 
     def select(self, rows: torch.Tensor) -> None:
         self._k, self._v, self._sink_k, self._sink_v = (t[rows] for t in (self._k, self._v, self._sink_k, self._sink_v))
         self._first = None if self._first is None else self._first[rows]
         self.batch_size = self._k.shape[0]
+        self._chunk, self.untouched = None, 0
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        super().copy_rows(target, source, start)
+        if self._first is not None:
+            self._first = self._first.index_copy(0, target, self._first[source])
 
     def filled(self) -> dict[str, torch.Tensor]:
         slot = self.oldest % self._k.shape[2]
@@ -231,9 +247,7 @@ class KVSlidingLayer(KVLayer):
         self.oldest, self.rebased, self.begin = counts["oldest"], counts["rebased"], self.seen
 
     def move(self, device: torch.device | str) -> None:
-        self._k, self._v, self._sink_k, self._sink_v = (
-            t.to(device) for t in (self._k, self._v, self._sink_k, self._sink_v)
-        )
+        super().move(device)
         self._first = None if self._first is None else self._first.to(device)
 
 
@@ -340,8 +354,9 @@ class SlidingWindowKVCache(KVCache):
         rebased = rings[0].rebased
         by = min(ring.oldest for ring in rings) - rebased
         if seen + new - rebased > self._limit and by > 0:
-            for ring in rings:
-                ring.rebase(by)
+            with self._changing("turning of keys"):
+                for ring in rings:
+                    ring.rebase(by)
             rebased += by
         return asked if start + rebased == 0 else asked - (start + rebased)
 

@@ -33,18 +33,15 @@ class KVStaticLayer(KVLayer):
         """Views of the filled part; no copy."""
         return self._k[:, :, : self.seen], self._v[:, :, : self.seen]
 
-    def filled(self) -> dict[str, torch.Tensor]:
-        return dict(zip("kv", self.dense(), strict=True))
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        return {"k": (self._k, self.seen), "v": (self._v, self.seen)}
 
-    @property
-    def nbytes(self) -> int:
-        return 2 * self._k.numel() * self._k.element_size()
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._k, self._v = buffers["k"], buffers["v"]
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.check(k, v)
+        self.ready(k, v)
         end = self.seen + k.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
         if end > self.capacity:
             self._allocate(end)
         # detach: a buffer must not join the autograd graph of a forward outside no_grad
@@ -58,6 +55,7 @@ class KVStaticLayer(KVLayer):
         self._allocate(key_states.shape[2])
         self.is_initialized = True
 
+    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, needed: int) -> None:
         """Makes room for `needed` tokens: all of a fixed capacity, else geometrically, moving what is stored."""
         capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * _GROWTH))
@@ -71,10 +69,7 @@ class KVStaticLayer(KVLayer):
         """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
         self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
-
-    def reset(self) -> None:
-        """Forgets all tokens; the buffers stay."""
-        self.seen = 0
+        self.untouched = min(self.untouched, self.seen)
 
     def select(self, rows: torch.Tensor) -> None:
         stored = self.seen
@@ -84,9 +79,11 @@ class KVStaticLayer(KVLayer):
             self._allocate(stored)
             self.seen = stored
         self._k[:, :, :stored], self._v[:, :, :stored] = k, v
+        self.untouched = 0
 
-    def move(self, device: torch.device | str) -> None:
-        self._k, self._v = self._k.to(device), self._v.to(device)
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        for buffer in (self._k, self._v):
+            buffer[target, :, start : self.seen] = buffer[source, :, start : self.seen]
 
 
 def exact_layer(
@@ -130,4 +127,13 @@ class StaticKVCache(KVCache):
         super().__init__(config, make_layer)
         if offload:
             chain(self.layers)
+        self.offloads = offload
         self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean
+
+    def fork(self) -> KVCache:
+        twin = super().fork()
+        if self.offloads:
+            from .offload import chain
+
+            chain(twin.layers)
+        return twin

@@ -179,6 +179,19 @@ def _evaluate_stream(results: dict[str, Any]) -> Iterator[EvalResult]:
         yield _result(results["conditions"]["text"], part, "perplexity", name, row["last_perplexity"], settings)
 
 
+def _evaluate_beams(results: dict[str, Any]) -> Iterator[EvalResult]:
+    settings = results["settings"]
+    for row in results["rows"]:
+        yield _result(
+            results["conditions"]["text"],
+            f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams",
+            "beam_bytes",
+            f"bytes moved at a step of beam search: {row['variant']}",
+            row["written_bytes"],
+            settings,
+        )
+
+
 EVALUATE = {
     "conversion": _evaluate_conversion,
     "perplexity": _evaluate_perplexity,
@@ -188,6 +201,7 @@ EVALUATE = {
     "bandwidth": _evaluate_bandwidth,
     "prefix": _evaluate_prefix,
     "stream": _evaluate_stream,
+    "beams": _evaluate_beams,
 }
 
 
@@ -320,6 +334,12 @@ def _limits_of_stream(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _limits_of_beams(results: dict[str, Any]) -> list[str]:
+    wrong = [row["variant"] for row in results["rows"] if row["same_tokens"] is False]
+    lines = ["What beams have in common, and so what need not be moved, depends on the text."]
+    return lines + [f"{name}: other tokens than the default cache gives." for name in wrong]
+
+
 LIMITS = {
     "conversion": _limits_of_conversion,
     "perplexity": _limits_of_perplexity,
@@ -329,6 +349,7 @@ LIMITS = {
     "bandwidth": _limits_of_bandwidth,
     "prefix": _limits_of_prefix,
     "stream": _limits_of_stream,
+    "beams": _limits_of_beams,
 }
 
 

@@ -379,6 +379,25 @@ def plot_bandwidth(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_beams(results: dict[str, Any]) -> Figure:
+    """Bytes that a step of beam search moves, by cache."""
+    rows, settings = results["rows"], results["settings"]
+    title = f"Beam search: bytes moved a step, {settings['beams']} beams, {settings['context']} tokens"
+    figure = _new_figure(6.4, 1.3 + 0.45 * len(rows), title, results["conditions"])
+    axes = figure.subplots()
+    colors = _colors(rows)
+    found = [row["written_bytes"] / 2**20 for row in rows]
+    bars = axes.barh(range(len(rows)), found, 0.6, color=[colors[row["variant"]] for row in rows])
+    axes.bar_label(bars, [f"{value:.3g}" for value in found], fontsize=8, color=INK, padding=2)
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.margins(x=0.12)
+    axes.set_xlabel("MiB a step, mean", fontsize=9, color=INK)
+    axes.invert_yaxis()
+    _plain(axes)
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
 def plot_prefix(results: dict[str, Any]) -> Figure:
     """What a prefix costs to compute, to save and to load, by cache."""
     title = f"A prefix of {results['settings']['context']} tokens: computed, saved, loaded"

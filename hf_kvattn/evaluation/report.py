@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_kvattn.evaluation.plots import (
     plot_bandwidth,
+    plot_beams,
     plot_calibration,
     plot_claims,
     plot_conversion,
@@ -414,6 +415,29 @@ def _stream_text(results: dict[str, Any]) -> str:
     )
 
 
+def _beams_text(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams, "
+        f"{settings['new_tokens']} steps. Bytes are those that a step's `reorder_cache` writes, temporaries included, "
+        f"mean; times are medians (p20 to p80) over {settings['rounds']} rounds; how many times less than "
+        f"{BASELINE}: bytes; times, of medians, then paired within each round. Tokens: against {BASELINE}.\n"
+    )
+    header = ["cache", "MiB a step", "fewer bytes", "reordering ms", "faster", "tokens"]
+    rows = [
+        [
+            row["variant"],
+            _number(row["written_bytes"] / MIB, "{:.2f}"),
+            _number(row["fewer_bytes"]),
+            _spread(row["reorder_ms"]),
+            _speedup(row["faster"]),
+            {True: "same", False: "**differ**", None: "lossy"}[row["same_tokens"]],
+        ]
+        for row in results["rows"]
+    ]
+    return notes + "\n" + markdown_table(header, rows)
+
+
 def _conditions_text(found: dict[str, Any]) -> str:
     lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
     return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
@@ -438,6 +462,7 @@ KINDS: dict[str, Kind] = {
     "calibration": Kind("Calibration", _calibration_text, "calibrated_bits.png", plot_calibration),
     "prefix": Kind("A saved prefix", _prefix_text, "prefix.png", plot_prefix),
     "stream": Kind("An endless stream", _stream_text, "stream.png", plot_stream),
+    "beams": Kind("Beam search: what is moved", _beams_text, "beams.png", plot_beams),
 }
 
 

@@ -1,0 +1,60 @@
+"""Memory that caches share until one of them writes to it: what `KVCache.fork` is made of."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+import torch
+
+_ALIGN = 64  # bytes
+
+
+class Frozen:
+    """A copy of some tensors, of which any number of views can be had, each private to its owner.
+
+    The copy lies in an anonymous file that every view maps copy-on-write: the system keeps one copy of each page
+    (4 KiB), and whoever writes to it gets a page of its own. Views are ordinary contiguous tensors.
+
+    Args:
+        tensors: contiguous CPU tensors, each with the number of entries of its dimension 2 that matter; the others take
+            no memory, and are zeros in the views.
+    """
+
+    def __init__(self, tensors: list[tuple[torch.Tensor, int]]):
+        self._like, self._offsets, end = [t for t, _ in tensors], [], 0
+        for tensor in self._like:
+            self._offsets.append(end)
+            end += -(-tensor.nbytes // _ALIGN) * _ALIGN
+        self._like = [torch.empty_like(t, device="meta") for t in self._like]
+        self._nbytes, self._fd = end, os.memfd_create("hf_kvattn")
+        weakref.finalize(self, os.close, self._fd)
+        os.truncate(self._fd, end)
+        for view, (tensor, filled) in zip(self._map(shared=True), tensors, strict=True):
+            view[:, :, :filled] = tensor[:, :, :filled]
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether views could stand in the place of `tensors`."""
+        pairs = zip(self._like, tensors, strict=True)
+        return all((like.shape, like.dtype) == (tensor.shape, tensor.dtype) for like, tensor in pairs)
+
+    def views(self) -> list[torch.Tensor]:
+        """The tensors, writable: nobody else sees what is written to them."""
+        return self._map(shared=False)
+
+    def _map(self, shared: bool) -> list[torch.Tensor]:
+        path = f"/proc/self/fd/{self._fd}"
+        data = torch.from_file(path, shared=shared, size=self._nbytes, dtype=torch.uint8)
+        return [
+            data[start : start + like.nbytes].view(like.dtype).view(like.shape)
+            for start, like in zip(self._offsets, self._like, strict=True)
+        ]
+
+
+def can_share(tensors: list[torch.Tensor]) -> bool:
+    """Whether this system and these tensors allow it: Linux, on a CPU."""
+    return (
+        hasattr(os, "memfd_create")
+        and os.path.exists("/proc/self/fd")
+        and all(tensor.device.type == "cpu" for tensor in tensors)
+    )
