@@ -388,6 +388,27 @@ def test_rows_of_a_batch_move_with_their_sinks(rows):
     torch.testing.assert_close(rest, whole[rows, 200:], rtol=1e-4, atol=1e-4)
 
 
+def test_an_interrupt_before_the_attention_loses_no_sinks(monkeypatch):
+    """Layer by layer: the tokens are stored, and what their attention should have kept of them is not."""
+    model, ids = hf_kvattn.enable(tiny_model()), stream()
+    whole = streamed_logits(model, ids, SlidingWindowKVCache(model.config, 8, 4), [2, 60, 100])
+    for broken in range(3):
+        cache = SlidingWindowKVCache(model.config, 8, 4)
+        streamed_logits(model, ids, cache, [2])
+
+        def interrupt(q, first):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cache.layers[broken], "beside", interrupt)
+            model(ids[:, 2:62], past_key_values=cache)
+        with pytest.raises(ValueError, match=r"crop\(-60\) goes back"):
+            model(ids[:, 62:], past_key_values=cache)
+        cache.crop(-60)
+        rest = streamed_logits(model, ids[:, 2:], cache, [60, 100])
+        torch.testing.assert_close(rest, whole[:, 2:], rtol=1e-5, atol=1e-5)
+
+
 def test_custom_masks_are_cut_by_the_window():
     model, ids = hf_kvattn.enable(tiny_model()), stream(length=60)
     causal = torch.ones(60, 60, dtype=torch.bool).tril().expand(2, 1, 60, 60)

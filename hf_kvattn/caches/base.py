@@ -99,6 +99,11 @@ class KVLayer(CacheLayerMixin):
     @abstractmethod
     def stored(self) -> int: ...
 
+    @property
+    def whole(self) -> int:
+        """Tokens of which everything is stored: fewer than `seen` where their attention was interrupted."""
+        return self.seen
+
     @abstractmethod
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         """Everything allocated, by name, each with the number of entries of dimension 2 that are filled."""
@@ -327,14 +332,14 @@ class KVCache(Cache):
 
     def check_whole(self) -> None:
         """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
-        lengths = [layer.seen for layer in self.layers]
         for layer in self.layers:
             if layer.torn is not None:
                 raise ValueError(_torn(layer.torn))
-        if min(lengths) != max(lengths):
+        whole, longest = min(layer.whole for layer in self.layers), max(layer.seen for layer in self.layers)
+        if whole != longest:
             raise ValueError(
-                f"a forward was interrupted half way: layers hold {min(lengths)} to {max(lengths)} tokens; "
-                f"crop({min(lengths) - max(lengths)}) goes back to the last whole step"
+                f"a forward was interrupted half way: layers hold {whole} to {longest} tokens; crop({whole - longest}) "
+                "goes back to the last whole step"
             )
 
     @contextlib.contextmanager
@@ -366,14 +371,13 @@ class KVCache(Cache):
         Raises:
             ValueError: a number of tokens that not all layers hold; nothing has changed then.
         """
-        lengths = [layer.seen for layer in self.layers]
+        whole, longest = min(layer.whole for layer in self.layers), max(layer.seen for layer in self.layers)
         if torn := next((layer.torn for layer in self.layers if layer.torn is not None), None):
             raise ValueError(_torn(torn))
-        kept = max(lengths) + tokens_to_remove
-        if tokens_to_remove > 0 or not 0 <= kept <= min(lengths):
+        kept = longest + tokens_to_remove
+        if tokens_to_remove > 0 or not 0 <= kept <= whole:
             raise ValueError(
-                f"crop takes a number from {-max(lengths)} (all stored tokens) to {min(lengths) - max(lengths)}, "
-                f"got {tokens_to_remove}"
+                f"crop takes a number from {-longest} (all stored tokens) to {whole - longest}, got {tokens_to_remove}"
             )
         for layer in self.layers:
             layer.check_crop(kept - layer.seen)

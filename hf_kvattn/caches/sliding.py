@@ -55,11 +55,16 @@ class KVSlidingLayer(KVLayer):
         self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
         self._first: torch.Tensor | None = None  # (B,) int32, where rows begin; None while no row is padded
         self._complete = sinks  # from this position on all rows have all their sinks
+        self._looked = 0  # tokens that were looked at for them, by their own attention
         self._k = self._v = self._sink_k = self._sink_v = torch.empty(0)
 
     @property
     def stored(self) -> int:
         return self.seen - self.oldest
+
+    @property
+    def whole(self) -> int:
+        return min(self.seen, self._looked) if self.sinks and self._looked < self._complete else self.seen
 
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         used = min(self.seen, self._k.shape[2]) if self.is_initialized else 0
@@ -143,6 +148,7 @@ class KVSlidingLayer(KVLayer):
         if before < self._complete or not before:
             self._note_first(before, first)
             self._keep_first(before)
+        self._looked = self.seen
         evicted = before - self.window + 1
         if evicted + q.shape[2] <= 1:
             return None
@@ -211,11 +217,11 @@ class KVSlidingLayer(KVLayer):
             return self.reset()
         self._chunk = None
         self.seen += tokens_to_remove
-        self.untouched = min(self.untouched, self.seen)
+        self.untouched, self._looked = min(self.untouched, self.seen), min(self._looked, self.seen)
         self.begin = max(self.oldest, min(self.begin, self.seen))
 
     def reset(self) -> None:
-        self.seen = self.oldest = self.begin = self.rebased = 0
+        self.seen = self.oldest = self.begin = self.rebased = self._looked = 0
         self._first = self._chunk = None
         self._complete = self.sinks
         super().reset()
@@ -245,6 +251,7 @@ class KVSlidingLayer(KVLayer):
         if not max(0, self.seen - self._k.shape[2]) <= counts["oldest"] <= max(0, self.seen - self.window + 1):
             raise ValueError(f"layer {self.layer_idx}: a window of {self.window} does not leave {counts}")
         self.oldest, self.rebased, self.begin = counts["oldest"], counts["rebased"], self.seen
+        self._looked = self.seen
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)
