@@ -12,12 +12,12 @@ from types import ModuleType
 
 import torch
 
-from .kernels import native, reference, sdpa
+from .kernels import native, reference, sdpa, triton_decode
 from .kernels.call import AttendCall
 
 logger = logging.getLogger("hf_kvattn")
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native, "triton": triton_decode}
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
 # wins; from there on PyTorch's blocked matrix products do.
@@ -34,7 +34,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def set_backend(name: str) -> None:
-    """Chooses the backend for the whole process, all threads: `auto`, `reference`, `sdpa` or `native`.
+    """Chooses the backend for the whole process, all threads: `auto`, `reference`, `sdpa`, `native` or `triton`.
 
     With `auto` each call takes the fastest backend that can serve it. Any other choice is a demand: a call that the
     backend cannot serve raises.
@@ -81,7 +81,9 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
     few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or call.packed is not None)
-    order = (native, sdpa, reference) if few else (sdpa, native, reference)
+    order: tuple[ModuleType, ...] = (native, sdpa, reference) if few else (sdpa, native, reference)
+    if call.q.device.type == "cuda" and call.packed is not None:
+        order = (triton_decode, *order)
     passed_over = None
     for module in order:
         reason = module.unavailable() or module.unsupported(call)
