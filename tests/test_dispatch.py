@@ -89,7 +89,7 @@ def test_what_native_refuses(change, message):
 
 def test_unknown_names_are_refused_everywhere(monkeypatch):
     with pytest.raises(
-        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native"
+        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native, triton"
     ):
         hf_kvattn.set_backend("cuda9")
     with pytest.raises(ValueError, match="unknown backend 'x' in backend"), hf_kvattn.backend("x"):
@@ -119,7 +119,8 @@ def test_context_goes_before_set_backend_goes_before_environment(monkeypatch):
 
 def test_describe_tells_backends_cases_and_reasons(monkeypatch):
     description = hf_kvattn.describe()
-    assert description.backends == {"reference": None, "sdpa": None, "native": None}
+    assert [name for name, why in description.backends.items() if why is None] == ["reference", "sdpa", "native"]
+    assert description.backends["triton"]
     assert description.cases["decode, 1 token"] == ("native", None)
     name, reason = description.cases["decode, custom dense mask"]
     assert name == "sdpa" and "dense mask" in reason

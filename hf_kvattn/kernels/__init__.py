@@ -1,4 +1,5 @@
-"""Attention backends, one module each: `reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU).
+"""Attention backends, one module each: `reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU),
+`triton_decode` (quantized caches on a GPU).
 
 A backend module has three functions:
 

@@ -24,32 +24,20 @@ from ..quant.packed import PackedKV
 from .call import AttendCall
 
 MAX_SPLITS = 128
-_MIN_SPLIT_BLOCKS = 16  # a split's partial result costs memory traffic too
+_SPLIT_PAYS = 16  # a split reads so many times the bytes that its partial result costs,
+_SPLIT_BLOCKS = (8, 64)  # within these bounds: with many query rows it is more important that all multiprocessors read
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-_LOG2_E = math.log2(math.e)
 
 
 @triton.jit
 def _load_units(codes, slot, there, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
     """The units of `quant/layout.py` of some blocks, one code a byte: `(BLOCKS * PADDED / 2, 64)`; zeros beyond D."""
-    block = codes + slot * (4 * BITS * D)
-    if BITS == 3:
-        chunk = tl.arange(0, PADDED // 16)[None, :, None]
-        mask = there[:, None, None] & (chunk < D // 16)
-        low_at = block[:, None, None] + chunk * 192 + tl.arange(0, 128)[None, None, :]
-        third_at = block[:, None, None] + chunk * 192 + 128 + tl.arange(0, 64)[None, None, :]
-        low = tl.reshape(tl.load(low_at, mask=mask, other=0), (BLOCKS * PADDED // 8, 1, 64))
-        third = tl.reshape(tl.load(third_at, mask=mask, other=0), (BLOCKS * PADDED // 16, 1, 64))
-        low = (low >> (2 * tl.arange(0, 4)).to(tl.uint8)[None, :, None]) & 3
-        third = (third >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1
-        shape: tl.constexpr = (BLOCKS * PADDED // 2, 64)
-        return tl.reshape(low, shape) | (tl.reshape(third, shape) << 2)
-    else:
-        at = tl.arange(0, 4 * BITS * PADDED)[None, :]
-        loaded = tl.load(block[:, None] + at, mask=there[:, None] & (at < 4 * BITS * D), other=0)
-        shared = tl.reshape(loaded, (BLOCKS * PADDED * BITS // 16, 1, 64))
-        units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
-        return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
+    at = tl.arange(0, 4 * BITS * PADDED)[None, :]
+    mask = there[:, None] & (at < 4 * BITS * D)
+    shared = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0)
+    shared = tl.reshape(shared, (BLOCKS * PADDED * BITS // 16, 1, 64))
+    units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
+    return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
 
 
 @triton.jit
@@ -353,7 +341,11 @@ def splits_for(call: AttendCall, programs: int, multiprocessors: int, blocks_at_
     exact_blocks = -(-(exact - exact_begin) // BLOCK)
     wanted = max(1, multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs)
     wanted = min(wanted, MAX_SPLITS - 2)  # both kinds round up
-    blocks = max(_MIN_SPLIT_BLOCKS, -(-(packed_blocks + exact_blocks) // wanted))
+    bits = 16 if call.packed is None else (call.packed.k_bits + call.packed.v_bits) / 2
+    rows = call.q.shape[2] * call.q.shape[1] // call.k.shape[1]
+    least, most = _SPLIT_BLOCKS
+    pays = _SPLIT_PAYS * rows * 8 / (2 * BLOCK * bits / 8)  # of each channel: 4 bytes written and read; keys and values
+    blocks = max(min(most, max(least, math.ceil(pays))), -(-(packed_blocks + exact_blocks) // wanted))
     blocks = -(-blocks // blocks_at_once) * blocks_at_once
     return Splits(block_begin, exact_begin, blocks, -(-packed_blocks // blocks), -(-exact_blocks // blocks))
 
@@ -417,6 +409,7 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
         SOFTCAP=call.softcap is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **_registers(),
     )
     _merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
@@ -436,6 +429,12 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
         num_warps=4,
     )
     return out, lse
+
+
+def _registers() -> dict[str, int]:
+    """Lets a thread have the 255 registers that still leave room for two blocks of 4 warps: without this option the
+    assembler spills a few bytes here and there to fit a third. Triton has it for NVIDIA alone."""
+    return {} if torch.version.hip else {"maxnreg": 255}
 
 
 def _arrays(packed: PackedKV) -> tuple[torch.Tensor | None, ...]:

@@ -50,6 +50,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
     if q.shape[2] > MAX_QUERIES:
         return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
+    if call.packed is not None and 3 in (call.packed.k_bits, call.packed.v_bits):
+        return "triton kernels read codes of 8, 4 and 2 bits, not 3"
     if call.mask is not None:
         return "triton kernels take causal, window and left-padding rules, not a dense mask"
     if call.sinks is not None:

@@ -1,8 +1,8 @@
 """Quantizes and packs whole blocks of 32 tokens in Triton, as `quant/` does: one program a block and KV head.
 
-Codes, scales and zeros are those of `quant/` bit for bit at 8 and 4 bits: the same operations in the same order, with
-IEEE division and without contraction into fused multiply-adds. At 3 and 2 bits a group may take another of the tried
-ranges where two of them tie within the rounding of their sums of errors, which are added in another order.
+Codes, scales and zeros are those of `quant/` on a CPU bit for bit: the same operations in the same order, with IEEE
+division and without contraction into fused multiply-adds. For 8 and 4 bits; the search of 3 and 2 bits for the range of
+each group stays with PyTorch's operations (unrolled into this kernel it spills registers).
 
 Checked in Triton's interpreter; never run on a GPU. This module needs triton and is imported when the first call comes.
 """
@@ -14,18 +14,9 @@ import triton
 import triton.language as tl
 
 from ..quant import rotation
-from ..quant.codecs import KEYS, VALUES, has_zero
+from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
 from .triton_attention import rotate
-
-
-@triton.jit
-def _encode(x, low, high, LEVELS: tl.constexpr):
-    """`affine._encode`: codes (float32), scale and zero (float32 of bfloat16 precision)."""
-    zero = low.to(tl.bfloat16).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(high - zero, 0.0), LEVELS * 1.0).to(tl.bfloat16).to(tl.float32)
-    steps = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
-    return _round(tl.minimum(tl.maximum(steps, 0.0), LEVELS * 1.0)), scale, zero
 
 
 @triton.jit
@@ -35,7 +26,7 @@ def _round(x):
 
 
 @triton.jit
-def _quantize(x, counts, AXIS: tl.constexpr, BITS: tl.constexpr, SHRINK: tl.constexpr):
+def _quantize(x, counts, AXIS: tl.constexpr, BITS: tl.constexpr):
     """`codecs.quantize` of the numbers along AXIS that count: codes (float32), scale, zero, AXIS kept as 1."""
     if BITS == 8:
         largest = tl.max(tl.where(counts, tl.abs(x), 0.0), AXIS, keep_dims=True)
@@ -45,40 +36,19 @@ def _quantize(x, counts, AXIS: tl.constexpr, BITS: tl.constexpr, SHRINK: tl.cons
     else:
         low = tl.min(tl.where(counts, x, float("inf")), AXIS, keep_dims=True)
         high = tl.max(tl.where(counts, x, -float("inf")), AXIS, keep_dims=True)
-        codes, scale, zero = _encode(x, low, high, 2**BITS - 1)
-        if len(SHRINK) > 1 or SHRINK[0] != 1.0:
-            best = tl.full(scale.shape, float("inf"), tl.float32)
-            for i in tl.static_range(len(SHRINK)):
-                trim = (1 - SHRINK[i]) / 2 * (high - low)
-                new_codes, new_scale, new_zero = _encode(x, low + trim, high - trim, 2**BITS - 1)
-                off = new_codes * new_scale + new_zero - x
-                error = tl.sum(tl.where(counts, off * off * (off * off), 0.0), AXIS, keep_dims=True)
-                better = error < best
-                best = tl.where(better, error, best)
-                codes = tl.where(better, new_codes, codes)
-                scale = tl.where(better, new_scale, scale)
-                zero = tl.where(better, new_zero, zero)
-        return codes, scale, zero
+        zero = low.to(tl.bfloat16).to(tl.float32)
+        scale = tl.div_rn(tl.maximum(high - zero, 0.0), 15.0).to(tl.bfloat16).to(tl.float32)
+        steps = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
+        return _round(tl.minimum(tl.maximum(steps, 0.0), 15.0)), scale, zero
 
 
 @triton.jit
 def _store_units(at, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
     """Packs the units `(PADDED / 2, 64)` of `quant/layout.py` and stores those of the first D channels."""
-    if BITS == 3:
-        chunk = tl.arange(0, PADDED // 16)[:, None]
-        low = tl.reshape(_pack(units & 3, 2, PADDED), (PADDED // 16, 128))
-        tl.store(at + chunk * 192 + tl.arange(0, 128)[None, :], low, mask=chunk < D // 16)
-        third = tl.reshape(_pack(units >> 2, 1, PADDED), (PADDED // 16, 64))
-        tl.store(at + chunk * 192 + 128 + tl.arange(0, 64)[None, :], third, mask=chunk < D // 16)
-    else:
-        byte = tl.arange(0, 4 * BITS * PADDED)
-        tl.store(at + byte, tl.reshape(_pack(units, BITS, PADDED), (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
-
-
-@triton.jit
-def _pack(units, BITS: tl.constexpr, PADDED: tl.constexpr):
     together = tl.reshape(units, (PADDED * BITS // 16, 8 // BITS, 64))
-    return tl.sum(together << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
+    packed = tl.sum(together << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
+    byte = tl.arange(0, 4 * BITS * PADDED)
+    tl.store(at + byte, tl.reshape(packed, (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
 
 
 @triton.jit(do_not_specialize=["slot", "slots"])
@@ -106,8 +76,6 @@ def _quantize_blocks_kernel(
     LOG_SIZE: tl.constexpr,
     K_BITS: tl.constexpr,
     V_BITS: tl.constexpr,
-    K_SHRINK: tl.constexpr,
-    V_SHRINK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -120,7 +88,7 @@ def _quantize_blocks_kernel(
     at = k_ptr + batch * stride_kb + head * stride_kh + token[:, None] * stride_kt + d[None, :]
     x = tl.load(at, mask=inside, other=0).to(tl.float32)
     x = x - tl.load(k_mean + kv * D + d, mask=d < D, other=0)[None, :]
-    codes, scale, zero = _quantize(x, inside, 0, K_BITS, K_SHRINK)
+    codes, scale, zero = _quantize(x, inside, 0, K_BITS)
     lanes = tl.reshape(codes.to(tl.int32), (2, 16, PADDED // 4, 4))  # half, token, channels, channel
     units = tl.reshape(tl.permute(lanes, (2, 0, 1, 3)), (PADDED // 2, 64))
     _store_units(k_codes + block * (4 * K_BITS * D), units, K_BITS, D, PADDED)
@@ -134,7 +102,7 @@ def _quantize_blocks_kernel(
     all_codes = tl.zeros((32, PADDED), tl.float32)
     for group in tl.range(0, D // GROUP):
         counts = (d // GROUP == group)[None, :]
-        group_codes, group_scale, group_zero = _quantize(x, counts, 1, V_BITS, V_SHRINK)
+        group_codes, group_scale, group_zero = _quantize(x, counts, 1, V_BITS)
         all_codes = tl.where(counts, group_codes, all_codes)
         at_token = (block * (D // GROUP) + group) * 32 + tl.arange(0, 32)[:, None]
         tl.store(v_scale + at_token, group_scale.to(tl.bfloat16))
@@ -170,6 +138,8 @@ def launch(
     slots = k_codes.shape[2]
     if tokens % BLOCK or tokens // BLOCK > slots or not 0 <= slot < slots:
         raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
+    if {k_bits, v_bits} - {8, 4}:
+        raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
     if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
         raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
     _quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
@@ -192,10 +162,8 @@ def launch(
         LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
         K_BITS=k_bits,
         V_BITS=v_bits,
-        K_SHRINK=KEYS[k_bits] or (1.0,),
-        V_SHRINK=VALUES[v_bits] or (1.0,),
         GROUP=dim // v_scale.shape[3],
-        num_warps=4,
+        num_warps=4 if dim <= 128 else 8,  # neither spills
         enable_fp_fusion=False,
     )
 
