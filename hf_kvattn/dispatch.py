@@ -12,12 +12,18 @@ from types import ModuleType
 
 import torch
 
-from .kernels import flash, native, reference, sdpa
+from .kernels import flash, native, reference, sdpa, triton_decode
 from .kernels.call import AttendCall
 
 logger = logging.getLogger("hf_kvattn")
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "sdpa": sdpa, "native": native, "flash": flash}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "native": native,
+    "flash": flash,
+    "triton": triton_decode,
+}
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
 # wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys.
@@ -99,7 +105,7 @@ def unsupported(module: ModuleType, call: AttendCall) -> str | None:
 
 def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     if call.q.device.type == "cuda":
-        return (flash, sdpa, reference)
+        return (triton_decode, sdpa, reference) if call.packed is not None else (flash, sdpa, reference)
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
     local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
     few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
@@ -113,7 +119,7 @@ def _usable(name: str, source: str) -> str:
 
 
 def _name(module: ModuleType) -> str:
-    return module.__name__.rsplit(".", 1)[-1]
+    return next(name for name, backend_module in BACKENDS.items() if backend_module is module)
 
 
 @functools.lru_cache(maxsize=256)

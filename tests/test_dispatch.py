@@ -13,7 +13,7 @@ from tolerance import assert_close_to_reference
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache, dispatch
-from hf_kvattn.kernels import flash, native
+from hf_kvattn.kernels import flash, native, triton_decode
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_what_native_refuses(change, message):
 
 def test_unknown_names_are_refused_everywhere(monkeypatch):
     with pytest.raises(
-        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native, flash"
+        ValueError, match="unknown backend 'cuda9' in set_backend; known: auto, reference, sdpa, native, flash, triton"
     ):
         hf_kvattn.set_backend("cuda9")
     with pytest.raises(ValueError, match="unknown backend 'x' in backend"), hf_kvattn.backend("x"):
@@ -121,6 +121,7 @@ def test_describe_tells_backends_cases_and_reasons(monkeypatch):
     description = hf_kvattn.describe()
     reasons = dict(description.backends)
     assert reasons.pop("flash") == flash.unavailable()
+    assert reasons.pop("triton") == triton_decode.unavailable()
     assert reasons == {"reference": None, "sdpa": None, "native": None}
     assert description.cases["decode, 1 token"] == ("native", None)
     name, reason = description.cases["decode, custom dense mask"]

@@ -4,5 +4,5 @@ One row of `variants.py` is one cache to compare. `throughput.py` times decode s
 and `tokens.py` compares what they give; `perplexity.py` measures what a cache does to the predictions; `inputs.py`
 loads the model and the text; `report.py` and `plots.py` turn the results into JSON, tables and plots, `cards.py` into
 model cards. `bandwidth.py` holds one layer against the memory's speed, `claims.py` what is said of attention and caches
-against what is measured. Each has its command line in `scripts/`.
+against what is measured; `codegen.py` says what the Triton kernels compile to. Each has its command line in `scripts/`.
 """

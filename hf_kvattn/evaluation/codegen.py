@@ -1,0 +1,357 @@
+"""What the Triton kernels compile to, without a GPU: registers, spills, shared memory, tensor-core instructions.
+
+`compile_only` stands in for the GPU's driver: the package's own host code runs on fake CUDA tensors (shapes and strides
+without memory), each launch is compiled to machine code by the assembler in triton's wheel, and recorded instead of
+launched. Reading a tensor's numbers from the host, which would wait for the GPU, raises there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tabulate import tabulate
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+from ..kernels import triton_attention, triton_decode, triton_quantize
+from ..kernels.call import AttendCall, PackedKV
+from ..kernels.triton_attention import BLOCK
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory: what a block may ask for, and what a multiprocessor has.
+_SHARED = {"sm_80": (166912, 167936), "sm_90": (232448, 233472), "sm_100": (232448, 233472), "gfx942": (65536, 65536)}
+_RESERVED = 1024  # shared bytes that CUDA takes for itself in each block
+_REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass
+class CompileOnly(DriverBase):
+    """A Triton driver that compiles for a target and records launches: (kernel's name, grid)."""
+
+    name: str
+    launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.utils = self
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False  # never chosen by itself
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_current_device(self) -> str:
+        return self.name  # a kernel keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_benchmarker(self):
+        raise NotImplementedError("nothing is timed where nothing runs")
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": _SHARED[self.name][0], "multiprocessor_count": 1, "warpSize": 32}
+
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple:
+        return None, None, 0, 0, 1024
+
+    def launcher_cls(self, source, metadata):
+        def launch(x, y, z, *arguments):
+            self.launches.append((metadata.name, (x, y, z)))
+
+        return launch
+
+
+@contextlib.contextmanager
+def compile_only(target: str) -> Iterator[CompileOnly]:
+    """Compiles for `target` instead of launching, on CUDA tensors that are fake."""
+    before, hip, recorder = driver._active, torch.version.hip, CompileOnly(target)
+    driver.set_active(recorder)
+    torch.version.hip = "none" if target.startswith("gfx") else None  # what tells a ROCm build of PyTorch
+    try:
+        with FakeTensorMode():
+            yield recorder
+    finally:
+        torch.version.hip = hip
+        driver._active = before  # reset_active() raises where there is no GPU
+
+
+def resources(kernel: Any, target: str) -> list[dict[str, int]]:
+    """What each variant of `kernel` that was compiled for `target` takes, in the order of their compilation."""
+    compiled = kernel.device_caches[target][0].values()
+    return [(_of_amd if target.startswith("gfx") else _of_nvidia)(each, target) for each in compiled]
+
+
+def _of_nvidia(compiled: Any, target: str) -> dict[str, int]:
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        sass = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack, local = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+    return {
+        "warps": warps,
+        "registers": registers,
+        "spilled_bytes": stack + local,
+        "spill_instructions": _count(r"(?:STL|LDL)", sass),
+        "shared_bytes": shared,
+        "tensor_core_instructions": _count(r"(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)", sass),
+        "asynchronous_copies": _count(r"(?:LDGSTS|UTMALDG)", sass),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.M)),
+        "blocks_per_multiprocessor": min(by_registers, _SHARED[target][1] // (shared + _RESERVED)),
+    }
+
+
+def _of_amd(compiled: Any, target: str) -> dict[str, int]:
+    code = compiled.asm["amdgcn"]
+    vector = _number(r"\.vgpr_count:\s+(\d+)", code)
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    by_registers = 512 // (-(-vector // 8) * 8) * 4 // warps  # 512 for each of the four SIMDs' waves
+    return {
+        "warps": warps,
+        "registers": vector,
+        "spilled_bytes": _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
+        "spill_instructions": _number(r"\.vgpr_spill_count:\s+(\d+)", code),
+        "shared_bytes": shared,
+        "tensor_core_instructions": _count(r"v_mfma_\w+", code),
+        "asynchronous_copies": 0,
+        "instructions": len(re.findall(r"^\s+[a-z]+_\w+", code, re.M)),
+        "blocks_per_multiprocessor": min(by_registers, _SHARED[target][1] // max(shared, 1)),
+    }
+
+
+def _output(*command: Path | str) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found, f"{pattern} is not in what the tool printed"
+    return int(found[1])
+
+
+def _count(pattern: str, text: str) -> int:
+    return len(re.findall(rf"\b{pattern}\b", text))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One variant of a kernel: `decode`, `merge` or `quantize`, of bfloat16 heads of `head_dim`.
+
+    Attributes:
+        rows: query rows of a tile (decode).
+        k_bits, v_bits: of the codes; 0 where no token is packed.
+    """
+
+    kernel: str
+    target: str
+    head_dim: int
+    rows: int = 0
+    k_bits: int = 0
+    v_bits: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.target} D{self.head_dim} rows{self.rows} k{self.k_bits}v{self.v_bits}"
+
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MIXES = ((8, 8), (4, 4), (2, 2), (8, 4))
+
+
+def all_cases() -> list[Case]:
+    """What `scripts/triton_resources.py` compiles."""
+    cases = []
+    for target, dim in itertools.product(TARGETS, HEAD_DIMS):
+        most = triton_attention.tile_for(triton_decode.MAX_QUERIES * 8, triton.next_power_of_2(dim)).rows
+        for rows, mix in itertools.product(sorted({16, most}), (*MIXES, (0, 0))):
+            cases.append(Case("decode", target, dim, rows, *mix))
+        cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if 2 not in mix]
+        cases.append(Case("merge", target, dim))
+    return cases
+
+
+def compile_case(case: Case) -> dict[str, int]:
+    """Compiles the case as the package would launch it, and says what it takes."""
+    kernel = {
+        "decode": triton_attention._decode_attention_kernel,
+        "merge": triton_attention._merge_splits_kernel,
+        "quantize": triton_quantize._quantize_blocks_kernel,
+    }[case.kernel]
+    kernel.device_caches.pop(case.target, None)
+    bits = (case.k_bits, case.v_bits) if case.k_bits or case.kernel == "decode" else (4, 4)
+    with compile_only(case.target):
+        call = fake_call(case.head_dim, *bits, query_heads=2 * max(case.rows, 8), padded=True)
+        if case.kernel == "quantize":
+            packed = call.packed
+            assert packed is not None
+            new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
+            k_arrays = packed.k_mean, packed.k_codes, packed.k_scale, packed.k_zero
+            triton_quantize.launch(new, new, *k_arrays, packed.v_codes, packed.v_scale, packed.v_zero, *bits, 0)
+        else:
+            triton_attention.launch(call, 132)
+    (found,) = resources(kernel, case.target)
+    return found
+
+
+def fake_call(
+    dim: int,
+    k_bits: int,
+    v_bits: int,
+    query_heads: int = 8,
+    kv_heads: int = 2,
+    tokens: int = 8192,
+    padded: bool = False,
+) -> AttendCall:
+    """One bfloat16 query over `tokens` packed and 40 exact tokens (0 bits: exact ones alone), on a GPU; no numbers.
+
+    Only inside `compile_only`. Values share a scale in groups of 32 channels, or 16 where 32 does not divide `dim`.
+    """
+
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="cuda")
+
+    packed = None
+    if k_bits:
+        lead, groups = (1, kv_heads, tokens // BLOCK), dim // (16 if dim % 32 else 32)
+        packed = PackedKV(
+            4,
+            tokens,
+            k_bits,
+            v_bits,
+            make(*lead, 4 * k_bits * dim, dtype=torch.uint8),
+            make(*lead, dim),
+            None if k_bits == 8 else make(*lead, dim),
+            make(1, kv_heads, dim, dtype=torch.float32),
+            make(*lead, 4 * v_bits * dim, dtype=torch.uint8),
+            make(*lead, groups, BLOCK),
+            None if v_bits == 8 else make(*lead, groups, BLOCK),
+        )
+    k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
+    first = make(1, dtype=torch.int32) if padded else None
+    return AttendCall(make(1, 1, query_heads, dim).transpose(1, 2), k, v, dim**-0.5, first=first, packed=packed)
+
+
+def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
+    """Bytes that the kernels load and store for `call`, and the least that any kernel must.
+
+    The least: visible blocks and exact tokens with all that belongs to them, the queries and the result, once each.
+    """
+    batch, q_heads, q_len, dim = call.q.shape
+    kv_heads, item = call.k.shape[1], call.q.element_size()
+    rows = q_heads // kv_heads * q_len
+    tile = triton_attention.tile_for(rows, max(16, triton.next_power_of_2(dim)))
+    row_tiles = triton.cdiv(rows, tile.rows)
+    splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks)
+    packed, exact = call.packed, call.kv_len
+    of_blocks = of_mean = 0
+    if packed is not None:
+        exact -= packed.tokens
+        scale, zero = packed.v_scale.shape[3] * BLOCK * 2, (packed.k_zero is not None, packed.v_zero is not None)
+        block = 4 * (packed.k_bits + packed.v_bits) * dim + (1 + zero[0]) * dim * 2 + (1 + zero[1]) * scale
+        of_blocks, of_mean = (packed.tokens // BLOCK - splits.block_begin) * block, dim * 4
+    keys = of_blocks + (exact - splits.exact_begin) * 2 * dim * item
+    queries, n_splits = rows * dim * item, max(1, splits.packed + splits.exact)
+    first = 0 if call.first is None else 4
+    result = rows * (dim * item + 4)
+    merging = n_splits * rows * (2 * dim * 4 + 3 * 4)  # stored, and loaded again: the log-sum-exps twice
+    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_mean + first)) + merging + result
+    heads = batch * kv_heads
+    return heads * moved, heads * (keys + queries + of_mean + result) + (0 if call.first is None else 4 * batch)
+
+
+TRAFFIC = (  # query heads, KV heads, head_dim, packed tokens, bits
+    *((32, 8, 128, tokens, bits) for tokens in (8192, 32768) for bits in (8, 4, 2)),
+    *((9, 3, 64, 8192, bits) for bits in (8, 4, 2)),
+    *((64, 8, 128, 32768, bits) for bits in (8, 4, 2)),
+)
+
+
+def measure(targets: Sequence[str]) -> dict[str, Any]:
+    """All cases of `targets`, compiled, and the bytes a decode step moves: what `triton.json` holds."""
+    cases = [case for case in all_cases() if case.target in targets]
+    kernels = [
+        {"case": asdict(case), "resources": compile_case(case)} for case in tqdm(cases, desc="compiling", unit="kernel")
+    ]
+    traffic = []
+    with compile_only("sm_90"):
+        for q_heads, kv_heads, dim, tokens, bits in TRAFFIC:
+            moved, least = traffic_bytes(fake_call(dim, bits, bits, q_heads, kv_heads, tokens), 132)
+            traffic.append(
+                {"query_heads": q_heads, "kv_heads": kv_heads, "head_dim": dim, "packed_tokens": tokens, "bits": bits}
+                | {"multiprocessors": 132, "moved_bytes": moved, "least_bytes": least}
+            )
+    return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels, "traffic": traffic}
+
+
+def table(found: dict[str, Any]) -> str:
+    """`triton.json` as a page to read."""
+    names = {
+        "warps": "warps",
+        "registers": "registers a thread",
+        "spilled_bytes": "spilled bytes",
+        "shared_bytes": "shared bytes",
+        "tensor_core_instructions": "tensor-core instructions",
+        "asynchronous_copies": "asynchronous copies",
+        "blocks_per_multiprocessor": "blocks a multiprocessor",
+    }
+    rows = [
+        [
+            case["kernel"],
+            case["target"],
+            case["head_dim"],
+            case["rows"] or "",
+            f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else "exact" if case["kernel"] == "decode" else "",
+            *(row["resources"][name] for name in names),
+        ]
+        for row in found["kernels"]
+        for case in [row["case"]]
+    ]
+    traffic = [[*row.values(), f"{row['moved_bytes'] / row['least_bytes']:.3f}"] for row in found["traffic"]]
+    return f"""# The Triton kernels, compiled
+
+Compiled for these GPUs with triton {found["triton"]} (torch {found["torch"]}), through the package's own host code, and
+checked numerically in Triton's interpreter. **Never run on a GPU:** nothing here is a time.
+
+`python scripts/triton_resources.py --output model_cards/kernels` writes this file and `triton.json`, which it is made
+from. bfloat16 models; `rows` are the query rows of a tile (query tokens times query heads of a KV head), `bits` those
+of keys and values. Registers and shared memory bound the blocks that a multiprocessor holds at once (on gfx942, a
+compute unit, whose loads wait in registers: no asynchronous copies there).
+
+{tabulate(rows, ["kernel", "GPU", "head_dim", "rows", "bits", *names.values()], tablefmt="github")}
+
+## Bytes of a decode step
+
+What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against
+every load and store that the interpreter makes), against the least possible: visible codes, scales, zeros and exact
+tokens, queries and the result, once each. The rest is the splits' partial results.
+
+{tabulate(traffic, [*(name.replace("_", " ") for name in found["traffic"][0]), "times the least"], tablefmt="github")}
+"""

@@ -1,0 +1,77 @@
+"""Decode attention on a GPU that reads quantized caches packed: the backend `triton` (kernels: triton_attention.py).
+
+Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
+GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from .call import AttendCall
+
+MAX_QUERIES = 16
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (PyTorch's CUDA and ROCm builds bring it along)"
+    if not torch.cuda.is_available():
+        return f"no GPU that this PyTorch ({torch.__version__}) can use"
+    return _too_old(torch.device("cuda", torch.cuda.current_device()))
+
+
+@functools.lru_cache
+def _too_old(device: torch.device) -> str | None:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is None and properties.major < 8:
+        capability = f"{properties.major}.{properties.minor}"
+        return f"{properties.name} has compute capability {capability}, the triton kernels need 8.0 (Ampere) or later"
+    return None
+
+
+def unsupported(call: AttendCall) -> str | None:
+    q, k, v = call.q, call.k, call.v
+    if q.device.type != "cuda":
+        return f"triton kernels run on a GPU, the tensors are on {q.device}"
+    if reason := _too_old(q.device):
+        return reason
+    if q.dtype not in _DTYPES:
+        return f"triton kernels take float16 and bfloat16, not {q.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype is needed"
+    if v.shape != k.shape:
+        return f"k is {tuple(k.shape)} but v {tuple(v.shape)}"
+    if q.shape[-1] % 16 or q.shape[-1] > 256:
+        return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
+    if q.shape[2] > MAX_QUERIES:
+        return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
+    if call.packed is not None and 3 in (call.packed.k_bits, call.packed.v_bits):
+        return "triton kernels read codes of 8, 4 and 2 bits, not 3"
+    if call.mask is not None:
+        return "triton kernels take causal, window and left-padding rules, not a dense mask"
+    if call.sinks is not None:
+        return "triton kernels have no sinks beside a window"
+    if call.dropout > 0 or call.needs_grad:
+        return "triton kernels are for inference: no dropout, no gradients"
+    return None
+
+
+def attend(call: AttendCall) -> torch.Tensor:
+    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU."""
+    from . import triton_attention  # triton is an optional dependency
+
+    with torch.cuda.device(call.q.device):
+        out, _ = triton_attention.decode_attention(
+            *triton_attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device)
+        )
+    return out
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

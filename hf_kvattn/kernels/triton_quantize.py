@@ -1,0 +1,195 @@
+"""Quantizes and packs whole blocks of 32 tokens in Triton, as `quant/` does: one program a block and KV head.
+
+Codes, scales and zeros are those of `quant/` on a CPU bit for bit: the same operations in the same order, with IEEE
+division and without contraction into fused multiply-adds. For 8 and 4 bits; the search of 3 and 2 bits for the range of
+each group stays with PyTorch's operations (unrolled into this kernel it spills registers).
+
+Checked in Triton's interpreter; never run on a GPU. This module needs triton and is imported when the first call comes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..quant import rotation
+from ..quant.codecs import has_zero
+from ..quant.layout import BLOCK
+from .triton_attention import rotate
+
+
+@triton.jit
+def _round(x):
+    """To the nearest whole number, ties to even, of magnitudes below 2**22."""
+    return x + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def _quantize(x, counts, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """`codecs.quantize` of the numbers along AXIS that count: codes (float32), scale, zero, AXIS kept as 1."""
+    if BITS == 8:
+        largest = tl.max(tl.where(counts, tl.abs(x), 0.0), AXIS, keep_dims=True)
+        scale = tl.div_rn(largest, 127.0).to(tl.bfloat16).to(tl.float32)
+        steps = tl.where(scale > 0, tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
+        return _round(tl.minimum(tl.maximum(steps, -127.0), 127.0)) + 128.0, scale, scale
+    else:
+        low = tl.min(tl.where(counts, x, float("inf")), AXIS, keep_dims=True)
+        high = tl.max(tl.where(counts, x, -float("inf")), AXIS, keep_dims=True)
+        zero = low.to(tl.bfloat16).to(tl.float32)
+        scale = tl.div_rn(tl.maximum(high - zero, 0.0), 15.0).to(tl.bfloat16).to(tl.float32)
+        steps = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
+        return _round(tl.minimum(tl.maximum(steps, 0.0), 15.0)), scale, zero
+
+
+@triton.jit
+def _store_units(at, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """Packs the units `(PADDED / 2, 64)` of `quant/layout.py` and stores those of the first D channels."""
+    together = tl.reshape(units, (PADDED * BITS // 16, 8 // BITS, 64))
+    packed = tl.sum(together << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
+    byte = tl.arange(0, 4 * BITS * PADDED)
+    tl.store(at + byte, tl.reshape(packed, (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
+
+
+@triton.jit(do_not_specialize=["slot", "slots"])
+def _quantize_blocks_kernel(
+    k_ptr,
+    v_ptr,
+    k_mean,
+    k_codes,
+    k_scale,
+    k_zero,
+    v_codes,
+    v_scale,
+    v_zero,
+    slot,
+    slots,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    LOG_SIZE: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    kv, lies = batch * KV_HEADS + head, (slot + tl.program_id(0)) % slots
+    block = kv * slots + lies
+    token = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
+    d = tl.arange(0, PADDED)
+    inside = (d < D)[None, :]
+
+    at = k_ptr + batch * stride_kb + head * stride_kh + token[:, None] * stride_kt + d[None, :]
+    x = tl.load(at, mask=inside, other=0).to(tl.float32)
+    x = x - tl.load(k_mean + kv * D + d, mask=d < D, other=0)[None, :]
+    codes, scale, zero = _quantize(x, inside, 0, K_BITS)
+    lanes = tl.reshape(codes.to(tl.int32), (2, 16, PADDED // 4, 4))  # half, token, channels, channel
+    units = tl.reshape(tl.permute(lanes, (2, 0, 1, 3)), (PADDED // 2, 64))
+    _store_units(k_codes + block * (4 * K_BITS * D), units, K_BITS, D, PADDED)
+    channel = d[None, :]
+    tl.store(k_scale + block * D + channel, scale.to(tl.bfloat16), mask=inside)
+    if K_BITS != 8:
+        tl.store(k_zero + block * D + channel, zero.to(tl.bfloat16), mask=inside)
+
+    at = v_ptr + batch * stride_vb + head * stride_vh + token[:, None] * stride_vt + d[None, :]
+    x = rotate(tl.load(at, mask=inside, other=0).to(tl.float32), 32, PADDED, LOG_SIZE)
+    all_codes = tl.zeros((32, PADDED), tl.float32)
+    for group in tl.range(0, D // GROUP):
+        counts = (d // GROUP == group)[None, :]
+        group_codes, group_scale, group_zero = _quantize(x, counts, 1, V_BITS)
+        all_codes = tl.where(counts, group_codes, all_codes)
+        at_token = (block * (D // GROUP) + group) * 32 + tl.arange(0, 32)[:, None]
+        tl.store(v_scale + at_token, group_scale.to(tl.bfloat16))
+        if V_BITS != 8:
+            tl.store(v_zero + at_token, group_zero.to(tl.bfloat16))
+    v_lanes = tl.reshape(all_codes.to(tl.int32), (8, 4, PADDED // 16, 16))  # tokens, token, channels, channel
+    units = tl.reshape(tl.permute(v_lanes, (2, 0, 3, 1)), (PADDED // 2, 64))
+    _store_units(v_codes + block * (4 * V_BITS * D), units, V_BITS, D, PADDED)
+
+
+def launch(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_zero: torch.Tensor | None,
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero: torch.Tensor | None,
+    k_bits: int,
+    v_bits: int,
+    slot: int,
+) -> None:
+    """Queues the kernel. Finite numbers only: whether they are is the caller's to check.
+
+    Args:
+        k, v: `(B, Hkv, n * 32, D)`, any strides with a contiguous last dimension; whole blocks.
+        k_mean: taken off the keys, and the arrays written to: as in `PackedKV`.
+        slot: where the first block goes; the others follow, around the end of the arrays.
+    """
+    batch, kv_heads, tokens, dim = k.shape
+    slots = k_codes.shape[2]
+    if tokens % BLOCK or tokens // BLOCK > slots or not 0 <= slot < slots:
+        raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
+    if {k_bits, v_bits} - {8, 4}:
+        raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
+    if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
+        raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
+    _quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
+        k,
+        v,
+        k_mean,
+        k_codes,
+        k_scale,
+        k_zero,
+        v_codes,
+        v_scale,
+        v_zero,
+        slot,
+        slots,
+        *k.stride()[:3],
+        *v.stride()[:3],
+        KV_HEADS=kv_heads,
+        D=dim,
+        PADDED=triton.next_power_of_2(dim),
+        LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
+        K_BITS=k_bits,
+        V_BITS=v_bits,
+        GROUP=dim // v_scale.shape[3],
+        num_warps=4 if dim <= 128 else 8,  # neither spills
+        enable_fp_fusion=False,
+    )
+
+
+@torch.library.custom_op(
+    "hf_kvattn::quantize_blocks", mutates_args=("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
+)
+def quantize_blocks(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_zero: torch.Tensor | None,
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero: torch.Tensor | None,
+    k_bits: int,
+    v_bits: int,
+    slot: int,
+) -> None:
+    """`launch` as an op of `torch.library`."""
+    launch(k, v, k_mean, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_bits, v_bits, slot)
+
+
+@quantize_blocks.register_fake
+def _(k, v, k_mean, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_bits, v_bits, slot):
+    for tensor in (v, k_mean, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero):
+        torch._check(tensor is None or tensor.device == k.device, lambda: f"k is on {k.device}, not all others are")

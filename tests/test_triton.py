@@ -1,0 +1,131 @@
+"""The Triton kernels: what can be known of them without a GPU, each layer in a process of its own.
+
+`triton_interpreter.py` checks their numbers, `triton_codegen.py` what they compile to. One process cannot do both:
+Triton reads TRITON_INTERPRET when it is imported. With KVATTN_TRITON_ALL=1 both are exhaustive, which takes long.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from problems import problem
+from test_quantized import packed_problem
+
+from hf_kvattn import dispatch
+from hf_kvattn.evaluation import inputs
+from hf_kvattn.kernels import triton_decode
+from hf_kvattn.kernels.call import SinkKV
+
+ROOT = Path(__file__).parent.parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (PyTorch's CPU builds do not bring it)"
+)
+
+
+@needs_triton
+@pytest.mark.timeout(4 * 3600 if os.environ.get("KVATTN_TRITON_ALL") == "1" else 300)
+@pytest.mark.parametrize(("file", "interpret"), [("triton_interpreter.py", "1"), ("triton_codegen.py", "0")])
+def test_layer(file, interpret):
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / file)]
+    run = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": interpret}
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout and " skipped" not in run.stdout
+
+
+def test_the_package_works_without_triton_and_imports_its_kernels_with_the_first_call():
+    code = (
+        "import sys, hf_kvattn; hf_kvattn.describe(); assert 'hf_kvattn.kernels.triton_attention' not in sys.modules\n"
+        "sys.modules['triton'] = None; print(hf_kvattn.describe().backends['triton'])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert out.startswith("triton is not installed")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in triton_decode.unavailable()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert f"no GPU that this PyTorch ({torch.__version__})" in triton_decode.unavailable()
+
+
+@pytest.mark.parametrize(
+    ("major", "minor", "hip", "reason"),
+    [(7, 5, None, "Some GPU has compute capability 7.5, the triton kernels need 8.0"), (8, 0, None, None),
+     (9, 0, None, None), (7, 5, "6.4", None)],
+)  # fmt: skip
+def test_gpus_that_are_too_old(major, minor, hip, reason, monkeypatch):
+    class Properties:
+        name = "Some GPU"
+
+    Properties.major, Properties.minor = major, minor
+    triton_decode._too_old.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    found = triton_decode._too_old(torch.device("cuda", 0))
+    triton_decode._too_old.cache_clear()
+    assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: None, None),
+        (lambda c: setattr(c, "q", c.q.float()), "float16 and bfloat16, not torch.float32"),
+        (lambda c: setattr(c, "k", c.k.half()), "one dtype is needed"),
+        (lambda c: setattr(c, "v", c.v[:, :, 1:]), "but v"),
+        (lambda c: setattr(c, "q", c.q[..., :40]), "16 to 256 in steps of 16, not 40"),
+        (lambda c: setattr(c, "q", c.q.repeat(1, 1, 17, 1)), "up to 16 query tokens, not 17"),
+        (lambda c: setattr(c.packed, "v_bits", 3), "8, 4 and 2 bits, not 3"),
+        (lambda c: setattr(c, "mask", torch.ones(1)), "dense mask"),
+        (lambda c: setattr(c, "sinks", SinkKV(c.k, c.v, c.q, 0)), "no sinks"),
+        (lambda c: setattr(c, "dropout", 0.5), "no dropout"),
+    ],
+)
+def test_what_it_refuses(change, message, monkeypatch):
+    call = packed_problem("g4-d128", 4, 4, torch.bfloat16)
+    assert "run on a GPU, the tensors are on cpu" in triton_decode.unsupported(call)
+    change(call)
+    monkeypatch.setattr(triton_decode, "_too_old", lambda device: None)
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    call.q = call.q.as_subclass(OnGpu)
+    found = triton_decode.unsupported(call)
+    assert found is None if message is None else message in found
+
+
+def test_choices_on_a_cpu_are_as_without_it():
+    for call in (problem("long-split"), packed_problem("long-split", 4, 4)):
+        assert dispatch.auto_choice(call)[0].__name__.endswith("native")
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("triton_resources", ROOT / "scripts/triton_resources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_refuses_an_output_that_exists(tmp_path, monkeypatch, capsys):
+    (tmp_path / "triton.json").write_text("{}")
+    module = script()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert inputs.run(lambda: module.main(["--output", str(tmp_path)])) == 2
+    assert "triton.json exists already" in capsys.readouterr().err
+
+
+@needs_triton
+def test_the_page_is_made_from_the_json():
+    from hf_kvattn.evaluation import codegen
+
+    found = json.loads((ROOT / "model_cards/kernels/triton.json").read_text())
+    assert codegen.table(found) == (ROOT / "model_cards/kernels/TRITON.md").read_text()

@@ -1,0 +1,120 @@
+"""What the Triton kernels compile to, through the package's own host code. `test_triton.py` runs this in a process of
+its own, without a GPU.
+
+pytest tests/triton_codegen.py; with KVATTN_TRITON_ALL=1 all of `model_cards/kernels/triton.json` is compiled anew.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from hf_kvattn import dispatch
+from hf_kvattn.evaluation import codegen
+from hf_kvattn.kernels import triton_attention, triton_decode, triton_quantize
+
+ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
+RECORDED = json.loads((Path(__file__).parent.parent / "model_cards/kernels/triton.json").read_text())
+CASES = [codegen.Case(**row["case"]) for row in RECORDED["kernels"]]
+SAMPLE = CASES if ALL else [
+    codegen.Case("decode", "sm_80", 128, 16, 4, 4),
+    codegen.Case("decode", "sm_80", 256, 16, 4, 4),
+    codegen.Case("decode", "sm_90", 128, 16, 4, 4),
+    codegen.Case("decode", "sm_90", 80, 32, 8, 4),
+    codegen.Case("decode", "sm_100", 64, 32, 2, 2),
+    codegen.Case("decode", "gfx942", 128, 16, 4, 4),
+    codegen.Case("quantize", "sm_90", 128, 0, 4, 4),
+    codegen.Case("merge", "sm_90", 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
+def test_recorded_resources_are_those_of_this_code(case):
+    (row,) = (row for row in RECORDED["kernels"] if codegen.Case(**row["case"]) == case)
+    assert codegen.compile_case(case) == row["resources"]
+
+
+def test_everything_that_is_shipped_is_recorded():
+    assert sorted(map(str, CASES)) == sorted(map(str, codegen.all_cases()))
+
+
+@pytest.mark.parametrize("target", codegen.TARGETS)
+def test_no_spills_tensor_cores_and_two_blocks_a_multiprocessor(target):
+    rows = [row for row in RECORDED["kernels"] if row["case"]["target"] == target]
+    assert len(rows) == 65
+    for row in rows:
+        case, found = codegen.Case(**row["case"]), row["resources"]
+        assert found["spilled_bytes"] == found["spill_instructions"] == 0, case
+        if case.kernel == "decode":
+            assert found["tensor_core_instructions"] > 0, case
+        if target != "gfx942":  # where a compute unit's registers serve one block, and loads wait in registers
+            least = 1 if case.kernel == "quantize" else 2  # it runs once in 32 steps
+            assert found["blocks_per_multiprocessor"] >= least, case
+            assert found["asynchronous_copies"] > 0 or case.kernel != "decode", case
+
+
+def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
+    with codegen.compile_only("sm_90") as recorder:
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(1, device="cuda").item()
+        call = codegen.fake_call(128, 4, 4, query_heads=32, kv_heads=8, tokens=8192, padded=True)
+        out, lse = triton_attention.launch(call, 132)
+        assert (out.shape, out.device.type, lse.shape) == ((1, 1, 32, 128), "cuda", (1, 32, 1))
+    (decode, grid), (merge, merge_grid) = recorder.launches
+    assert (decode, merge) == ("_decode_attention_kernel", "_merge_splits_kernel")
+    assert grid == (17, 8, 1) and merge_grid == (1, 32, 1)
+
+
+@pytest.mark.parametrize(("heads", "tokens", "splits"), [((32, 8), 512, 1), ((32, 8), 65536, 33), ((8, 8), 2**20, 33),
+                                                         ((8, 1), 2**20, 126)])  # fmt: skip
+def test_splits_fill_the_multiprocessors(heads, tokens, splits):
+    with codegen.compile_only("sm_90"):
+        call = codegen.fake_call(128, 4, 4, query_heads=heads[0], kv_heads=heads[1], tokens=tokens)
+        made = triton_attention.splits_for(call, heads[1], 132, 1)
+    assert made.packed == splits and made.exact == 1
+    assert made.packed * made.blocks * 32 >= tokens and made.packed + made.exact <= triton_attention.MAX_SPLITS
+
+
+def test_one_variant_serves_every_length():
+    with codegen.compile_only("sm_90"):
+        kernel = triton_attention._decode_attention_kernel
+        kernel.device_caches.pop("sm_90", None)
+        for tokens in (32, 64, 4096, 4128, 100_000 // 32 * 32):
+            triton_attention.launch(codegen.fake_call(64, 4, 4, tokens=tokens), 132)
+        assert len(kernel.device_caches["sm_90"][0]) == 1
+
+
+def test_the_ops_have_fake_implementations_that_check_devices():
+    with codegen.compile_only("sm_90"):
+        call = codegen.fake_call(64, 4, 8, tokens=256, padded=True)
+        out, lse = triton_attention.decode_attention(*triton_attention.op_arguments(call), multiprocessors=132)
+        assert (out.shape, lse.dtype, out.device.type) == ((1, 1, 8, 64), torch.float32, "cuda")
+        call.packed.k_mean = torch.empty(1, 2, 64, device="cpu")
+        with pytest.raises(RuntimeError, match="q is on cuda:0, not all others are"):
+            triton_attention.decode_attention(*triton_attention.op_arguments(call), multiprocessors=132)
+        k = torch.empty(1, 2, 64, 64, device="cuda")
+        arrays = [
+            getattr(call.packed, name) for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
+        ]
+        with pytest.raises(RuntimeError, match="k is on cuda:0, not all others are"):
+            triton_quantize.quantize_blocks(k, torch.empty(k.shape, device="cpu"), call.packed.k_mean, *arrays, 4, 8, 0)
+
+
+def test_auto_takes_it_for_packed_tokens_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_decode, "_too_old", lambda device: None)
+    monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    with codegen.compile_only("sm_90"):
+        call = codegen.fake_call(64, 4, 8, tokens=256)
+        assert dispatch.auto_choice(call) == (triton_decode, None)
+        assert triton_decode.attend(call).shape == (1, 1, 8, 64)
+        call.q = torch.empty(1, 8, 17, 64, dtype=torch.bfloat16, device="cuda")
+        module, reason = dispatch.auto_choice(call)
+        assert module.__name__.endswith("sdpa") and "up to 16 query tokens, not 17" in reason
+        dense = codegen.fake_call(64, 0, 0, tokens=0)
+        assert dispatch.auto_choice(dense)[0].__name__.endswith("sdpa") and triton_decode.unsupported(dense) is None

@@ -1,0 +1,432 @@
+"""The Triton kernels' numbers, in Triton's interpreter on a CPU. `test_triton.py` runs this in a process of its own.
+
+TRITON_INTERPRET=1 pytest tests/triton_interpreter.py; with KVATTN_TRITON_ALL=1 every shape meets every mix of bits.
+"""
+
+import importlib.util
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import bf16_interpreter
+import pytest
+import torch
+import triton
+import triton.language as tl
+from models import prompt, tiny_model
+from problems import POISON, SHAPES, problem
+from test_quantized import PACKED, packed_problem
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+import hf_kvattn
+from hf_kvattn import QuantizedKVCache
+from hf_kvattn.evaluation.codegen import traffic_bytes
+from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_quantize
+from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.quant.codecs import KEYS, VALUES, has_zero, quantize
+from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
+from hf_kvattn.quant.packed import PackedKV
+from hf_kvattn.quant.rotation import rotate
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: without it Triton compiles"
+
+MIXES = [(8, 8), (4, 4), (2, 2), (8, 4), (4, 2), (2, 8)]
+ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float32 shows the algorithm without rounding
+RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+MULTIPROCESSORS = 7  # splits that do not come out even
+# A key more or less in 300 moves a log-sum-exp by 3e-3. In bfloat16 dequantized keys are rounded, by up to 2**-9.
+LSE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def bf16(monkeypatch):
+    bf16_interpreter.install(monkeypatch)
+
+
+def served(name: str) -> bool:
+    _, q_len, _, dim, _ = SHAPES[name]
+    return q_len <= triton_decode.MAX_QUERIES and dim % 16 == 0
+
+
+def check(call: AttendCall, kernels=triton_attention, multiprocessors: int = MULTIPROCESSORS) -> tuple:
+    out, lse = kernels.launch(call, multiprocessors)
+    exact, exact_lse = reference.attend_with_lse(call)
+    assert out.shape == exact.shape and out.dtype == call.q.dtype
+    error, allowed = (out.float() - exact).abs().max(), RELATIVE[call.q.dtype] * exact.abs().max() + 2e-4
+    assert error <= allowed, f"error {error:.2e}, {allowed:.2e} allowed"  # false for NaN too
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=LSE[call.q.dtype])
+    return out, lse
+
+
+def few_blocks_a_split(monkeypatch) -> None:
+    """Many splits at lengths that the interpreter can run."""
+    monkeypatch.setattr(triton_attention, "_SPLIT_BLOCKS", (1, 1))
+
+
+SLOW = () if ALL else ("long-split", "rows-cross-chunk")
+PACKED_CASES = list(itertools.product([n for n in PACKED if served(n) and n not in SLOW], MIXES, DTYPES, (0, 4)))
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "dtype", "start"), PACKED_CASES[:: 1 if ALL else 37], ids=lambda value: str(value)
+)
+def test_packed_tokens(name, bits, dtype, start, monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    check(packed_problem(name, *bits, dtype, start=start))
+
+
+EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window")
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if served(name)] if ALL else EXACT)
+def test_exact_tokens_alone(name):
+    check(problem(name, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("newest", [0, 1, 31, 32, 33])
+def test_short_tails(newest, dtype, monkeypatch):
+    monkeypatch.setitem(SHAPES, "tail", (3, 1, 64 + newest, 64, {}))
+    call = packed_problem("tail", 4, 8, dtype, split=64 / (64 + newest))
+    assert call.k.shape[2] == newest
+    check(call)
+
+
+@pytest.mark.parametrize(("multiprocessors", "q_len"), [(1, 1), (6, 2), (132, 1), (2, 16)])
+def test_every_number_of_splits_gives_the_same(multiprocessors, q_len, monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "splits", (4, q_len, 333, 64, {"first": [0, 200, 330]} if q_len < 16 else {}))
+    call = packed_problem("splits", 8, 2, torch.float16, start=4)
+    check(call if q_len < 16 else one_head(call), multiprocessors=multiprocessors)
+
+
+def test_a_row_without_visible_keys_gives_zeros(monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "nothing", (2, 1, 100, 64, {"first": [0, 100, 99]}))
+    for call in (packed_problem("nothing", 4, 4, torch.bfloat16, start=4), problem("nothing", torch.bfloat16)):
+        out, lse = check(call)
+        assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "slot", "window"), [((4, 4), 2, None), ((8, 2), 4, None), ((2, 8), 6, None), ((4, 4), 6, 100)]
+)
+def test_rings_of_packed_blocks(bits, slot, window, monkeypatch):
+    """Six blocks in eight slots, around the end; the other two slots are poison."""
+    few_blocks_a_split(monkeypatch)
+    call = packed_ring(bits, slot, window, monkeypatch)
+    check(call)
+
+
+def packed_ring(bits, slot, window, monkeypatch) -> AttendCall:
+    monkeypatch.setitem(SHAPES, "ring", (3, 2, 201, 64, {"window": window} if window else {}))
+    call = packed_problem("ring", *bits, torch.float16, split=0.98, start=4)
+    packed, straight = call.packed, reference.attend(call)
+    assert packed.tokens == 6 * BLOCK and packed.k_codes.shape[2] == 9
+    for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"):
+        if (tensor := getattr(packed, name)) is not None:
+            setattr(packed, name, tensor[:, :, :8].roll(slot, 2).contiguous())
+    packed.slot = slot
+    torch.testing.assert_close(reference.attend(call), straight)
+    return call
+
+
+def dense_ring(slot: int) -> AttendCall:
+    call = problem("window-crosses-tile", torch.float16)
+    slots = 150
+    buffers = [torch.full((*t.shape[:2], slots, t.shape[3]), POISON[t.dtype], dtype=t.dtype) for t in (call.k, call.v)]
+    tokens = slots if slot else 130  # where the first one is not in slot 0, all have been written
+    for buffer in buffers:
+        buffer[:, :, :tokens] = torch.randn(*buffer.shape[:2], tokens, buffer.shape[3])
+    return AttendCall(call.q, *buffers, call.scale, window=call.window, tokens=tokens, slot=slot)
+
+
+@pytest.mark.parametrize("slot", [0, 1, 149])
+def test_rings_of_exact_tokens(slot):
+    check(dense_ring(slot))
+
+
+def test_offsets_beyond_32_bits(monkeypatch):
+    """Codes that begin 2**31 bytes into their array; only the pages that are touched take memory."""
+    slots = 2**31 // (4 * 8 * 96) + 6
+    call = one_head(packed_problem("g8-d96", 8, 8, torch.float16))
+    packed, torch_empty = call.packed, torch.utils.deterministic.fill_uninitialized_memory
+    check(call)
+    blocks = packed.tokens // BLOCK
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
+            small = getattr(packed, name)
+            large = torch.empty(1, 1, slots, *small.shape[3:], dtype=small.dtype)
+            large[:, :, -blocks:] = small[:, :, :blocks]
+            setattr(packed, name, large)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = torch_empty
+    packed.slot = slots - blocks
+    check(call)
+
+
+def test_outlier_channels_keep_the_small_ones_exact():
+    """Key channels with an offset of 600, as Qwen's have: the mean is added in float32, not to rounded keys."""
+    call = packed_problem("g3-65", 8, 8, torch.bfloat16, split=0.99)
+    call.packed.k_mean[..., 3] += 600
+    call.k = call.k[:, :, :0]
+    call.v = call.v[:, :, :0]
+    call.q[..., 3] = 0.5
+    check(call)
+
+
+@triton.jit
+def _adds_bf16(x_ptr):
+    x = tl.load(x_ptr + tl.arange(0, 16))
+    tl.store(x_ptr + tl.arange(0, 16), x + x)
+
+
+def test_bf16_arithmetic_is_loud():
+    with pytest.raises(InterpreterError, match="binary_op of bfloat16"):
+        _adds_bf16[(1,)](torch.ones(16, dtype=torch.bfloat16))
+
+
+BUGS = {
+    "causal mask off by one": ("key[None, :] <= position[:, None]", "key[None, :] < position[:, None]", "queries"),
+    "window off by one": ("> position[:, None] - window", ">= position[:, None] - window", "ring"),
+    "padding off by one": ("(key >= first)", "(key > first)", "padded"),
+    "end of a split not masked": ("token < end * 32", "token < end * 32 + 32", "splits"),
+    "sums are not rescaled": ("total = total * shrink +", "total = total +", "one split"),
+    "results are not rescaled": ("acc * shrink[:, None]", "acc", "one split"),
+    "NaN where nothing is visible": ('tl.where(new_top == -float("inf"), 0.0, new_top)', "new_top", "padded"),
+    "NaN in an empty split": ("acc / tl.where(total > 0, total, 1.0)[:, None]", "acc / total[:, None]", "padded"),
+    "NaN in an empty row": ("finite = tl.where(top == -float(\"inf\"), 0.0, top)", "finite = top", "padded"),
+    "wrong KV head": ("kv = batch * KV_HEADS + head\n", "kv = batch * KV_HEADS\n", "splits"),
+    "wrong query head": ("(head * HEADS_PER_KV + rows // q_len)", "(head + rows // q_len * KV_HEADS)", "splits"),
+    "wrong group of values": ("channel // GROUP * 32", "channel // GROUP * 0", "splits"),
+    "wrong scale of keys": ("slot[:, None] * D + d[None, :], there", "slot[:, None] * 0 + d[None, :], there", "splits"),
+    "zero of keys left out": ("x = x * step + tl.load(zero + at", "x = x * step + 0 * tl.load(zero + at", "splits"),
+    "mean of keys left out": ("+ of_mean[:, None]", "", "splits"),
+    "halves of keys exchanged": ("(0, 2, 3, 1, 4)", "(0, 3, 2, 1, 4)", "splits"),
+    "tokens of values exchanged": ("(0, 2, 4, 1, 3)", "(0, 4, 2, 1, 3)", "splits"),
+    "values stay rotated": ("rotate(tl.reshape(packed, (1, PADDED)), 1, PADDED, LOG_SIZE)", "packed", "splits"),
+    "wrong ring slot": ("tl.where(lies >= slots, lies - slots, lies)", "lies % (slots - 1)", "ring"),
+    "wrong slot of an exact ring": ("lies - ring, lies)", "lies - ring + 1, lies)", "dense ring"),
+    "first tokens at the wrong place": ("tl.where(token < start, token, ", "tl.where(token < 0, token, ", "padded"),
+    "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
+}  # fmt: skip
+
+
+def call_that_shows(where: str, monkeypatch) -> AttendCall:
+    if where != "one split":
+        few_blocks_a_split(monkeypatch)
+    if where == "ring":
+        return packed_ring((4, 4), 4, 100, monkeypatch)
+    if where == "dense ring":
+        return dense_ring(149)
+    rules = {"splits": (1, {}), "one split": (1, {}), "queries": (3, {}), "padded": (1, {"first": [2, 170, 100]})}[
+        where
+    ]
+    monkeypatch.setitem(SHAPES, "bug", (2, rules[0], 170, 64, rules[1]))
+    return packed_problem("bug", 4, 4, torch.float32, start=4)
+
+
+@pytest.mark.parametrize("where", sorted({where for _, _, where in BUGS.values()}))
+def test_without_a_bug_nothing_is_caught(where, monkeypatch):
+    check(call_that_shows(where, monkeypatch))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
+    old, new, where = BUGS[bug]
+    source = Path(triton_attention.__file__).read_text()
+    assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
+    source = source[: source.index("@torch.library")].replace(old, new)  # without the op, which is registered already
+    path = tmp_path / "planted.py"
+    path.write_text(source.replace("from ..", "from hf_kvattn.").replace("from .", "from hf_kvattn.kernels."))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    planted = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, planted)
+    spec.loader.exec_module(planted)
+    call = call_that_shows(where, monkeypatch)
+    planted._SPLIT_BLOCKS = triton_attention._SPLIT_BLOCKS
+    with pytest.raises(AssertionError):
+        check(call, planted)
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (8, 2)], ids=str)
+def test_bytes_moved(bits, monkeypatch):
+    """What the kernels load and store, number by number, is what `traffic_bytes` says: 1.1 times the least at most.
+
+    The splits are those of 8,192 tokens and 8 KV heads: as small as they ever are.
+    """
+    monkeypatch.setitem(SHAPES, "traffic", (4, 1, 2048 + 40, 128, {}))
+    call = one_head(packed_problem("traffic", *bits, torch.bfloat16, split=2048 / 2084, start=4))
+    assert call.packed.tokens == 2048
+    moved = traced_bytes(call, monkeypatch)
+    expected, least = traffic_bytes(call, 132)
+    assert moved == expected
+    assert moved <= 1.1 * least, f"{moved / least:.3f} times"
+
+
+def test_bytes_outside_a_window_are_not_moved(monkeypatch):
+    monkeypatch.setitem(SHAPES, "traffic", (2, 1, 2000, 64, {"window": 100}))
+    call = packed_problem("traffic", 4, 4, torch.bfloat16, split=0.99, start=4)
+    moved = traced_bytes(call, monkeypatch)
+    assert moved == traffic_bytes(call, 132)[0]
+    call.window = None
+    assert moved < 0.2 * traffic_bytes(call, 132)[1]
+
+
+def one_head(call: AttendCall) -> AttendCall:
+    """The first row's first KV head of a packed call, and the query heads that read it."""
+    call.q, call.k, call.v = call.q[:1, : call.q.shape[1] // call.k.shape[1]], call.k[:1, :1], call.v[:1, :1]
+    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"):
+        if (tensor := getattr(call.packed, name)) is not None:
+            setattr(call.packed, name, tensor[:1, :1].contiguous())
+    return call
+
+
+def traced_bytes(call: AttendCall, monkeypatch) -> int:
+    counted = []
+    builder = interpreter.InterpreterBuilder
+    load_tile, store_tile = builder.create_masked_load, builder.create_masked_store
+
+    def counting_load(self, pointers, mask, *rest):
+        counted.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+        return load_tile(self, pointers, mask, *rest)
+
+    def counting_store(self, pointers, value, mask, *rest):
+        counted.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+        return store_tile(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(builder, "create_masked_store", counting_store)
+    check(call, multiprocessors=132)
+    return sum(counted)
+
+
+def empty_arrays(shape, bits, group) -> dict[str, torch.Tensor | None]:
+    batch, heads, slots, dim = shape
+
+    def scales(of_bits, *shape):
+        return torch.full(shape, 9.0, dtype=torch.bfloat16)
+
+    k_bits, v_bits = bits
+    k_shape, v_shape = (batch, heads, slots, dim), (batch, heads, slots, dim // group, BLOCK)
+    return {
+        "k_codes": torch.full((batch, heads, slots, 4 * k_bits * dim), 255, dtype=torch.uint8),
+        "k_scale": scales(k_bits, *k_shape),
+        "k_zero": scales(k_bits, *k_shape) if has_zero(k_bits) else None,
+        "v_codes": torch.full((batch, heads, slots, 4 * v_bits * dim), 255, dtype=torch.uint8),
+        "v_scale": scales(v_bits, *v_shape),
+        "v_zero": scales(v_bits, *v_shape) if has_zero(v_bits) else None,
+    }
+
+
+def quantized_by_torch(k, v, mean, arrays, bits, group, slots) -> None:
+    k_made = quantize((k.float() - mean[:, :, None]).unflatten(2, (-1, BLOCK)), bits[0], -2, KEYS)
+    v_made = quantize(rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, group)), bits[1], -1, VALUES)
+    arrays["k_codes"][:, :, slots] = pack_keys(k_made[0], bits[0])
+    arrays["v_codes"][:, :, slots] = pack_values(v_made[0].flatten(-2), bits[1])
+    for name, k_part, v_part in (("scale", k_made[1], v_made[1]), ("zero", k_made[2], v_made[2])):
+        if k_part is not None:
+            arrays[f"k_{name}"][:, :, slots] = k_part[..., 0, :].bfloat16()
+        if v_part is not None:
+            arrays[f"v_{name}"][:, :, slots] = v_part[..., 0].transpose(-1, -2).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "dim", "group"),
+    [("normal", (8, 4), 16, 16), ("normal", (4, 8), 80, 16), ("normal", (4, 4), 128, 32), ("normal", (8, 8), 256, 256)]
+    + [(kind, bits, 96, 48) for kind in ("outliers", "constant", "ties") for bits in ((8, 8), (4, 4))],
+)
+def test_blocks_are_quantized_bit_for_bit_as_quant_does(dim, group, bits, kind):
+    k, v = made_of(kind, dim)
+    mean = k.float().mean(2)
+    expected, arrays = (empty_arrays((3, 2, 5, dim), bits, group) for _ in range(2))
+    quantized_by_torch(k, v, mean, expected, bits, group, [4, 0])
+    triton_quantize.quantize_blocks(k, v, mean, **arrays, k_bits=bits[0], v_bits=bits[1], slot=4)
+    for name, tensor in expected.items():
+        assert tensor is None or torch.equal(arrays[name], tensor), name
+
+
+def made_of(kind: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = (torch.randn(2, 3, 64, dim).bfloat16().transpose(0, 1) for _ in "kv")
+    if kind == "outliers":
+        k[..., 3] += 600
+        v[..., 5, :] *= 1e4
+    if kind == "constant":
+        k[:], v[:] = k[:, :, :1], 0
+    if kind == "ties":  # halves between two codes
+        k[:], v[:] = torch.randint(0, 31, k.shape) / 2, torch.randint(0, 31, v.shape) / 2
+    return k, v
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": 33}, "33 tokens from slot 0"),
+        ({"tokens": 192}, "192 tokens from slot 0 .* 5 slots"),
+        ({"slot": 5}, "from slot 5 on .* 5 slots"),
+        ({"slot": -1}, "from slot -1"),
+        ({"v_bits": 2}, "8 and 4 bits, not keys to 4 and values to 2"),
+        ({"v_bits": 8}, "zeros are stored below 8 bits"),
+    ],
+)
+def test_what_quantizing_refuses(changes, message):
+    numbers = {"tokens": 64, "slot": 0, "k_bits": 4, "v_bits": 4} | changes
+    k = torch.randn(1, 1, numbers.pop("tokens"), 16)
+    with pytest.raises(ValueError, match=message):
+        triton_quantize.quantize_blocks(k, k, k[:, :, 0], **empty_arrays((1, 1, 5, 16), (4, 4), 16), **numbers)
+
+
+def test_append_quantize_and_attend():
+    """Blocks quantized by one op are read by the other, step by step, as a cache does it."""
+    k, v, q = (torch.randn(1, heads, 100, 64).bfloat16() for heads in (2, 2, 6))
+    arrays, mean = empty_arrays((1, 2, 3, 64), (4, 4), 32), k[:, :, :32].float().mean(2)
+    for step in (40, 64, 70, 99):
+        packed = step // BLOCK * BLOCK
+        for block in range(packed // BLOCK):
+            part = slice(block * BLOCK, (block + 1) * BLOCK)
+            triton_quantize.quantize_blocks(
+                k[:, :, part], v[:, :, part], mean, **arrays, k_bits=4, v_bits=4, slot=block
+            )
+        tail = slice(packed, step)
+        call = AttendCall(q[:, :, step : step + 1], k[:, :, tail], v[:, :, tail], 0.125)
+        call.packed = PackedKV(0, packed, 4, 4, **arrays, k_mean=mean)
+        check(call)
+
+
+def test_ops_are_declared_as_they_are():
+    call = one_head(packed_problem("g8-d96", 4, 8, torch.float16, start=4))
+    call.first = torch.tensor([60], dtype=torch.int32)
+    arguments, number = triton_attention.op_arguments(call), {"multiprocessors": 3}
+    torch.library.opcheck(triton_attention.decode_attention, arguments, number)
+    op = triton_attention.decode_attention(*arguments, **number)
+    for mine, direct in zip(op, triton_attention.launch(call, 3), strict=True):
+        assert torch.equal(mine, direct)
+    k, v = made_of("normal", 32)
+    arrays = empty_arrays((3, 2, 3, 32), (4, 4), 32)
+    arguments, numbers = (k, v, k.float().mean(2), *arrays.values()), {"k_bits": 4, "v_bits": 4, "slot": 1}
+    torch.library.opcheck(triton_quantize.quantize_blocks, arguments, numbers)
+
+
+def test_a_model_decodes_through_the_backend(monkeypatch):
+    """The whole way, with what asks for a GPU answered in its place."""
+    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_decode, "unsupported", lambda call: None)
+    monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    model, inputs = tiny_model("llama-g3"), prompt(75, left_padding=5)
+    ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], {}
+    for backend in ("triton", "reference"):
+        with torch.no_grad(), hf_kvattn.enabled(model):
+            cache = QuantizedKVCache(model.config, bits=4, value_bits=8, group_size=16)
+            with hf_kvattn.backend("reference"):
+                model(ids[:, :70], attention_mask=mask[:, :70], past_key_values=cache)
+            with hf_kvattn.backend(backend):
+                logits[backend] = torch.cat(
+                    [model(ids[:, 70 + a : 70 + b], attention_mask=mask[:, : 70 + b], past_key_values=cache).logits
+                     for a, b in ((0, 1), (1, 5))], 1,
+                )  # fmt: skip
+    torch.testing.assert_close(logits["triton"], logits["reference"], rtol=1e-2, atol=1e-2)
