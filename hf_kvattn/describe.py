@@ -65,7 +65,7 @@ def _taken(call: AttendCall) -> tuple[str, str | None]:
     chosen = dispatch.chosen_backend()
     if chosen == "auto":
         module, reason = dispatch.auto_choice(call)
-        return module.__name__.rsplit(".", 1)[-1], reason
+        return dispatch.name_of(module), reason
     reason = dispatch.unsupported(dispatch.BACKENDS[chosen], call)
     return (chosen, None) if reason is None else ("raises", reason)
 

@@ -92,14 +92,14 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
             break
         passed_over = passed_over or reason
     if passed_over:
-        _log_once(f"auto backend: {_name(module)}, because {passed_over}")
+        _log_once(f"auto backend: {name_of(module)}, because {passed_over}")
     return module, passed_over
 
 
 def unsupported(module: ModuleType, call: AttendCall) -> str | None:
     """Why the backend `module` cannot serve `call`, or None."""
     if call.s_aux is not None and module not in (flash, reference):
-        return f"the {_name(module)} backend has no learned attention sinks (s_aux)"
+        return f"the {name_of(module)} backend has no learned attention sinks (s_aux)"
     return module.unsupported(call)
 
 
@@ -118,7 +118,7 @@ def _usable(name: str, source: str) -> str:
     return name
 
 
-def _name(module: ModuleType) -> str:
+def name_of(module: ModuleType) -> str:
     return next(name for name, backend_module in BACKENDS.items() if backend_module is module)
 
 

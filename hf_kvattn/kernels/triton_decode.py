@@ -25,12 +25,11 @@ def unavailable() -> str | None:
     return _too_old(torch.device("cuda", torch.cuda.current_device()))
 
 
-@functools.lru_cache
 def _too_old(device: torch.device) -> str | None:
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is None and properties.major < 8:
-        capability = f"{properties.major}.{properties.minor}"
-        return f"{properties.name} has compute capability {capability}, the triton kernels need 8.0 (Ampere) or later"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < (8, 0):
+        version = "{}.{}".format(*capability)
+        return f"{device} has compute capability {version}, the triton kernels need 8.0 (Ampere) or later"
     return None
 
 
