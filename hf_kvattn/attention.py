@@ -28,6 +28,7 @@ def kvattn_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     kv_layer=None,
+    kv_ticket: tuple[torch.Tensor, int] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` over `kv_layer`'s stored tokens, or over `key` and `value` where there is no such layer.
@@ -41,6 +42,8 @@ def kvattn_attention(
         scaling: factor of the scores; None means `D ** -0.5`.
         s_aux: learned attention sinks, `(Hq,)` scores without values (gpt-oss).
         kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
+        kv_ticket: while a model is traced, in the place of `kv_layer`: the cache's ticket and the layer's index. The
+            new tokens are not stored yet.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous, and None (no attention weights).
@@ -53,12 +56,20 @@ def kvattn_attention(
             raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} (layer {module.layer_idx})")
     if kwargs.get("output_attentions"):
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if kv_ticket is not None:
+        if dropout or (torch.is_grad_enabled() and query.requires_grad):
+            raise ValueError(f"a compiled step through a cache is for inference: torch.no_grad(), no {dropout=}")
+        step = torch.ops.hf_kvattn.step
+        rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
+        return step(*kv_ticket, query, key, value, *rules), None
     call = AttendCall(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
     call.dropout, call.s_aux = dropout, s_aux
     if kv_layer is not None:
         call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.kv()
     if attention_mask is None:
-        call.causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        call.causal = is_causal
         call.window = sliding_window if call.causal else None
     elif is_compact(attention_mask):
         call.first, call.window = read_compact_mask(attention_mask)

@@ -37,7 +37,7 @@ def kvattn_mask(
         q_offset + q_length == kv_offset + kv_length
     )
     if window is not None and aligned and not use_vmap:
-        first = _left_padding(attention_mask, kv_length, kv_offset)
+        first = left_padding(attention_mask, kv_length, kv_offset)
         if first is None and not window:
             return None
         if not isinstance(first, bool):
@@ -95,7 +95,7 @@ def _cells(function) -> dict:
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in closure), strict=True))
 
 
-def _left_padding(mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None | bool:
+def left_padding(mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None | bool:
     """First visible key of each row, `(B,)`; None where nothing is padded; False where the padding is not at the left.
 
     Args:

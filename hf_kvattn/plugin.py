@@ -21,13 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    CompileConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache, check_config
 from .caches.quantized import QuantizedKVCache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
+from .compiled import (
+    checked_config,
+    compiled_step,
+    default_config,
+    own_positions,
+    register_ops,
+    trace_inputs,
+)
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
 
@@ -51,7 +65,10 @@ class _Enabled:
     hooks: list
     configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
     make_cache: Callable[[PreTrainedConfig], object] | None
-    generate: object  # an instance attribute that was there before, or None
+    ours: dict[str, Callable]  # methods of this instance
+    before: dict[str, object]  # instance attributes that ours took the place of
+    # The model (a copy of it is another one), the configuration and the callable of the last compilation.
+    compiled: tuple[int, CompileConfig, Callable] | None = None
 
 
 def enable(
@@ -68,14 +85,16 @@ def enable(
             `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is. A quantized one
             takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from, where there
             is one.
-        compile: reserved; only False is served.
+        compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
+            package's caches: as its `compile_config` says, else `compiled.default_config()`. The first step of a model
+            and batch size then takes a minute or so.
 
     Raises:
         ValueError: an unsupported model, with the reason, an unknown cache name, or a calibration that is broken or
             was made for another model.
     """
-    if compile:
-        raise ValueError(f"compile={compile!r} is not served by this version; compile=False is")
+    if type(compile) is not bool:
+        raise ValueError(f"compile must be True or False, got {compile!r}")
     make_cache = _cache_maker(cache)
     modules = attention_modules(model)
     request = (cache, compile)
@@ -88,13 +107,19 @@ def enable(
     # Together: a name with an attention function but no mask function would get no masks at all.
     AttentionInterface.register(NAME, kvattn_attention)
     AttentionMaskInterface.register(NAME, kvattn_mask)
+    register_ops()
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
     hooks = [m.register_forward_pre_hook(_open_door, with_kwargs=True) for m in modules]
     hooks.append(model.get_decoder().register_forward_pre_hook(_own_positions, with_kwargs=True))
-    setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, model.__dict__.get("generate")))
-    if make_cache is not None:
-        model.__dict__["generate"] = types.MethodType(_generate_with_cache, model)
+    ours: dict[str, Callable] = {}
+    if make_cache is not None or compile:
+        ours["generate"] = _generate
+    if compile:
+        ours["get_compiled_call"] = _get_compiled_call
+    before = {name: model.__dict__[name] for name in ours if name in model.__dict__}
+    setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, ours, before))
+    model.__dict__.update({name: types.MethodType(function, model) for name, function in ours.items()})
     return model
 
 
@@ -107,10 +132,9 @@ def disable(model: PreTrainedModel) -> PreTrainedModel:
         hook.remove()
     for module, config in state.configs:
         module.config = config
-    if state.make_cache is not None:
-        del model.__dict__["generate"]
-        if state.generate is not None:
-            model.__dict__["generate"] = state.generate
+    for name in state.ours:
+        del model.__dict__[name]
+    model.__dict__.update(state.before)
     return model
 
 
@@ -143,21 +167,25 @@ def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
+    if torch.compiler.is_compiling():
+        return args, {**kwargs, "past_key_values": None, "kv_ticket": (cache.ticket, index)}
     return args, {**kwargs, "past_key_values": cache.writer(index), "kv_layer": cache.layers[index]}
 
 
 def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
     """Positions of an endless stream are the cache's business: the model's would leave what it was trained on."""
-    if len(args) > 1:
+    if args:
         kwargs, args = {**inspect.signature(decoder.forward).bind(*args, **kwargs).arguments}, ()
         kwargs |= kwargs.pop("kwargs", {})
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, SlidingWindowKVCache) or _implementation(decoder) != NAME:
+    if not isinstance(cache, KVCache) or _implementation(decoder) != NAME:
         return None
-    tokens = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-    mask = kwargs.get("attention_mask")
-    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens.device.type == "cpu" and not mask[:, -1].all()
-    positions = cache.positions(kwargs.get("position_ids"), tokens.shape[1], tokens.device, padded)
+    if torch.compiler.is_compiling():
+        return args, trace_inputs(decoder, cache, kwargs)
+    if not isinstance(cache, SlidingWindowKVCache):
+        return None
+    tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+    positions = own_positions(cache, tokens, kwargs.get("position_ids"), kwargs.get("attention_mask"))
     return args, {**kwargs, "position_ids": positions}
 
 
@@ -165,14 +193,34 @@ def _implementation(module: torch.nn.Module) -> str | None:
     return getattr(module.config, "_attn_implementation", None)
 
 
-def _generate_with_cache(self, *args, **kwargs):
-    """`generate()` that makes a fresh cache when the caller brings none and has not asked for another kind."""
-    config = kwargs.get("generation_config") or self.generation_config
+def _generate(self, *args, **kwargs):
+    """`generate()` with a fresh cache where the caller brings none and has not asked for another kind; compiled."""
+    state: _Enabled = getattr(self, _STATE)
+    in_place = args[1] if len(args) > 1 else None
+    config = kwargs.get("generation_config") or in_place or self.generation_config
     asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
     uses_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
-    if kwargs.get("past_key_values") is None and not asked and uses_cache is not False:
-        kwargs["past_key_values"] = getattr(self, _STATE).make_cache(self.config)
-    return type(self).generate(self, *args, **kwargs)
+    cache = kwargs.get("past_key_values")
+    if state.make_cache is not None and cache is None and not asked and uses_cache is not False:
+        kwargs["past_key_values"] = cache = state.make_cache(self.config)
+    if "get_compiled_call" not in state.ours or not isinstance(cache, KVCache):
+        return type(self).generate(self, *args, **kwargs)
+    wish = kwargs.get("compile_config") or getattr(config, "compile_config", None) or default_config()
+    kwargs["compile_config"] = checked_config(wish, self.device)
+    cache.is_compileable = True
+    try:
+        return type(self).generate(self, *args, **kwargs)
+    finally:
+        cache.is_compileable = False
+
+
+def _get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+    """In the place of transformers' own: what is compiled is forgotten by `disable`, and not shared with copies."""
+    state: _Enabled = getattr(self, _STATE)
+    config = compile_config or default_config()
+    if state.compiled is None or state.compiled[:2] != (id(self), config):
+        state.compiled = (id(self), config, compiled_step(self, config))
+    return state.compiled[2]
 
 
 def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:

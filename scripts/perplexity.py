@@ -21,7 +21,7 @@ from hf_kvattn.evaluation import inputs, perplexity, report, stream, variants
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=inputs.HelpFormatter)
-    inputs.add_arguments(parser, list(variants.VARIANTS))
+    inputs.add_arguments(parser, variants.default_names())
     parser.add_argument("--window", type=inputs.positive_int, default=2048, help="tokens of one piece of text")
     parser.add_argument("--prefill", type=inputs.positive_int, default=1024, help="its first tokens, not scored")
     parser.add_argument("--stride", type=inputs.positive_int, default=32, help="tokens at once; 1 is exact decoding")

@@ -18,7 +18,7 @@ from hf_kvattn.evaluation import inputs, report, throughput, variants
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=inputs.HelpFormatter)
-    inputs.add_arguments(parser, list(variants.VARIANTS))
+    inputs.add_arguments(parser, variants.default_names())
     parser.add_argument(
         "--contexts", nargs="+", type=inputs.positive_int, default=[128, 2048, 7900], help="prompt tokens"
     )

@@ -31,6 +31,7 @@ def snapshot(model) -> dict:
         "attributes": [sorted(m.__dict__) for m in model.modules()],
         "generate": model.generate.__func__,
         "config": model.config.to_dict(),
+        "generation_config": (id(model.generation_config), model.generation_config.to_dict()),
     }
 
 
@@ -231,8 +232,8 @@ def test_bad_arguments():
     before = snapshot(model)
     with pytest.raises(ValueError, match="unknown cache 'int5'; known: static, int8, int4, int2"):
         hf_kvattn.enable(model, cache="int5")
-    with pytest.raises(ValueError, match="compile=True"):
-        hf_kvattn.enable(model, compile=True)
+    with pytest.raises(ValueError, match="compile must be True or False, got 'yes'"):
+        hf_kvattn.enable(model, compile="yes")
     assert snapshot(model) == before
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, get_layer_types_and
 from ..autograd import cut_graph
 from ..quant.packed import PackedKV
 from .shared import Frozen, can_share
+from .tickets import issue
 
 
 class Stored(NamedTuple):
@@ -315,6 +316,7 @@ class KVCache(Cache):
     """
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
+    is_compileable = False  # True during a `generate()` that compiles; transformers compiles by itself where it is
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
@@ -329,6 +331,7 @@ class KVCache(Cache):
         # (B, B): leading tokens that two batch rows are known to have in common, as far as layers left them untouched.
         self._alike = torch.zeros(0, 0, dtype=torch.long)
         self._frozen: Frozen | None = None  # what forks were made from, still good while layers are untouched
+        self.ticket = issue(self)  # what compiled graphs know the cache by
 
     def check_whole(self) -> None:
         """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
@@ -447,6 +450,7 @@ class KVCache(Cache):
         twin = _twin(self)
         twin.layers = [_twin(layer) for layer in self.layers]
         twin._adopt(self._frozen)
+        twin.ticket = issue(twin)
         return twin
 
     def _adopt(self, frozen: Frozen) -> None:
@@ -456,6 +460,10 @@ class KVCache(Cache):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_frozen": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.ticket = issue(self)
 
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None

@@ -10,8 +10,11 @@ storages, and how far the memory of the process rises while it decodes.
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import functools
 import importlib.util
+import itertools
 import resource
 import sys
 from collections.abc import Callable, Iterable
@@ -40,6 +43,7 @@ class Variant:
             stands in the results.
         requires: import names of packages it cannot do without.
         exact: it must give the same tokens as the stock cache. False for caches that are lossy by design.
+        compiled: decode steps are compiled (`enable(compile=True)`) where `generate()` makes them.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Variant:
     make: MakeCache
     requires: tuple[str, ...] = ()
     exact: bool = True
+    compiled: bool = False
 
 
 def _no_cache(config: PreTrainedConfig, capacity: int) -> Cache | None:
@@ -129,9 +134,11 @@ VARIANTS: dict[str, Variant] = {
         Variant("stock-fp8", False, _stock_quantized("fp8"), exact=False),
         Variant("kvattn-static", True, _kvattn_static),
         Variant("kvattn-static-fit", True, _kvattn_static_fit),
+        Variant("kvattn-static-compiled", True, _kvattn_static_fit, compiled=True),
         Variant("kvattn-window-1024", True, _kvattn_window, exact=False),
         Variant("kvattn-int8", True, _kvattn_quantized(bits=8), exact=False),
         Variant("kvattn-int4", True, _kvattn_quantized(bits=4), exact=False),
+        Variant("kvattn-int4-compiled", True, _kvattn_quantized(bits=4), exact=False, compiled=True),
         Variant("kvattn-k8v4", True, _kvattn_quantized(key_bits=8, value_bits=4), exact=False),
         Variant("kvattn-int4-g64", True, _kvattn_quantized(bits=4, group_size=64), exact=False),
         Variant("kvattn-int3-g64", True, _kvattn_quantized(bits=3, group_size=64), exact=False),
@@ -139,6 +146,11 @@ VARIANTS: dict[str, Variant] = {
         Variant("kvattn-int2-g64", True, _kvattn_quantized(bits=2, group_size=64), exact=False),
     )
 }
+
+
+def default_names() -> list[str]:
+    """What is compared where nobody says: all but the compiled rows, which take a C++ compiler and minutes."""
+    return [name for name, variant in VARIANTS.items() if not variant.compiled]
 
 
 def select(names: Iterable[str]) -> list[Variant]:
@@ -180,6 +192,20 @@ def running(model: PreTrainedModel, variant: Variant) -> AbstractContextManager[
     import hf_kvattn
 
     return hf_kvattn.enabled(model)
+
+
+def generator(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
+    """The model whose `generate()` is measured: `model`, or its compiled twin."""
+    return _compiled_twin(model) if variant.compiled else model
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` over the same weights, always enabled and compiled: what is compiled would not survive `disable`."""
+    import hf_kvattn
+
+    weights = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return hf_kvattn.enable(copy.deepcopy(model, weights), compile=True)
 
 
 def _storages(value: Any, found: dict[int, int]) -> None:

@@ -1,0 +1,200 @@
+"""`torch.compile`: the ops that stand in a graph for all that depends on how full a cache is.
+
+While a model is traced, the hooks of `enable` put three ops into the graph: `begin` (the new tokens' positions),
+`first_visible` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
+caches, dispatch and kernels as without it. No length is part of the graph, so it serves all of them.
+
+Each op is given the cache's ticket (`caches/tickets.py`), a tensor that stands for everything the cache stores. It is
+declared to be mutated, so that no compiler reorders, repeats or leaves out what happens to the cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+from .attention import kvattn_attention
+from .caches.base import KVCache
+from .caches.sliding import SlidingWindowKVCache
+from .caches.tickets import holder
+from .masks import compact_mask, left_padding
+
+
+def own_positions(
+    cache: SlidingWindowKVCache, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The positions at which `cache` wants the new tokens; see `SlidingWindowKVCache.positions`."""
+    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens.device.type == "cpu" and not mask[:, -1].all()
+    return cache.positions(position_ids, tokens.shape[1], tokens.device, padded)
+
+
+def _begin(
+    ticket: torch.Tensor, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions `(B or 1, T)` of the new `tokens`, `(B, T)` or `(B, T, hidden)`; the time to notice a torn cache."""
+    cache: KVCache = holder(ticket)
+    cache.check_whole()
+    positions = position_ids
+    if isinstance(cache, SlidingWindowKVCache):
+        positions = own_positions(cache, tokens, position_ids, mask)
+    if positions is None:
+        seen = cache.get_seq_length()
+        positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
+    return positions.clone(memory_format=torch.contiguous_format)
+
+
+def _begin_fake(ticket, tokens, position_ids, mask):
+    if position_ids is None:
+        return tokens.new_empty((1, tokens.shape[1]), dtype=torch.int64)
+    return position_ids.new_empty(position_ids.shape)
+
+
+def _first_visible(ticket: torch.Tensor, mask: torch.Tensor, new: int, sliding: bool) -> torch.Tensor:
+    """First visible key of each row, `(B,)` int32, counted from the first that layers see; `mask` is `(B, tokens)`."""
+    layer = next(layer for layer in holder(ticket).layers if layer.is_sliding is sliding)
+    first = left_padding(mask.bool(), *layer.get_mask_sizes(new))
+    if isinstance(first, bool):
+        raise ValueError(
+            f"attention_mask {tuple(mask.shape)}: a compiled step takes padding at the left, in a mask over all tokens"
+        )
+    return torch.zeros_like(mask[:, 0], dtype=torch.int32) if first is None else first.to(torch.int32)
+
+
+def _first_visible_fake(ticket, mask, new, sliding):
+    return mask.new_empty(mask.shape[0], dtype=torch.int32)
+
+
+def _step(
+    ticket: torch.Tensor,
+    layer_idx: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Stores `k` and `v` in layer `layer_idx` and gives the attention of `q`: arguments as in `kvattn_attention`."""
+    layer = holder(ticket).layers[layer_idx]
+    layer.append(k, v)
+    out, _ = kvattn_attention(
+        layer,
+        q,
+        k,
+        v,
+        mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=s_aux,
+        kv_layer=layer,
+    )
+    return out
+
+
+def _step_fake(ticket, layer_idx, q, k, v, mask, scaling, is_causal, window, softcap, s_aux):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+_OPS: dict[str, tuple[str, Callable, Callable]] = {
+    "begin": ("Tensor(a!) ticket, Tensor tokens, Tensor? position_ids, Tensor? mask", _begin, _begin_fake),
+    "first_visible": (
+        "Tensor(a!) ticket, Tensor mask, SymInt new, bool sliding",
+        _first_visible,
+        _first_visible_fake,
+    ),
+    "step": (
+        "Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, Tensor? mask, float? scaling, bool is_causal, "
+        "int? window, float? softcap, Tensor? s_aux",
+        _step,
+        _step_fake,
+    ),
+}
+
+
+@functools.lru_cache(maxsize=1)
+def register_ops() -> torch.library.Library:
+    """Defines `torch.ops.hf_kvattn.*`, once; they live as long as the library that is returned."""
+    library = torch.library.Library("hf_kvattn", "DEF")
+    # A CUDA graph repeats what the device did once: what these ops do first is done in Python.
+    tags = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
+    for name, (arguments, run, fake) in _OPS.items():
+        library.define(f"{name}({arguments}) -> Tensor", tags=tags)
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hf_kvattn::{name}", fake, lib=library)
+    return library
+
+
+def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a traced decoder is called with, so that nothing in the graph asks `cache` for its lengths.
+
+    Masks that are 4-D already (`generate()` makes them before each step) stay; others become compact.
+    """
+    tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    mask, asked = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    config: Any = decoder.config
+    plain = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    positions = torch.ops.hf_kvattn.begin(cache.ticket, tokens, asked, plain)
+    if mask is None or plain is not None:
+
+        def compact(sliding: bool) -> torch.Tensor:
+            first = plain
+            if plain is not None:
+                first = torch.ops.hf_kvattn.first_visible(cache.ticket, plain, tokens.shape[1], sliding)
+            return compact_mask(first, config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+
+        # As transformers decides in create_masks_for_generate: one mask for each kind of layer, or one for all.
+        if hasattr(config, "layer_types"):
+            mask = {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}
+        else:
+            mask = compact(getattr(config, "sliding_window", None) is not None)
+    return {**kwargs, "position_ids": positions, "attention_mask": mask}
+
+
+def default_config() -> CompileConfig:
+    """How `generate()` compiles where the user says nothing."""
+    return CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch.compile takes None
+
+
+def checked_config(config: CompileConfig, device: torch.device) -> CompileConfig:
+    """A copy of `config` that compiles on every device.
+
+    Raises:
+        ValueError: a mode that records CUDA graphs, on a GPU: they cannot hold a cache that grows.
+    """
+    if device.type == "cuda" and config.mode in ("reduce-overhead", "max-autotune"):
+        raise ValueError(
+            f"compile_config has mode={config.mode!r}, which records CUDA graphs: they cannot hold a cache whose "
+            "length is known to the host only; mode='default' and 'max-autotune-no-cudagraphs' work"
+        )
+    config = copy.copy(config)
+    config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
+    return config
+
+
+def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
+    """`model` as a callable whose steps of one token are compiled as `config` says; longer ones (prompts) are not."""
+
+    def step(**kwargs):
+        return model(**kwargs)
+
+    # Code of its own: dynamo keeps graphs with the code, counts them there, and would find those of other settings.
+    step.__code__ = step.__code__.replace()
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    compiled = torch.compile(step, **fields)
+
+    def call(**kwargs):
+        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        return (compiled if tokens.shape[1] == 1 else model)(**kwargs)
+
+    return call
