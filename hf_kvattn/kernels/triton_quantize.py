@@ -16,7 +16,7 @@ import triton.language as tl
 from ..quant import rotation
 from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
-from .triton_attention import rotate
+from .triton_kernels import rotate
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _store_units(at, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.cons
 
 
 @triton.jit(do_not_specialize=["slot", "slots"])
-def _quantize_blocks_kernel(
+def quantize_blocks_kernel(
     k_ptr,
     v_ptr,
     k_mean,
@@ -142,7 +142,7 @@ def launch(
         raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
     if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
         raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
-    _quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
+    quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
         k,
         v,
         k_mean,
