@@ -52,11 +52,16 @@ class Splits:
     exact: int
 
 
-def splits_for(call: AttendCall, programs: int, multiprocessors: int, blocks_at_once: int) -> Splits:
-    """Splits that fill the GPU, where `programs` are needed for each; from lengths alone, so nothing waits for it."""
+def splits_for(
+    call: AttendCall, programs: int, multiprocessors: int, blocks_at_once: int, any_length: bool = False
+) -> Splits:
+    """Splits that fill the GPU, where `programs` are needed for each; from lengths alone, so nothing waits for it.
+
+    With `any_length` they serve every length up to that of `call`: a window may begin anywhere.
+    """
     start, packed_tokens = (0, 0) if call.packed is None else (call.packed.start, call.packed.tokens)
     exact = call.kv_len - packed_tokens
-    unseen = 0 if call.window is None else max(0, call.kv_len - call.q.shape[2] - call.window + 1)
+    unseen = 0 if any_length or call.window is None else max(0, call.kv_len - call.q.shape[2] - call.window + 1)
     block_begin = min(max(0, unseen - start) // BLOCK, packed_tokens // BLOCK)
     exact_begin = unseen if unseen < start else min(exact, start + max(0, unseen - start - packed_tokens))
     packed_blocks = packed_tokens // BLOCK - block_begin
@@ -72,15 +77,31 @@ def splits_for(call: AttendCall, programs: int, multiprocessors: int, blocks_at_
     return Splits(block_begin, exact_begin, blocks, -(-packed_blocks // blocks), -(-exact_blocks // blocks))
 
 
-def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queues both kernels: `(B, Tq, Hq, D)` in the dtype of `q`, and the log-sum-exps `(B, Hq, Tq)` in float32."""
+def launch(
+    call: AttendCall, multiprocessors: int, lengths: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queues both kernels: `(B, Tq, Hq, D)` in the dtype of `q`, and the log-sum-exps `(B, Hq, Tq)` in float32.
+
+    Args:
+        call: no ring with `lengths`: its tokens lie in order from slot 0 on.
+        multiprocessors: of the GPU.
+        lengths: `(2,)` int32 on the device of `q`, read when the kernels run: how many packed tokens (a multiple of 32)
+            and exact tokens there are; Tk is their sum. Those of `call`, the most that there may be, then only say how
+            the work is split, so that one captured launch serves all lengths. Beyond them memory is read that is not
+            the cache's: nothing can check it here. Without a packed part the first number is not read.
+
+    Raises:
+        ValueError: `lengths` of another shape, dtype or device, or beside a ring.
+    """
+    if lengths is not None:
+        _check_lengths(call, lengths)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     batch, q_heads, q_len, dim = q.shape
     kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
     rows, padded = heads_per_kv * q_len, max(16, triton.next_power_of_2(dim))
     tile = tile_for(rows, padded)
     row_tiles = triton.cdiv(rows, tile.rows)
-    splits = splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks)
+    splits = splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks, lengths is not None)
     n_splits = max(1, splits.packed + splits.exact)
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
@@ -93,6 +114,7 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
         k,
         v,
         call.first,
+        lengths,
         *((None,) * 7 if packed is None else _arrays(packed)),
         partial,
         partial_lse,
@@ -153,6 +175,16 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
     return out, lse
 
 
+def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
+    found, expected = (lengths.shape, lengths.dtype, lengths.device), ((2,), torch.int32, call.q.device)
+    if found != expected or not lengths.is_contiguous():
+        shape, dtype, device = found
+        raise ValueError(f"lengths are {tuple(shape)} {dtype} on {device}, expected (2,) torch.int32 on {expected[2]}")
+    slots = (call.slot, 0 if call.packed is None else call.packed.slot)
+    if slots != (0, 0):
+        raise ValueError(f"lengths in a tensor are for tokens in order, not for a ring from slots {slots} on")
+
+
 def _registers() -> dict[str, int]:
     """Lets a thread have the 255 registers that still leave room for two blocks of 4 warps: without this option the
     assembler spills a few bytes here and there to fit a third. Triton has it for NVIDIA alone."""
@@ -188,15 +220,17 @@ def decode_attention(
     window: int | None,
     softcap: float | None,
     multiprocessors: int,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
-    return launch(_call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap), multiprocessors)
+    call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap)
+    return launch(call, multiprocessors, lengths)
 
 
 @decode_attention.register_fake
-def _(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, multiprocessors):
+def _(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, multiprocessors, lengths=None):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, *packed):
+    for tensor in (k, v, first, lengths, *packed):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 

@@ -120,6 +120,7 @@ def decode_attention_kernel(
     k_ptr,
     v_ptr,
     first_ptr,
+    lengths_ptr,  # (2,) int32: the packed and the exact tokens that there are, in the place of the host's; or None
     k_codes,
     k_scale,
     k_zero,
@@ -179,10 +180,19 @@ def decode_attention_kernel(
     row_at = (head * HEADS_PER_KV + rows // q_len).to(tl.int64) * stride_qh + (rows % q_len) * stride_qt
     row_mask = (rows < row_count)[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + d[None, :], mask=row_mask, other=0)
-    position = kv_len - q_len + rows % q_len
     first = 0
     if first_ptr is not None:
         first = tl.load(first_ptr + batch)
+    seen_from = first  # no query sees a key before it; what the host knows of a window is in the splits' begins
+    if lengths_ptr is not None:
+        exact = tl.load(lengths_ptr + 1)
+        kv_len = exact
+        if K_BITS:
+            packed_tokens = tl.load(lengths_ptr)
+            blocks = packed_tokens // 32
+            kv_len += packed_tokens
+        seen_from = tl.maximum(first, kv_len - q_len - window + 1)
+    position = kv_len - q_len + rows % q_len
 
     top = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -192,7 +202,7 @@ def decode_attention_kernel(
     if K_BITS:
         begin = block_begin + split * split_blocks
         end = tl.minimum(begin + split_blocks, tl.where(split < packed_splits, blocks, 0))
-        begin = tl.maximum(begin, (first - start) // 32 // BLOCKS * BLOCKS)  # left padding
+        begin = tl.maximum(begin, (seen_from - start) // 32 // BLOCKS * BLOCKS)
         mean = tl.load(k_mean + kv * D + d, mask=d < D, other=0)
         of_mean = tl.sum(q.to(tl.float32) * mean[None, :], 1)
         for at in tl.range(begin, end, BLOCKS):
@@ -211,6 +221,8 @@ def decode_attention_kernel(
 
     begin = exact_begin + (split - packed_splits) * split_blocks * 32
     end = tl.where(split < packed_splits, begin, tl.minimum(begin + split_blocks * 32, exact))
+    if lengths_ptr is not None:
+        begin = tl.maximum(begin, seen_from - packed_tokens)
     for at in tl.range(begin, end, TILE, num_stages=2):
         token = at + tl.arange(0, TILE)
         there = token < end
