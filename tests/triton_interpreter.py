@@ -16,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
 from problems import POISON, SHAPES, problem
 from test_quantized import PACKED, packed_problem
@@ -25,6 +26,7 @@ from triton.runtime.errors import InterpreterError
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
+from hf_kvattn.caches import quantized
 from hf_kvattn.evaluation.codegen import traffic_bytes
 from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_kernels, triton_quantize
 from hf_kvattn.kernels.call import AttendCall
@@ -545,6 +547,38 @@ def test_what_quantizing_refuses(changes, message):
     k = torch.randn(1, 1, numbers.pop("tokens"), 16)
     with pytest.raises(ValueError, match=message):
         triton_quantize.quantize_blocks(k, k, k[:, :, 0], **empty_arrays((1, 1, 5, 16), (4, 4), 16), **numbers)
+
+
+@pytest.mark.parametrize(("bits", "window"), [((4, 8), None), ((8, 4), 50), ((4, 4), None)], ids=str)
+def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
+    """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
+    monkeypatch.setattr(quantized, "_CHUNK_BLOCKS", 2)
+    launched, launch = [], triton_quantize.launch
+    monkeypatch.setattr(triton_quantize, "launch", lambda k, *rest: (launched.append(k.shape), launch(k, *rest)))
+    settings = quantized.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
+    here, there = (quantized.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
+    with fake_cuda() as reads:
+        for count in (150, 1, 40, 33, 100):
+            k, v = torch.randn(2, 1, 2, count, 64).bfloat16()
+            for layer, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
+                layer.append(*tokens)
+                layer.settle()
+        assert reads == []
+        ours = there.filled()
+    assert launched and here.packed_tokens == there.packed_tokens and bool(here.dropped) == bool(window)
+    for name, tensor in here.filled().items():
+        assert torch.equal(ours[name].data_on_cpu, tensor), name
+
+
+def test_keys_and_values_of_any_strides_are_quantized():
+    k, v = made_of("normal", 32)
+    arrays, expected = (empty_arrays((3, 2, 3, 32), (4, 4), 32) for _ in "ab")
+    mean = k.float().mean(2)
+    quantized_by_torch(k, v, mean, expected, (4, 4), 32, [0, 1])
+    apart = [torch.stack((t, torch.full_like(t, 7)), -1)[..., 0] for t in (k, v)]
+    assert apart[0].stride(-1) == 2
+    triton_quantize.quantize_blocks(*apart, mean, **arrays, k_bits=4, v_bits=4, slot=0)
+    assert all(torch.equal(arrays[name], tensor) for name, tensor in expected.items())
 
 
 def test_append_quantize_and_attend():

@@ -130,7 +130,7 @@ def launch(
     """Queues the kernel. Finite numbers only: whether they are is the caller's to check.
 
     Args:
-        k, v: `(B, Hkv, n * 32, D)`, any strides with a contiguous last dimension; whole blocks.
+        k, v: `(B, Hkv, n * 32, D)`; whole blocks.
         k_mean: taken off the keys, and the arrays written to: as in `PackedKV`.
         slot: where the first block goes; the others follow, around the end of the arrays.
     """
@@ -142,6 +142,7 @@ def launch(
         raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
     if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
         raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
         k,
         v,
