@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.caches.base import KVLayer
+from hf_kvattn.caches.layer import KVLayer
 
 
 def tokens(count: int, batch: int = 2, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:

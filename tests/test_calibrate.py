@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
-from hf_kvattn.caches.static import KVStaticLayer
+from hf_kvattn.caches.exact import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards, inputs
 from hf_kvattn.quant.calibration import Calibration, file_name
