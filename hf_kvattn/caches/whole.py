@@ -56,4 +56,4 @@ def _lengths(layers: Sequence[KVLayer]) -> tuple[int, int]:
     """Tokens of which all layers hold everything, and those of the longest; ValueError where one is torn."""
     for layer in layers:
         layer.check_torn()
-    return min(layer.whole for layer in layers), max(layer.seen for layer in layers)
+    return min([layer.whole for layer in layers]), max([layer.seen for layer in layers])
