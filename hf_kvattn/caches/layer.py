@@ -79,13 +79,12 @@ class KVLayer(CacheLayerMixin):
     def settle(self) -> None:
         """Called when the attention over what was appended is done: the time to compress it."""
 
-    # transformers has plain attributes here, which it assigns to in its own layers only.
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # transformers assigns to its own layers' only
         return self.dense()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]  # as above
         return self.dense()[1] if self.is_initialized else None
 
     @property

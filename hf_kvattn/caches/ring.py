@@ -84,9 +84,8 @@ class KVSlidingLayer(KVLayer):
         slots = self._k.shape[2]
         self.begin, self._chunk = self.seen - past, None
         if past + new > slots:
-            before = self._in_order(self.begin)
-            chunk = (torch.cat([old, own], 2) for old, own in zip(before, (k, v), strict=True)) if past else (k, v)
-            self._chunk = tuple(chunk)  # type: ignore[assignment]  # two tensors
+            old_k, old_v = self._in_order(self.begin)
+            self._chunk = (torch.cat([old_k, k], 2), torch.cat([old_v, v], 2)) if past else (k, v)
             self.torn = "storing of a prompt"  # tokens that the window still needs are overwritten
         self.oldest = max(self.oldest, self.seen + new - slots)
         kept = min(new, slots)
