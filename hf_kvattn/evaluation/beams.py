@@ -112,6 +112,7 @@ def measure(
                 generate(variant, clock)
                 times_ms[variant.name].append(lap_ms)
     return {
+        "kind": "beams",
         "settings": {
             "context": context,
             "batch": batch_size,
