@@ -197,9 +197,7 @@ def test_sinks_change_what_is_computed():
         assert (other - theirs)[:, 20:].abs().max() > 0.05 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"), [(f, b) for f in NATIVE for b in BACKENDS if (f, b) != ("gemma2", "sdpa")]
-)
+@pytest.mark.parametrize(("family", "backend"), SERVED)
 @pytest.mark.parametrize(("length", "padding"), [(5, 0), (5, 2), (30, 0), (150, 90)])
 def test_native_windows_generate_stock_tokens(backend, family, length, padding):
     inputs = prompt(length, left_padding=padding)
@@ -247,9 +245,7 @@ def test_a_forced_window_on_a_model_that_is_not_enabled():
         assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"), [(f, b) for f in NATIVE for b in BACKENDS if (f, b) != ("gemma2", "sdpa")]
-)
+@pytest.mark.parametrize(("family", "backend"), SERVED)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_quantized_windows(backend, family, bits):
     """Codes in a ring: every backend reads what the layer itself dequantizes, and 8 bits are close to exact."""

@@ -255,6 +255,10 @@ class KVSlidingLayer(KVLayer):
             self._first = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
             self._complete = self.seen + self.sinks
 
+    def verify(self) -> None:
+        if self._first is not None and not bool(((self._first >= 0) & (self._first <= self.seen)).all()):
+            raise ValueError(f"layer {self.layer_idx}: rows of {self.seen} tokens begin at {self._first.tolist()}")
+
     def move(self, device: torch.device | str) -> None:
         super().move(device)
         self._first = None if self._first is None else self._first.to(device)
