@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.caches.base import KVLayer
+from hf_kvattn.caches.layer import KVLayer
 
 
 def tokens(count: int, batch: int = 2, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -462,6 +462,63 @@ def test_changes_interrupted_between_layers_leave_only_reset(kind, change, monke
     cache.reset()
     append(cache, tokens(40, batch=3))
     assert cache.get_seq_length() == 40 and isinstance(cache.layers[0], KVLayer) and cache.batch_size == 3
+
+
+def causal(batch: int, new: int, seen: int) -> torch.Tensor:
+    return torch.ones(seen + new, seen + new, dtype=torch.bool).tril()[seen:].expand(batch, 1, -1, -1)
+
+
+WAYS_IN = {  # of a forward's tokens into a cache: whether the model is enabled, and what else it is given
+    "enabled": (True, lambda ids, seen: {}),
+    "enabled-padded": (True, lambda ids, seen: {"attention_mask": torch.ones(2, seen + ids.shape[1])}),
+    "enabled-own-mask": (True, lambda ids, seen: {"attention_mask": causal(2, ids.shape[1], seen)}),
+    "not-enabled": (False, lambda ids, seen: {}),
+    "not-enabled-padded": (False, lambda ids, seen: {"attention_mask": torch.ones(2, seen + ids.shape[1])}),
+}
+
+
+@pytest.mark.parametrize("torn", [True, False], ids=["torn", "uneven"])
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2-sliding"])  # windows: none, all, first, last
+def test_every_way_in_notices_what_an_interrupt_left(family, way, torn):
+    """In the last layer, which masks and the first attention module do not ask; before anything is stored."""
+    (enabled, given), model, ids = WAYS_IN[way], tiny_model(family), prompt(30)["input_ids"]
+    if enabled:
+        hf_kvattn.enable(model)
+    cache = StaticKVCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        if torn:
+            cache.layers[2].torn = "crop"
+        else:
+            cache.layers[2].crop(-1)
+        for new in (1, 10):
+            with pytest.raises(ValueError, match="interrupted half way"):
+                model(ids[:, 20 : 20 + new], past_key_values=cache, **given(ids[:, 20 : 20 + new], 20))
+    assert [layer.seen for layer in cache.layers] == [20, 20, 20 - (not torn)]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_compiled_step_notices_what_an_interrupt_left(kind):
+    hf_kvattn.enable(tiny_model())  # which defines the ops
+    cache = ALL[kind](tiny_config())
+    append(cache, tokens(20))
+    cache.layers[2].crop(-1)
+    with pytest.raises(ValueError, match=r"19 to 20 tokens; crop\(-1\)"):
+        torch.ops.hf_kvattn.begin(cache.ticket, torch.ones(2, 1, dtype=torch.long), None, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("kind", [*ALL, "sinks"])
+def test_looking_at_a_layer_changes_nothing_of_it(kind, family):
+    cache = (ALL | {"sinks": functools.partial(SlidingWindowKVCache, window=24, sinks=4)})[kind](tiny_config(family))
+    forward(cache, tokens(90))
+    for layer in cache.layers:
+        before = dict(vars(layer))
+        layer.kv(), layer.dense(), layer.keys, layer.values, layer.buffers(), layer.filled(), layer.nbytes
+        layer.stored, layer.whole, layer.get_mask_sizes(3), layer.check_crop(0), layer.verify()
+        assert vars(layer).keys() == before.keys()
+        assert all(value is before[name] for name, value in vars(layer).items())
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -31,13 +31,7 @@ WIDTH, VOCAB = 256, 320  # K-quants come in blocks of 256
 TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from more, and on a busy machine waiting for them takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def refused(capsys, folder: Path, before: set[Path], *arguments: object) -> str:

@@ -502,6 +502,8 @@ def rename(old: str, new: str):
         ("int8", write_numbers("layers.2.v_scale", torch.inf), "layer 2: v_scale holds NaN or infinite"),
         ("int8", write_numbers("layers.0.v_scale", -1.0), "layer 0: v_scale holds negative"),
         ("int8", write_numbers("layers.0.k_mean", torch.nan, torch.float32), "layer 0: k_mean holds NaN"),
+        ("sliding-sinks", write_numbers("layers.1.first", -1, torch.int32), "rows of 75 tokens begin at .*-1"),
+        ("sliding-sinks", write_numbers("layers.1.first", 76, torch.int32), "rows of 75 tokens begin at .*76"),
         ("int4-skips", write_numbers("layers.1.k_zero", -torch.inf), "layer 1: k_zero holds NaN or infinite"),
     ],
     ids=str,
