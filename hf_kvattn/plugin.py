@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from .attention import NAME, kvattn_attention
-from .caches.base import KVCache, check_config
+from .caches.base import KVCache
+from .caches.configs import check_config
 from .caches.quantized import QuantizedKVCache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
