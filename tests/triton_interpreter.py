@@ -88,7 +88,7 @@ def test_packed_tokens(name, bits, dtype, start, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [(3, 3), (3, 8), (4, 3)], ids=str)
-@pytest.mark.parametrize("name", ["g3-65", "g5-d80", "g8-d96", "d256", "padded-window"])
+@pytest.mark.parametrize("name", ["g5-d80", "g8-d96", "d256"])
 def test_three_bits(name, bits):
     """Codes in two planes: every width of a head, channels that fill no power of two, and rules beside."""
     check(packed_problem(name, *bits, torch.float32, start=4))
@@ -347,7 +347,7 @@ def check_lengths(full: AttendCall, packed: int, exact: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * ATOL[host.q.dtype])
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", RULES if ALL else ["plain", "padded-window-softcap", "not-causal"])
 def test_one_launch_serves_every_length(rules, monkeypatch):
     """As a cache fills: all exact, then a block becomes codes whenever 32 tokens have followed the first 4."""
     few_blocks_a_split(monkeypatch)
