@@ -6,13 +6,25 @@ import pytest
 import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.quant.calibration import Calibration
 
+CALIBRATION = Calibration(
+    model_type="llama",
+    layers=3,
+    kv_heads=2,
+    head_dim=16,
+    group_size=16,
+    key_bits=(8, 2, 4),
+    value_bits=(4, 3, 8),
+    skip_layers=(0,),
+)
 KINDS = {
     "static": StaticKVCache,
     "static-fixed": partial(StaticKVCache, max_cache_len=400),
     "int8": partial(QuantizedKVCache, bits=8, group_size=16),
     "int4-skips": partial(QuantizedKVCache, bits=4, group_size=16, skip_layers=(0, -1), residual_length=5),
     "k3v2-fixed": partial(QuantizedKVCache, key_bits=3, value_bits=2, group_size=16, sinks=0, max_cache_len=400),
+    "calibrated": partial(QuantizedKVCache, calibration=CALIBRATION, max_cache_len=400),
     "sliding": partial(SlidingWindowKVCache, window=30),
     "sliding-sinks": partial(SlidingWindowKVCache, window=12, sinks=3),
 }

@@ -454,8 +454,21 @@ def test_a_quantized_model_is_not_exported(saved, tmp_path):
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_calibrated_cache_is_not_saved_with_bits_that_it_does_not_have(tmp_path):
-    cache = QuantizedKVCache(tiny_config(), calibration=GIVEN)
-    with pytest.raises(ValueError, match="a calibrated cache has bits of its own in each layer"):
-        hf_kvattn.save_cache(cache, tmp_path / "cache.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_a_saved_calibrated_cache_comes_back_with_the_bits_of_its_layers(tmp_path):
+    path = tmp_path / "calibration.json"
+    GIVEN.save(path)
+    model, ids = tiny_model(), prompt(75)["input_ids"]
+    with torch.no_grad(), hf_kvattn.enabled(model):
+        for calibration in (path, GIVEN, GIVEN.as_json()):
+            cache = QuantizedKVCache(model.config, calibration=calibration, residual_length=3)
+            model(ids, past_key_values=cache)
+            hf_kvattn.save_cache(cache, tmp_path / "cache")
+            path.unlink(missing_ok=True)  # a file says all that it needs
+            loaded = hf_kvattn.load_cache(tmp_path / "cache", model.config)
+            assert loaded.settings == cache.settings
+            for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
+                assert vars(ours).get("settings") == vars(theirs).get("settings")
+            again = type(loaded)(model.config, **loaded.settings)
+            assert [type(layer) for layer in again.layers] == [type(layer) for layer in cache.layers]
+            one = ids[:, :1]
+            assert torch.equal(model(one, past_key_values=loaded).logits, model(one, past_key_values=cache).logits)

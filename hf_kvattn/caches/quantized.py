@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -393,8 +394,8 @@ class QuantizedKVCache(KVCache):
         max_cache_len: tokens that fit, allocated at once; None grows by half.
         sinks: first tokens that stay exact, 0 to 32: a model attends to them from everywhere (StreamingLLM,
             arXiv:2309.17453), so their errors count most.
-        calibration: bits for each layer, `group_size` and `skip_layers`, or the file that holds them
-            (`scripts/calibrate.py`), in the place of those arguments.
+        calibration: bits for each layer, `group_size` and `skip_layers`, in the place of those arguments: a file of
+            `scripts/calibrate.py`, what it holds, or a `Calibration`.
 
     Raises:
         ValueError: impossible settings, with their values, an unsupported model, or another model's calibration.
@@ -411,7 +412,7 @@ class QuantizedKVCache(KVCache):
         skip_layers: Sequence[int] = (),
         max_cache_len: int | None = None,
         sinks: int = 4,
-        calibration: Calibration | str | Path | None = None,
+        calibration: Calibration | dict[str, Any] | str | Path | None = None,
     ):
         decoder = config.get_text_config(decoder=True)
         n_layers = decoder.num_hidden_layers
@@ -427,6 +428,8 @@ class QuantizedKVCache(KVCache):
                     "a calibration sets the bits, group_size and skip_layers itself; with it came "
                     f"{bits=}, {key_bits=}, {value_bits=}, {group_size=}, {skip_layers=}"
                 )
+            if isinstance(calibration, dict):
+                calibration = Calibration.of_json(calibration)
             made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
             heads, dim = kv_shape(decoder)
             made.check_model(decoder.model_type, n_layers, heads, dim)
@@ -451,16 +454,15 @@ class QuantizedKVCache(KVCache):
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
-        self.calibrated = calibration is not None  # then `settings` do not say all
-        self.settings = {
+        made_with: dict[str, Any] = {
             "key_bits": k_bits[0],
             "value_bits": v_bits[0],
             "group_size": group_size,
-            "residual_length": residual,
             "skip_layers": sorted(skipped),
-            "max_cache_len": max_cache_len,
-            "sinks": sinks,
         }
+        if calibration is not None:
+            made_with = {"calibration": made.as_json()}
+        self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}
 
 
 @functools.lru_cache(maxsize=1)

@@ -4,8 +4,8 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 `KVLayer.filled`. Two strings stand in its header's `__metadata__`:
 
 - `hf_kvattn`: JSON with the keys of `_KEYS`: the version of this format, the cache's class and settings (the codec:
-  bits of keys and values, group size, exact first tokens, skipped layers), the model's fingerprint, the dtype, counts
-  and sizes of each layer, and a hash of the token ids;
+  bits of keys and values and group size or a calibration, exact first tokens, skipped layers), the model's
+  fingerprint, the dtype, counts and sizes of each layer, and a hash of the token ids;
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
@@ -116,8 +116,6 @@ def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     """The metadata of a cache's file, as JSON can hold it."""
     if _CLASSES.get(type(cache).__name__) is not type(cache):
         raise ValueError(f"caches that can be saved are {list(_CLASSES)}, got {type(cache).__name__}")
-    if getattr(cache, "calibrated", False):
-        raise ValueError("a calibrated cache has bits of its own in each layer, which this file format does not hold")
     empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")
@@ -229,7 +227,9 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         raise ValueError(f"it holds a cache of class {name!r}, known are {list(_CLASSES)}")
     if not isinstance(settings, dict):
         raise ValueError(f"the settings of its {name} are {settings!r}")
-    for value in settings.values():
+    # A calibration's own checks follow; a string would be the path of a file to read.
+    calibration = isinstance(settings.get("calibration"), dict)
+    for value in [x for key, x in settings.items() if not (calibration and key == "calibration")]:
         if not all(item is None or _is_count(item) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"the settings of its {name} are {settings}: numbers are 0 to {_LARGEST}")
     try:

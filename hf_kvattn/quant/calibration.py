@@ -103,10 +103,26 @@ class Calibration:
             raise ValueError(f"{path} exists already: move it away or choose another output")
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {"version": VERSION, **{name: list(x) if type(x) is tuple else x for name, x in asdict(self).items()}}
+
+    @classmethod
+    def of_json(cls, found: Any) -> Calibration:
+        """The inverse of `as_json`; ValueError, saying what is wrong, for anything else."""
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            raise ValueError(f"no calibration of version {VERSION}")
+        values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
+        del values["version"]
+        try:
+            return cls(**values)
+        except TypeError as error:  # names that are missing or not known
+            raise ValueError(str(error)) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -117,10 +133,6 @@ class Calibration:
             OSError: no such file, or one that cannot be read.
         """
         try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(found, dict) or found.pop("version", None) != VERSION:
-                raise ValueError(f"no calibration of version {VERSION}")
-            values: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in found.items()}
-            return cls(**values)
-        except (ValueError, TypeError, RecursionError) as error:
+            return cls.of_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error
