@@ -27,6 +27,10 @@ SAMPLE = CASES if ALL else [
     codegen.Case("decode", "sm_90", 80, 32, 8, 4),
     codegen.Case("decode", "sm_100", 64, 32, 2, 2),
     codegen.Case("decode", "gfx942", 128, 16, 4, 4),
+    codegen.Case("decode", "sm_90", 128, 32, 3, 3),
+    codegen.Case("decode", "sm_90", 256, 16, 8, 4, lengths=True),
+    codegen.Case("decode", "sm_100", 80, 32, sinks=True),
+    codegen.Case("decode", "gfx942", 64, 32, 0, 0, lengths=True),
     codegen.Case("quantize", "sm_90", 128, 0, 4, 4),
     codegen.Case("merge", "sm_90", 128),
 ]  # fmt: skip
@@ -45,16 +49,17 @@ def test_everything_that_is_shipped_is_recorded():
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_no_spills_tensor_cores_and_two_blocks_a_multiprocessor(target):
     rows = [row for row in RECORDED["kernels"] if row["case"]["target"] == target]
-    assert len(rows) == 65
+    assert len(rows) == (86 if target == "gfx942" else 89)
     for row in rows:
         case, found = codegen.Case(**row["case"]), row["resources"]
         assert found["spilled_bytes"] == found["spill_instructions"] == 0, case
         if case.kernel == "decode":
             assert found["tensor_core_instructions"] > 0, case
-        if target != "gfx942":  # where a compute unit's registers serve one block, and loads wait in registers
-            least = 1 if case.kernel == "quantize" else 2  # it runs once in 32 steps
-            assert found["blocks_per_multiprocessor"] >= least, case
-            assert found["asynchronous_copies"] > 0 or case.kernel != "decode", case
+        # Quantizing runs once in 32 steps; on gfx942, where loads wait in registers, large heads of 8 bits take all.
+        one = case.kernel == "quantize" or (target == "gfx942" and case.head_dim == 256 and case.k_bits == 8)
+        assert found["blocks_per_multiprocessor"] >= (1 if one else 2), case
+        if target != "gfx942" and case.kernel == "decode":
+            assert found["asynchronous_copies"] > 0, case
 
 
 def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
@@ -86,6 +91,21 @@ def test_one_variant_serves_every_length():
         for tokens in (32, 64, 4096, 4128, 100_000 // 32 * 32):
             triton_attention.launch(codegen.fake_call(64, 4, 4, tokens=tokens), 132)
         assert len(kernel.device_caches["sm_90"][0]) == 1
+
+
+def test_one_launch_serves_every_length():
+    """What is queued for a graph: nothing in it depends on the lengths, nor does the host read them."""
+    with codegen.compile_only("sm_90") as recorder:
+        call = codegen.fake_call(64, 4, 4, tokens=8192)
+        lengths = torch.empty(2, dtype=torch.int32, device="cuda")
+        call.window = 100  # from the host's lengths it would leave two splits
+        arguments = {"multiprocessors": 132, "lengths": lengths}
+        out, _ = triton_attention.decode_attention(*triton_attention.op_arguments(call), **arguments)
+        assert out.shape == (1, 1, 8, 64)
+        triton_attention.launch(call, 132, lengths)
+        with pytest.raises(ValueError, match="expected .* on cuda:0"):
+            triton_attention.launch(call, 132, torch.empty(2, dtype=torch.int32, device="cpu"))
+    assert [grid for _, grid in recorder.launches] == [(17, 2, 1), (1, 8, 1)]
 
 
 def test_the_ops_have_fake_implementations_that_check_devices():

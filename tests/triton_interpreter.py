@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
-from problems import POISON, SHAPES, problem
+from problems import POISON, RINGS, SHAPES, problem, ringed
 from test_quantized import PACKED, packed_problem
 from tolerance import FACTOR, FLOOR, plain_torch
 from triton.runtime import interpreter
@@ -37,7 +37,7 @@ from hf_kvattn.quant.rotation import rotate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: without it Triton compiles"
 
-MIXES = [(8, 8), (4, 4), (2, 2), (8, 4), (4, 2), (2, 8)]
+MIXES = [(8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 2), (2, 8), (3, 8)]
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float32 shows the algorithm without rounding
 ATOL = FLOOR | {torch.float32: 1e-5}  # values are summed rotated, and the sum turned back
@@ -63,7 +63,7 @@ def check(call: AttendCall, multiprocessors: int = MULTIPROCESSORS, made: tuple 
     assert out.shape == exact.shape and out.dtype == call.q.dtype
     _, keys, values = zip(*call.tiles(call.kv_len), strict=True)
     dense = (torch.cat(parts, 2).to(call.q.dtype) for parts in (keys, values))
-    plain = plain_torch(AttendCall(call.q, *dense, call.scale, call.causal, call.window, call.softcap, call.first))
+    plain = plain_torch(replace(call, k=next(dense), v=next(dense), packed=None, tokens=None, slot=0))
     error, allowed = (out.float() - exact).abs().max(), FACTOR * (plain.float() - exact).abs().max() + ATOL[plain.dtype]
     assert error <= allowed, f"error {error:.2e}, {allowed:.2e} allowed"  # false for NaN too
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=LSE[call.q.dtype])
@@ -87,7 +87,15 @@ def test_packed_tokens(name, bits, dtype, start, monkeypatch):
     check(packed_problem(name, *bits, dtype, start=start))
 
 
-EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window")
+@pytest.mark.parametrize("bits", [(3, 3), (3, 8), (4, 3)], ids=str)
+@pytest.mark.parametrize("name", ["g5-d80", "g8-d96", "d256"])
+def test_three_bits(name, bits):
+    """Codes in two planes: every width of a head, channels that fill no power of two, and rules beside."""
+    check(packed_problem(name, *bits, torch.float32, start=4))
+
+
+EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "sinks",
+         "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if served(name)] if ALL else EXACT)
@@ -158,6 +166,31 @@ def test_rings_of_exact_tokens(slot):
     check(dense_ring(slot))
 
 
+@pytest.mark.parametrize("name", ["sinks", "sinks-padded"])
+def test_sinks_beside_rings(name, monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    for slots, slot in RINGS[name]:
+        check(ringed(problem(name, torch.float16), slots, slot))
+
+
+def test_sinks_beside_packed_tokens(monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(
+        SHAPES, "sinks", (3, 3, 200, 64, {"window": 90, "sinks": (6, 4, [0, 5, 9]), "first": [0, 9, 150]})
+    )
+    check(packed_problem("sinks", 4, 3, torch.float32, start=0))
+
+
+def test_one_split_more_for_sinks_fits(monkeypatch):
+    call = problem("sinks", torch.float16)
+    monkeypatch.setattr(triton_attention, "_SPLIT_BLOCKS", (1, 1))
+    monkeypatch.setattr(triton_attention, "MAX_SPLITS", 4)
+    splits = triton_attention.splits_for(call, 1, 1000, 1)
+    assert splits.exact == 1
+    call.sinks = None
+    assert triton_attention.splits_for(call, 1, 1000, 1).exact == 2
+
+
 def test_offsets_beyond_32_bits(monkeypatch):
     """Codes that begin 2**31 bytes into their array; only the pages that are touched take memory."""
     slots = 2**31 // (4 * 8 * 96) + 6
@@ -221,6 +254,10 @@ BUGS = {
     "wrong ring slot": ("tl.where(lies >= slots, lies - slots, lies)", "lies % (slots - 1)", "ring"),
     "wrong slot of an exact ring": ("lies - ring, lies)", "lies - ring + 1, lies)", "dense ring"),
     "first tokens at the wrong place": ("tl.where(token < start, token, ", "tl.where(token < 0, token, ", "padded"),
+    "third bits at the wrong place": ("(third << 2)", "(third << 1)", "three bits"),
+    "third bits of another unit": ("tl.arange(0, 8).to(tl.uint8)", "(7 - tl.arange(0, 8)).to(tl.uint8)", "three bits"),
+    "low bits of another unit": ("(2 * tl.arange(0, 4))", "(6 - 2 * tl.arange(0, 4))", "three bits"),
+    "padding of sinks left out": ("key += first", "key += 0", "sinks"),
     "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
 }  # fmt: skip
 
@@ -230,6 +267,10 @@ def call_that_shows(where: str, monkeypatch) -> AttendCall:
         few_blocks_a_split(monkeypatch)
     if where == "ring":
         return packed_ring((4, 4), 4, 100, monkeypatch)
+    if where == "three bits":
+        return packed_problem("g5-d80", 3, 3, torch.float32)
+    if where == "sinks":
+        return problem("sinks-padded")
     if where == "dense ring":
         return dense_ring(149)
     rules = {"splits": (1, {}), "one split": (1, {}), "queries": (3, {}), "padded": (1, {"first": [2, 170, 100]})}[
@@ -306,7 +347,7 @@ def check_lengths(full: AttendCall, packed: int, exact: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * ATOL[host.q.dtype])
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", RULES if ALL else ["plain", "padded-window-softcap", "not-causal"])
 def test_one_launch_serves_every_length(rules, monkeypatch):
     """As a cache fills: all exact, then a block becomes codes whenever 32 tokens have followed the first 4."""
     few_blocks_a_split(monkeypatch)
@@ -413,6 +454,8 @@ def test_what_lengths_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             triton_attention.launch(call, 3, bad)
+    with pytest.raises(ValueError, match="not served beside sinks"):
+        triton_attention.launch(problem("sinks", torch.float16), 3, good)
     call.packed.slot = 2
     with pytest.raises(ValueError, match=r"not for a ring .* slots \(0, 2\)"):
         triton_attention.launch(call, 3, good)
@@ -420,7 +463,7 @@ def test_what_lengths_are_refused():
         triton_attention.launch(dense_ring(149), 3, good)
 
 
-@pytest.mark.parametrize("bits", [(4, 4), (8, 2)], ids=str)
+@pytest.mark.parametrize("bits", [(4, 4), (8, 2), (3, 3)], ids=str)
 def test_bytes_moved(bits, monkeypatch):
     """What the kernels load and store, number by number, is what `traffic_bytes` says: 1.1 times the least at most.
 
@@ -553,8 +596,8 @@ def test_what_quantizing_refuses(changes, message):
 def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
     """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
     monkeypatch.setattr(quantized, "_CHUNK_BLOCKS", 2)
-    launched, launch = [], triton_quantize.launch
-    monkeypatch.setattr(triton_quantize, "launch", lambda k, *rest: (launched.append(k.shape), launch(k, *rest)))
+    launched, queue = [], triton_decode.quantize_blocks
+    monkeypatch.setattr(triton_decode, "quantize_blocks", lambda k, v, **rest: launched.append(queue(k, v, **rest)))
     settings = quantized.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
     here, there = (quantized.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
@@ -611,6 +654,12 @@ def test_ops_are_declared_as_they_are():
         op = triton_attention.decode_attention(*arguments, **number)
         for mine, direct in zip(op, triton_attention.launch(call, 3, *more), strict=True):
             assert torch.equal(mine, direct)
+    beside = problem("sinks-padded", torch.float16)
+    torch.library.opcheck(
+        triton_attention.decode_attention, triton_attention.op_arguments(beside), {"multiprocessors": 3}
+    )
+    made = triton_attention.decode_attention(*triton_attention.op_arguments(beside), multiprocessors=3)
+    check(beside, made=made)
     k, v = made_of("normal", 32)
     arrays = empty_arrays((3, 2, 3, 32), (4, 4), 32)
     arguments, numbers = (k, v, k.float().mean(2), *arrays.values()), {"k_bits": 4, "v_bits": 4, "slot": 1}

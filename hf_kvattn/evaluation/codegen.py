@@ -27,7 +27,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from ..kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
-from ..kernels.call import AttendCall, PackedKV
+from ..kernels.call import AttendCall, PackedKV, SinkKV
 from ..kernels.triton_attention import BLOCK
 
 TARGETS = {
@@ -169,6 +169,8 @@ class Case:
     Attributes:
         rows: query rows of a tile (decode).
         k_bits, v_bits: of the codes; 0 where no token is packed.
+        lengths: whether they are in a tensor (decode).
+        sinks: whether the tokens are sinks (decode).
     """
 
     kernel: str
@@ -177,23 +179,31 @@ class Case:
     rows: int = 0
     k_bits: int = 0
     v_bits: int = 0
+    lengths: bool = False
+    sinks: bool = False
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.target} D{self.head_dim} rows{self.rows} k{self.k_bits}v{self.v_bits}"
+        name = f"{self.kernel} {self.target} D{self.head_dim} rows{self.rows} k{self.k_bits}v{self.v_bits}"
+        return name + " lengths" * self.lengths + " sinks" * self.sinks
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIXES = ((8, 8), (4, 4), (2, 2), (8, 4))
+MIXES = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
 
 
 def all_cases() -> list[Case]:
     """What `scripts/triton_resources.py` compiles."""
     cases = []
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
-        most = triton_attention.tile_for(triton_decode.MAX_QUERIES * 8, triton.next_power_of_2(dim)).rows
-        for rows, mix in itertools.product(sorted({16, most}), (*MIXES, (0, 0))):
-            cases.append(Case("decode", target, dim, rows, *mix))
-        cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if 2 not in mix]
+        for mix in (*MIXES, (0, 0)):
+            padded, amd = triton.next_power_of_2(dim), target.startswith("gfx")
+            most = triton_attention.tile_for(triton_decode.MAX_QUERIES * 8, padded, 3 in mix, amd).rows
+            cases += [Case("decode", target, dim, rows, *mix) for rows in sorted({16, most})]
+            if mix in ((8, 4), (0, 0)):  # which take most and least registers
+                cases.append(Case("decode", target, dim, most, *mix, lengths=True))
+            if mix == (0, 0):
+                cases.append(Case("decode", target, dim, most, sinks=True))
+        cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if not {2, 3} & set(mix)]
         cases.append(Case("merge", target, dim))
     return cases
 
@@ -209,6 +219,8 @@ def compile_case(case: Case) -> dict[str, int]:
     bits = (case.k_bits, case.v_bits) if case.k_bits or case.kernel == "decode" else (4, 4)
     with compile_only(case.target):
         call = fake_call(case.head_dim, *bits, query_heads=2 * max(case.rows, 8), padded=True)
+        if case.sinks:
+            call.sinks = SinkKV(call.k, call.v, call.q, 9, call.first)
         if case.kernel == "quantize":
             packed = call.packed
             assert packed is not None
@@ -216,8 +228,10 @@ def compile_case(case: Case) -> dict[str, int]:
             k_arrays = packed.k_mean, packed.k_codes, packed.k_scale, packed.k_zero
             triton_quantize.launch(new, new, *k_arrays, packed.v_codes, packed.v_scale, packed.v_zero, *bits, 0)
         else:
-            triton_attention.launch(call, 132)
-    (found,) = resources(kernel, case.target)
+            lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
+            triton_attention.launch(call, 132, lengths)
+    *others, found = resources(kernel, case.target)
+    assert len(others) == case.sinks  # which are queued after the window's tokens
     return found
 
 
@@ -267,7 +281,7 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads, item = call.k.shape[1], call.q.element_size()
     rows = q_heads // kv_heads * q_len
-    tile = triton_attention.tile_for(rows, max(16, triton.next_power_of_2(dim)))
+    tile = triton_attention.tile_for(rows, max(16, triton.next_power_of_2(dim)), False, amd=False)
     row_tiles = triton.cdiv(rows, tile.rows)
     splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks)
     packed, exact = call.packed, call.kv_len
@@ -288,7 +302,7 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
 
 
 TRAFFIC = (  # query heads, KV heads, head_dim, packed tokens, bits
-    *((32, 8, 128, tokens, bits) for tokens in (8192, 32768) for bits in (8, 4, 2)),
+    *((32, 8, 128, tokens, bits) for tokens in (8192, 32768) for bits in (8, 4, 3, 2)),
     *((9, 3, 64, 8192, bits) for bits in (8, 4, 2)),
     *((64, 8, 128, 32768, bits) for bits in (8, 4, 2)),
 )
@@ -311,6 +325,12 @@ def measure(targets: Sequence[str]) -> dict[str, Any]:
     return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels, "traffic": traffic}
 
 
+def _tokens(case: dict[str, Any]) -> str:
+    if case["kernel"] == "decode" and not case["k_bits"]:
+        return "sinks" if case["sinks"] else "exact"
+    return f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else ""
+
+
 def table(found: dict[str, Any]) -> str:
     """`triton.json` as a page to read."""
     names = {
@@ -328,7 +348,8 @@ def table(found: dict[str, Any]) -> str:
             case["target"],
             case["head_dim"],
             case["rows"] or "",
-            f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else "exact" if case["kernel"] == "decode" else "",
+            _tokens(case),
+            "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
             *(row["resources"][name] for name in names),
         ]
         for row in found["kernels"]
@@ -342,10 +363,12 @@ checked numerically in Triton's interpreter. **Never run on a GPU:** nothing her
 
 `python scripts/triton_resources.py --output model_cards/kernels` writes this file and `triton.json`, which it is made
 from. bfloat16 models; `rows` are the query rows of a tile (query tokens times query heads of a KV head), `bits` those
-of keys and values. Registers and shared memory bound the blocks that a multiprocessor holds at once (on gfx942, a
-compute unit, whose loads wait in registers: no asynchronous copies there).
+of keys and values, `lengths` says where the numbers of tokens are: with the host, or in a tensor that a captured launch
+reads anew. Registers and shared memory bound the blocks that a multiprocessor holds at once (on gfx942, a compute unit,
+whose loads wait in registers: no asynchronous copies there). float32 models are left to other backends: without tensor
+cores the kernels spill.
 
-{tabulate(rows, ["kernel", "GPU", "head_dim", "rows", "bits", *names.values()], tablefmt="github")}
+{tabulate(rows, ["kernel", "GPU", "head_dim", "rows", "bits", "lengths", *names.values()], tablefmt="github")}
 
 ## Bytes of a decode step
 

@@ -16,7 +16,7 @@ from ..quant import rotation
 from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .call import AttendCall
+from .call import AttendCall, SinkKV
 from .triton_kernels import decode_attention_kernel, merge_splits_kernel
 
 MAX_SPLITS = 128
@@ -35,10 +35,16 @@ class Tile:
     stages: int
 
 
-def tile_for(rows: int, padded: int) -> Tile:
-    """The tile for `rows` query rows a KV head and heads of `padded` numbers: none spills, two fit a multiprocessor."""
-    most = 32 if padded <= 128 else 16  # more rows are tiles, which read the same keys and values one after another
-    return Tile(min(most, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, 4, 3)
+def tile_for(rows: int, padded: int, three_bits: bool, amd: bool) -> Tile:
+    """The tile for `rows` query rows a KV head and heads of `padded` numbers: none spills, two fit a multiprocessor.
+
+    On AMD's GPUs, where the next loads wait in registers, one fits with 8-bit keys and heads of more than 128 numbers,
+    and 32 rows of 128 numbers spill with codes of 3 bits.
+    """
+    most = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
+    # More rows are tiles, which read the same keys and values one after another.
+    stages = 2 if amd and padded <= 128 else 3
+    return Tile(min(most, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, 4, stages)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def splits_for(
     packed_blocks = packed_tokens // BLOCK - block_begin
     exact_blocks = -(-(exact - exact_begin) // BLOCK)
     wanted = max(1, multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs)
-    wanted = min(wanted, MAX_SPLITS - 2)  # both kinds round up
+    wanted = min(wanted, MAX_SPLITS - 2 - (call.sinks is not None))  # both kinds round up, and sinks are one more
     bits = 16 if call.packed is None else (call.packed.k_bits + call.packed.v_bits) / 2
     rows = call.q.shape[2] * call.q.shape[1] // call.k.shape[1]
     least, most = _SPLIT_BLOCKS
@@ -91,70 +97,30 @@ def launch(
             the cache's: nothing can check it here. Without a packed part the first number is not read.
 
     Raises:
-        ValueError: `lengths` of another shape, dtype or device, or beside a ring.
+        ValueError: `lengths` of another shape, dtype or device, or beside a ring or sinks.
     """
     if lengths is not None:
         _check_lengths(call, lengths)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
-    batch, q_heads, q_len, dim = q.shape
-    kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
+    batch, q_heads, q_len, dim = call.q.shape
+    kv_heads, heads_per_kv = call.k.shape[1], q_heads // call.k.shape[1]
     rows, padded = heads_per_kv * q_len, max(16, triton.next_power_of_2(dim))
-    tile = tile_for(rows, padded)
-    row_tiles = triton.cdiv(rows, tile.rows)
-    splits = splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks, lengths is not None)
-    n_splits = max(1, splits.packed + splits.exact)
-    out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
-    partial = torch.empty((batch, kv_heads, n_splits, rows, dim), dtype=torch.float32, device=q.device)
-    partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
-    packed = call.packed
-    group = dim if packed is None else dim // packed.v_scale.shape[3]
-    decode_attention_kernel[(row_tiles * n_splits, kv_heads, batch)](
-        q,
-        k,
-        v,
-        call.first,
-        lengths,
-        *((None,) * 7 if packed is None else _arrays(packed)),
-        partial,
-        partial_lse,
-        call.scale,
-        call.softcap or 0.0,
-        0 if packed is None else packed.start,
-        0 if packed is None else packed.tokens,
-        splits.block_begin,
-        0 if packed is None else packed.tokens // BLOCK,
-        0 if packed is None else packed.slot,
-        0 if packed is None else packed.k_codes.shape[2],
-        splits.exact_begin,
-        k.shape[2] if call.tokens is None else call.tokens,
-        call.slot,
-        k.shape[2],
-        call.kv_len,
-        2**31 - 1 if call.window is None else call.window,
-        splits.blocks,
-        splits.packed,
-        n_splits,
-        q_len,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        KV_HEADS=kv_heads,
-        HEADS_PER_KV=heads_per_kv,
-        D=dim,
-        PADDED=padded,
-        ROWS=tile.rows,
-        BLOCKS=tile.blocks,
-        K_BITS=0 if packed is None else packed.k_bits,
-        V_BITS=0 if packed is None else packed.v_bits,
-        GROUP=group,
-        SPAN=group & -group,
-        CAUSAL=call.causal,
-        SOFTCAP=call.softcap is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_registers(),
-    )
+    three_bits = call.packed is not None and 3 in (call.packed.k_bits, call.packed.v_bits)
+    tile = tile_for(rows, padded, three_bits, bool(torch.version.hip))
+    programs = batch * kv_heads * triton.cdiv(rows, tile.rows)
+    splits = splits_for(call, programs, multiprocessors, tile.blocks, lengths is not None)
+    own_splits = max(1, splits.packed + splits.exact)
+    n_splits = own_splits + (call.sinks is not None)
+    device = call.q.device
+    out = torch.empty((batch, q_len, q_heads, dim), dtype=call.q.dtype, device=device)
+    lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=device)
+    partial = torch.empty((batch, kv_heads, n_splits, rows, dim), dtype=torch.float32, device=device)
+    partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=device)
+    _queue_decode(call, call.kv_len, lengths, tile, splits, partial, partial_lse)
+    if (sinks := call.sinks) is not None:  # exact tokens with queries of their own: the last split
+        beside = AttendCall(sinks.q, sinks.k, sinks.v, call.scale, softcap=call.softcap, first=sinks.first)
+        last = partial.narrow(2, own_splits, 1), partial_lse.narrow(2, own_splits, 1)
+        all_of_them = Splits(0, 0, 2 * tile.blocks, 0, 1)
+        _queue_decode(beside, sinks.evicted + q_len - 1, None, tile, all_of_them, *last, n_splits)
     merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
         partial_lse,
@@ -175,11 +141,82 @@ def launch(
     return out, lse
 
 
+def _queue_decode(
+    call: AttendCall,
+    kv_len: int,
+    lengths: torch.Tensor | None,
+    tile: Tile,
+    splits: Splits,
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    n_splits: int | None = None,
+) -> None:
+    """Queues the kernel that writes the results of `splits` to `partial` and `partial_lse`.
+
+    With `n_splits` those are the last of so many splits, and the tokens are sinks: `kv_len` says what is seen of them.
+    """
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
+    batch, q_heads, q_len, dim = q.shape
+    kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
+    row_tiles = triton.cdiv(heads_per_kv * q_len, tile.rows)
+    packed = call.packed
+    group = dim if packed is None else dim // packed.v_scale.shape[3]
+    decode_attention_kernel[(row_tiles * max(1, splits.packed + splits.exact), kv_heads, batch)](
+        q,
+        k,
+        v,
+        call.first,
+        lengths,
+        *((None,) * 7 if packed is None else _arrays(packed)),
+        partial,
+        partial_lse,
+        call.scale,
+        call.softcap or 0.0,
+        0 if packed is None else packed.start,
+        0 if packed is None else packed.tokens,
+        splits.block_begin,
+        0 if packed is None else packed.tokens // BLOCK,
+        0 if packed is None else packed.slot,
+        0 if packed is None else packed.k_codes.shape[2],
+        splits.exact_begin,
+        k.shape[2] if call.tokens is None else call.tokens,
+        call.slot,
+        k.shape[2],
+        kv_len,
+        2**31 - 1 if call.window is None else call.window,
+        splits.blocks,
+        splits.packed,
+        partial.shape[2] if n_splits is None else n_splits,
+        q_len,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        KV_HEADS=kv_heads,
+        HEADS_PER_KV=heads_per_kv,
+        D=dim,
+        PADDED=max(16, triton.next_power_of_2(dim)),
+        ROWS=tile.rows,
+        BLOCKS=tile.blocks,
+        K_BITS=0 if packed is None else packed.k_bits,
+        V_BITS=0 if packed is None else packed.v_bits,
+        GROUP=group,
+        SPAN=group & -group,
+        CAUSAL=call.causal,
+        SOFTCAP=call.softcap is not None,
+        SINKS=n_splits is not None,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **_registers(),
+    )
+
+
 def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
     found, expected = (lengths.shape, lengths.dtype, lengths.device), ((2,), torch.int32, call.q.device)
     if found != expected or not lengths.is_contiguous():
         shape, dtype, device = found
         raise ValueError(f"lengths are {tuple(shape)} {dtype} on {device}, expected (2,) torch.int32 on {expected[2]}")
+    if call.sinks is not None:
+        raise ValueError("lengths in a tensor are not served beside sinks: what is seen of those is the host's number")
     slots = (call.slot, 0 if call.packed is None else call.packed.slot)
     if slots != (0, 0):
         raise ValueError(f"lengths in a tensor are for tokens in order, not for a ring from slots {slots} on")
@@ -219,30 +256,52 @@ def decode_attention(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    sinks: list[torch.Tensor],
+    evicted: int,
     multiprocessors: int,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
-    call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap)
+    call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
     return launch(call, multiprocessors, lengths)
 
 
 @decode_attention.register_fake
-def _(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, multiprocessors, lengths=None):
+def _(
+    q,
+    k,
+    v,
+    first,
+    packed,
+    layout,
+    tokens,
+    slot,
+    scale,
+    causal,
+    window,
+    softcap,
+    sinks,
+    evicted,
+    multiprocessors,
+    lengths=None,
+):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, lengths, *packed):
+    for tensor in (k, v, first, lengths, *packed, *sinks):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 
 
 def op_arguments(call: AttendCall) -> tuple:
-    """`call` as the arguments of the op; `layout` holds a packed part's numbers, `packed` those arrays that it has."""
-    packed, first = call.packed, call.first
+    """`call` as the arguments of the op.
+
+    `layout` holds a packed part's numbers, `packed` those arrays that it has; `sinks` their k, v, q and perhaps first.
+    """
+    packed, sinks = call.packed, call.sinks
     return (
         call.q,
         call.k,
         call.v,
-        None if first is None else first.to(call.q.device, torch.int32),
+        _on_device(call.first, call.q.device),
         [] if packed is None else [t for t in _arrays(packed) if t is not None],
         [] if packed is None else [packed.start, packed.tokens, packed.k_bits, packed.v_bits, packed.slot],
         call.tokens,
@@ -251,12 +310,23 @@ def op_arguments(call: AttendCall) -> tuple:
         call.causal,
         call.window,
         call.softcap,
+        []
+        if sinks is None
+        else [sinks.k, sinks.v, sinks.q, *([] if sinks.first is None else [_on_device(sinks.first, call.q.device)])],
+        0 if sinks is None else sinks.evicted,
     )
 
 
-def _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap) -> AttendCall:
+def _on_device(first: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if first is None else first.to(device, torch.int32)
+
+
+def _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted) -> AttendCall:
     """The inverse of `op_arguments`."""
     call = AttendCall(q, k, v, scale, causal, window, softcap, first, tokens=tokens, slot=slot)
+    if sinks:
+        own_k, own_v, own_q, *own_first = sinks
+        call.sinks = SinkKV(own_k, own_v, own_q, evicted, *own_first)
     if layout:
         start, packed_tokens, k_bits, v_bits, packed_slot = layout
         arrays = iter(packed)

@@ -15,13 +15,30 @@ import triton.language as tl
 
 
 @triton.jit
+def _load_3_bits(codes, slot, there, BLOCKS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """`_load_units` of 3 bits: of 16 channels, 128 bytes hold the low two bits and 64 more the third ones."""
+    count: tl.constexpr = BLOCKS * PADDED // 16
+    channels = tl.arange(0, PADDED // 16)[None, :]
+    at = tl.reshape((slot * (12 * D))[:, None] + channels * 192, (count, 1))
+    mask = tl.reshape(there[:, None] & (channels < D // 16), (count, 1))
+    low = tl.reshape(tl.load(codes + at + tl.arange(0, 128)[None, :], mask=mask, other=0), (count, 2, 1, 64))
+    low = (low >> (2 * tl.arange(0, 4)).to(tl.uint8)[None, None, :, None]) & 3
+    third = tl.expand_dims(tl.load(codes + at + 128 + tl.arange(0, 64)[None, :], mask=mask, other=0), 1)
+    third = (third >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1
+    return tl.reshape(low, (count, 8, 64)) | (third << 2)
+
+
+@triton.jit
 def _load_units(codes, slot, there, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
     """The units of `quant/layout.py` of some blocks, one code a byte: `(BLOCKS * PADDED / 2, 64)`; zeros beyond D."""
-    at = tl.arange(0, 4 * BITS * PADDED)[None, :]
-    mask = there[:, None] & (at < 4 * BITS * D)
-    shared = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0)
-    shared = tl.reshape(shared, (BLOCKS * PADDED * BITS // 16, 1, 64))
-    units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
+    if BITS == 3:
+        units = _load_3_bits(codes, slot, there, BLOCKS, D, PADDED)
+    else:
+        at = tl.arange(0, 4 * BITS * PADDED)[None, :]
+        mask = there[:, None] & (at < 4 * BITS * D)
+        shared = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0)
+        shared = tl.reshape(shared, (BLOCKS * PADDED * BITS // 16, 1, 64))
+        units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
     return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
 
 
@@ -169,6 +186,7 @@ def decode_attention_kernel(
     SPAN: tl.constexpr,
     CAUSAL: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv = batch * KV_HEADS + head
@@ -235,6 +253,8 @@ def decode_attention_kernel(
                     mask=mask, other=0)  # fmt: skip
         scores = tl.dot(q, tl.trans(k))
         key = tl.where(token < start, token, token + packed_tokens)
+        if SINKS:
+            key += first
         top, total, acc = _add_tile(
             scores, v, there, key, position, first, scale, softcap, window,
             top, total, acc, CAUSAL, SOFTCAP,
