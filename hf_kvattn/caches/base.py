@@ -84,6 +84,9 @@ class KVLayer(CacheLayerMixin):
         """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/sliding.py`."""
         return None
 
+    def claim(self) -> None:
+        """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
+
     def settle(self) -> None:
         """Called when the attention over what was appended is done: the time to compress it."""
 
@@ -317,6 +320,7 @@ class KVCache(Cache):
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
     is_compileable = False  # True during a `generate()` that compiles; transformers compiles by itself where it is
+    steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
