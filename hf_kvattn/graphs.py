@@ -57,7 +57,8 @@ def _append_attend(
     reach = (lengths - first).clamp(0, None if window is None else window - 1)
     call = AttendCall(q, k_buffer, v_buffer, scale, softcap=softcap, s_aux=s_aux)
     with dispatch.backend(backend):
-        if dispatch.serving(call) is flash:
+        # Where it appends, the library wants a slot for each query head of a group.
+        if dispatch.serving(call) is flash and q.shape[1] <= slots * k.shape[1]:
             return flash.append_attend(call, k, v, slot, reach, wraps)
         k_buffer.index_copy_(2, slot[:1].long(), k)
         v_buffer.index_copy_(2, slot[:1].long(), v)
@@ -111,7 +112,8 @@ class DecodeSteps:
 
     Attributes:
         lengths: `(B,)` int32 on the GPU, tokens stored before the step.
-        first: `(B,)` int32 there, left padding; None until a mask has been looked at, which waits for the GPU.
+        first: `(B,)` int32 there, left padding.
+        looked: whether `first` is that of the mask; looking at it waits for the GPU, once.
         layers: each layer's part.
         backend: the choice in force at the step.
     """
@@ -124,8 +126,8 @@ class DecodeSteps:
         if cache.settings["max_cache_len"] is None:
             raise ValueError("they hold no cache that grows: give StaticKVCache a max_cache_len")
         self.cache = cache
-        self.first: torch.Tensor | None = None
-        self.lengths = torch.empty(0)
+        self.lengths = self.first = torch.empty(0)
+        self.looked = False
         self.layers: list[StepLayer] = []
         self.backend = "auto"
         self._buffers: list[torch.Tensor] = []  # keys and values in turn, ready for graphs
@@ -152,17 +154,16 @@ class DecodeSteps:
         layer, buffer = self.cache.layers[0], self.cache.layers[0].buffers()["k"][0]
         new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
         layer.check(new, new)
-        if self.first is None:
-            self.first = self._padding(mask, tokens.shape[0], layer)
-            self.lengths = torch.empty_like(self.first)
+        if not self.looked:
+            self._look_at(mask, tokens.shape[0], layer)
         self.backend = dispatch.chosen_backend()
         self._look_at_buffers()
         for layer in self.cache.layers:
             layer.claim()
         self.lengths.fill_(self.cache.get_seq_length())
 
-    def _padding(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> torch.Tensor:
-        """`first`, of a mask `(B, tokens)` or None."""
+    def _look_at(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
+        """Writes `first`, of a mask `(B, tokens)` or None."""
         first: torch.Tensor | bool | None = None
         if mask is not None:
             fits = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch
@@ -172,9 +173,10 @@ class DecodeSteps:
                 f"attention_mask {getattr(mask, 'shape', type(mask))}: steps in a CUDA graph take padding at the left, "
                 "in a mask (B, tokens); compile_config with mode='default' takes others"
             )
-        if first is None:
-            first = torch.zeros(batch, device=layer.device)
-        return first.to(layer.device, torch.int32)
+        if self.first.shape != (batch,):
+            self.lengths, self.first = torch.empty(2, batch, dtype=torch.int32, device=layer.device).unbind()
+        self.first.copy_(first) if first is not None else self.first.zero_()
+        self.looked = True
 
     @torch.inference_mode(False)
     def _look_at_buffers(self) -> None:
@@ -188,11 +190,9 @@ class DecodeSteps:
         for tensor, filled in found:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
             torch._dynamo.mark_static_address(tensor, guard=False)
-        self._buffers = [tensor for tensor, _ in found]
-        limit = self.cache.settings["max_cache_len"]
-        self.layers = [
-            StepLayer(k, v, k.shape[2] < limit) for k, v in zip(self._buffers[::2], self._buffers[1::2], strict=True)
-        ]
+        buffers, limit = [tensor for tensor, _ in found], self.cache.settings["max_cache_len"]
+        self.layers = [StepLayer(k, v, k.shape[2] < limit) for k, v in zip(buffers[::2], buffers[1::2], strict=True)]
+        self._buffers = buffers
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the decoder is called with: positions and masks of tensors alone."""

@@ -184,6 +184,11 @@ def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         kwargs |= kwargs.pop("kwargs", {})
     cache = kwargs.get("past_key_values")
     if isinstance(cache, DecodeSteps):
+        if _implementation(decoder) != NAME:
+            raise ValueError(
+                f"attention implementation {_implementation(decoder)!r}, set after enable(), has no steps for a CUDA "
+                f"graph, as {NAME!r} has; generate(disable_compile=True) does without them"
+            )
         return args, cache.inputs(decoder, kwargs)
     if not isinstance(cache, KVCache) or _implementation(decoder) != NAME:
         return None
@@ -226,7 +231,7 @@ def _create_masks_for_generate(self, *args, **kwargs):
     steps = getattr(kwargs.get("past_key_values"), "steps", None)
     if steps is not None and kwargs["inputs_embeds"].shape[1] == 1:
         if kwargs.get("is_first_iteration"):  # a part of a prompt: what comes may be padded otherwise
-            steps.first = None
+            steps.looked = False
         return kwargs["attention_mask"]
     own = inspect.getattr_static(type(self), "create_masks_for_generate", None)
     make_masks = create_masks_for_generate if own is None else own.__get__(self)
