@@ -98,10 +98,10 @@ def _apply_layer_window(call: AttendCall, kv_layer) -> None:
     """The window that a cache forces on the model, and the sinks beside it."""
     if kv_layer.forced:
         if not call.causal:
-            raise ValueError(f"a window of {kv_layer.window} is forced on causal attention only")
+            raise ValueError(f"a window of {kv_layer.sliding_window} is forced on causal attention only")
         if call.mask is None:
-            call.window = kv_layer.window
-        elif (seen := replace(call, mask=None, first=None, window=kv_layer.window).visible()) is not None:
+            call.window = kv_layer.sliding_window
+        elif (seen := replace(call, mask=None, first=None, window=kv_layer.sliding_window).visible()) is not None:
             is_bool = call.mask.dtype == torch.bool
             call.mask = call.mask & seen if is_bool else call.mask.masked_fill(~seen, -torch.inf)
     beside = kv_layer.beside(call.q, call.first)

@@ -31,7 +31,9 @@ def own_positions(
     cache: SlidingWindowKVCache, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
     """The positions at which `cache` wants the new tokens; see `SlidingWindowKVCache.positions`."""
-    padded = isinstance(mask, torch.Tensor) and mask.ndim == 2 and tokens.device.type == "cpu" and not mask[:, -1].all()
+    padded = False
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.device.type == "cpu":  # a GPU's would stall it
+        padded = not mask[:, -1].all()
     return cache.positions(position_ids, tokens.shape[1], tokens.device, padded)
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from . import dispatch
-from .caches.base import KVCache, KVLayer
+from .caches.base import KVCache
+from .caches.layer import KVLayer
 from .caches.static import StaticKVCache
 from .kernels import flash
 from .kernels.call import AttendCall

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .attention import kvattn_attention
-from .caches.base import KVCache, KVLayer
+from .caches.base import KVCache
+from .caches.layer import KVLayer
 from .caches.static import StaticKVCache
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .caches.base import KVCache, check_config, kv_shape
+from .caches.base import KVCache
+from .caches.configs import check_config, kv_shape
 from .caches.quantized import QuantizedKVCache
 from .caches.static import StaticKVCache
 

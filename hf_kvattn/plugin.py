@@ -31,7 +31,8 @@ from transformers import (
 from transformers.masking_utils import create_masks_for_generate
 
 from .attention import NAME, kvattn_attention
-from .caches.base import KVCache, check_config
+from .caches.base import KVCache
+from .caches.configs import check_config
 from .caches.quantized import QuantizedKVCache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import hf_kvattn
 from hf_kvattn.evaluation import claims, inputs, report, variants
 
 
@@ -43,10 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     chosen = variants.select(args.variants)
-    report.check_out_dir(args.out)
-    model, tokenizer, text = inputs.load_from_arguments(args)
-    with hf_kvattn.backend(args.backend):
-        results = claims.measure(
+
+    def measure(model, tokenizer, text):
+        return claims.measure(
             model,
             tokenizer,
             inputs.load_tokens(tokenizer, text, max(args.contexts)),
@@ -62,9 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
             none_limit_s=args.none_limit_s,
             progress=True,
         )
-        results["conditions"] = inputs.conditions(model, args)
-    report.finish(results, args.out, args.json)
-    return 1 if results["mismatches"] else 0
+
+    return 1 if report.measured(args, measure)["mismatches"] else 0
 
 
 if __name__ == "__main__":

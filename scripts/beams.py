@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import hf_kvattn
 from hf_kvattn.evaluation import beams, inputs, report, variants
 
 
@@ -24,10 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=inputs.positive_int, default=3, help="of timing, in turns")
     args = parser.parse_args(arguments)
     chosen = variants.select(args.variants)
-    report.check_out_dir(args.out)
-    model, tokenizer, text = inputs.load_from_arguments(args)
-    with hf_kvattn.backend(args.backend):
-        results = {"kind": "beams"} | beams.measure(
+
+    def measure(model, tokenizer, text):
+        return beams.measure(
             model,
             inputs.load_tokens(tokenizer, text, args.batch_size * args.context),
             variants=chosen,
@@ -38,8 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             rounds=args.rounds,
             progress=True,
         )
-        results["conditions"] = inputs.conditions(model, args)
-    report.finish(results, args.out, args.json)
+
+    report.measured(args, measure)
     return 0
 
 

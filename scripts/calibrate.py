@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from hf_kvattn.caches.base import check_config, kv_shape
+from hf_kvattn.caches.configs import check_config, kv_shape
 from hf_kvattn.convert import calibrate, output
 from hf_kvattn.evaluation import inputs, report
 from hf_kvattn.quant.calibration import file_name

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import hf_kvattn
 from hf_kvattn.evaluation import inputs, perplexity, report, stream, variants
 
 
@@ -26,50 +25,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=inputs.positive_int, default=1024, help="its first tokens, not scored")
     parser.add_argument("--stride", type=inputs.positive_int, default=32, help="tokens at once; 1 is exact decoding")
     parser.add_argument("--windows", type=inputs.positive_int, default=4, help="how many pieces of text")
-    stream_plan = stream.Plan()
+    usual = stream.Plan()
     parser.add_argument("--stream", type=inputs.positive_int, metavar="TOKENS", help="measure a stream of this length")
-    parser.add_argument("--stream-window", type=inputs.positive_int, default=stream_plan.window, help="its window")
-    parser.add_argument("--stream-sinks", type=int, default=stream_plan.sinks, help="its sinks")
+    parser.add_argument("--stream-window", type=inputs.positive_int, default=usual.window, help="its window")
+    parser.add_argument("--stream-sinks", type=int, default=usual.sinks, help="its sinks")
     parser.add_argument(
-        "--stream-full", type=inputs.positive_int, default=stream_plan.full_tokens, help="where keeping everything ends"
+        "--stream-full", type=inputs.positive_int, default=usual.full_tokens, help="where keeping everything ends"
     )
     parser.add_argument(
-        "--stream-prompts", type=inputs.positive_int, nargs="+", default=list(stream_plan.prompts), help="lengths timed"
+        "--stream-prompts", type=inputs.positive_int, nargs="+", default=list(usual.prompts), help="lengths timed"
     )
-    parser.add_argument("--rounds", type=inputs.positive_int, default=stream_plan.rounds, help="turns of what is timed")
+    parser.add_argument("--rounds", type=inputs.positive_int, default=usual.rounds, help="turns of what is timed")
     return parser.parse_args(arguments)
-
-
-def plan_of(args: argparse.Namespace) -> stream.Plan:
-    """The usual places of long streams; shorter streams are looked at where they have got to."""
-    usual, length = stream.Plan(), args.stream
-    shorter = {"last": length // 4 // usual.bucket * usual.bucket, "steps_at": (length // 32, length * 15 // 16)}
-    return stream.Plan(
-        **({} if length >= usual.steps_at[1] else shorter),
-        tokens=length,
-        window=args.stream_window,
-        sinks=args.stream_sinks,
-        full_tokens=args.stream_full,
-        prompts=tuple(args.stream_prompts),
-        rounds=args.rounds,
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     chosen = variants.select(args.variants)
-    if args.stream is not None:
-        plan_of(args).check()
-    report.check_out_dir(args.out)
-    model, tokenizer, text = inputs.load_from_arguments(args)
-    with hf_kvattn.backend(args.backend):
-        if args.stream is not None:
-            ids = inputs.load_tokens(tokenizer, text, args.stream + 1)
-            results = stream.measure(model, ids, plan_of(args), progress=True)
-            results["conditions"] = inputs.conditions(model, args)
-            report.finish(results, args.out, args.json)
-            return 0
-        results = perplexity.measure(
+    plan = None if args.stream is None else stream_plan(args)
+
+    def measure(model, tokenizer, text):
+        if plan is not None:
+            return stream.measure(model, inputs.load_tokens(tokenizer, text, plan.tokens + 1), plan, progress=True)
+        return perplexity.measure(
             model,
             inputs.load_tokens(tokenizer, text, args.windows * args.window),
             variants=chosen,
@@ -79,9 +57,22 @@ def main(arguments: list[str] | None = None) -> int:
             windows=args.windows,
             progress=True,
         )
-        results["conditions"] = inputs.conditions(model, args)
-    report.finish(results, args.out, args.json)
+
+    report.measured(args, measure)
     return 0
+
+
+def stream_plan(args: argparse.Namespace) -> stream.Plan:
+    plan = stream.Plan.of_length(
+        args.stream,
+        window=args.stream_window,
+        sinks=args.stream_sinks,
+        full_tokens=args.stream_full,
+        prompts=tuple(args.stream_prompts),
+        rounds=args.rounds,
+    )
+    plan.check()
+    return plan
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import hf_kvattn
 from hf_kvattn.evaluation import inputs, prefix, report, variants
 
 
@@ -24,10 +23,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=inputs.positive_int, default=5, help="turns of each cache")
     args = parser.parse_args(arguments)
     chosen = variants.select(args.variants)
-    report.check_out_dir(args.out)
-    model, tokenizer, text = inputs.load_from_arguments(args)
-    with hf_kvattn.backend(args.backend):
-        results = {"kind": "prefix"} | prefix.measure(
+
+    def measure(model, tokenizer, text):
+        return prefix.measure(
             model,
             inputs.load_tokens(tokenizer, text, args.context + 1),
             variants=chosen,
@@ -35,9 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
             new_tokens=args.new_tokens,
             progress=True,
         )
-        results["conditions"] = inputs.conditions(model, args)
-    report.finish(results, args.out, args.json)
-    return 0 if all(row["same_tokens"] for row in results["rows"]) else 1
+
+    return 0 if all(row["same_tokens"] for row in report.measured(args, measure)["rows"]) else 1
 
 
 if __name__ == "__main__":

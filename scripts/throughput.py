@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import hf_kvattn
 from hf_kvattn.evaluation import inputs, report, throughput, variants
 
 
@@ -37,11 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     chosen = variants.select(args.variants)
-    report.check_out_dir(args.out)
-    model, tokenizer, text = inputs.load_from_arguments(args)
     needed = throughput.tokens_needed(args.contexts, args.batch_sizes, args.max_batch_tokens)
-    with hf_kvattn.backend(args.backend):
-        results = throughput.measure(
+
+    def measure(model, tokenizer, text):
+        return throughput.measure(
             model,
             tokenizer,
             inputs.load_tokens(tokenizer, text, needed),
@@ -54,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
             max_batch_tokens=args.max_batch_tokens,
             progress=True,
         )
-        results["conditions"] = inputs.conditions(model, args)
-    report.finish(results, args.out, args.json)
-    return 1 if results["mismatches"] else 0
+
+    return 1 if report.measured(args, measure)["mismatches"] else 0
 
 
 if __name__ == "__main__":

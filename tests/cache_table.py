@@ -2,6 +2,8 @@
 
 import functools
 
+import torch
+
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 
 # What they hold is what they were given, as long as the tests need it: stock's tokens are due.
@@ -17,3 +19,31 @@ ROUNDED = {
     "int4-sized": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=200),
 }
 ALL = EXACT | ROUNDED
+
+
+def tokens(count: int, batch: int = 2, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values for each of three layers."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randn(batch, 2, count, 16, generator=generator) for _ in "kv") for _ in range(3)]
+
+
+def append(cache, new) -> None:
+    for index, (k, v) in enumerate(new):
+        cache.update(k, v, index)
+
+
+def contents(cache) -> list[torch.Tensor]:
+    return [t.clone() for layer in cache.layers for t in layer.dense()]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def forward(cache, new) -> None:
+    """As on an enabled model: the layer's writer, what attention reads, and the compression after it."""
+    cache.get_mask_sizes(new[0][0].shape[2], 0)
+    for index, (k, v) in enumerate(new):
+        cache.writer(index).update(k, v, index)
+        cache.layers[index].kv()
+        cache.layers[index].settle()

@@ -18,3 +18,13 @@ def run(name: str, *arguments: object) -> int:
     finally:
         sys.argv = saved
     raise AssertionError(f"{name}.py does not end with sys.exit")
+
+
+def refused(capsys, folder: Path, before: set[Path], *arguments: object) -> str:
+    """The one line with which a command line refuses, after checking that it wrote nothing."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "error: " in lines[-1] and not [line for line in lines if "Traceback" in line]
+    assert set(folder.iterdir()) == before
+    return lines[-1]

@@ -26,3 +26,12 @@ def variant(request):
         pytest.skip(str(error))  # the CPU lacks it
     yield request.param
     native.select_variant(None)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """So small a model gains nothing from more, and on a busy machine waiting for them takes minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

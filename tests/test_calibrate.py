@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
-from hf_kvattn.caches.static import KVStaticLayer
+from hf_kvattn.caches.exact import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards, inputs
 from hf_kvattn.quant.calibration import Calibration, file_name
@@ -29,13 +29,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "calibrate.py"
 GIVEN = Calibration("llama", 3, 2, 16, 16, (8, 4, 2), (2, 3, 8))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def windows(count: int = 2, length: int = 100) -> torch.Tensor:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from models import tiny_model
 from transformers import DynamicCache
 
-from hf_kvattn.evaluation import cards, claims, inputs, report, variants
+from hf_kvattn.evaluation import cards, claims, inputs, limits, report, stated, variants
 from hf_kvattn.evaluation.variants import Variant
 from hf_kvattn.kernels import reference
 from hf_kvattn.kernels.call import AttendCall
@@ -125,14 +125,15 @@ def made_up() -> dict:
             "max_difference": 0.0,
         }
 
-    def layout(size, step_ms):
-        return {"cache_bytes": size, "step_ms": spread(step_ms), "faster_than_mha": {"of_medians": 32 / step_ms}}
+    def layout(kv_heads, size, step_ms):
+        faster = {"of_medians": 32 / step_ms}
+        return {"kv_heads": kv_heads, "cache_bytes": size, "step_ms": spread(step_ms), "faster_than_mha": faster}
 
-    caches = {"MHA": layout(3200, 32.0), "GQA": layout(800, 8.0), "MQA": layout(100, 1.0)}
-    caches["GQA, window"] = layout(100, 1.0)
+    caches = {"MHA": layout(32, 3200, 32.0), "GQA": layout(8, 800, 8.0), "MQA": layout(1, 100, 1.0)}
+    caches["GQA, window"] = layout(8, 100, 1.0)
     decoding = [{"variant": "none", "speedup": None}, {"variant": "ours", "speedup": {"of_medians": 50.0}}]
     return {
-        "settings": {"window": 4096},
+        "settings": {"window": 4096, "cache_heads": 32},
         "attention": [attention(tokens) for tokens in (2048, 4096, 8192, 16384)],
         "decoding": [{"context": 2048, "rows": decoding}],
         "caches": [{"tokens": 32768, "layouts": caches}],
@@ -140,7 +141,7 @@ def made_up() -> dict:
 
 
 def test_figures_that_are_as_stated_agree():
-    judged = claims.judge(made_up())
+    judged = stated.judge(made_up())
     assert [row["claim"] for row in judged if not row["agrees"]] == [] and len(judged) == 17
     assert all(row["why"] is None and row["source"] for row in judged)
     linear = next(row for row in judged if "time grows" in row["claim"])
@@ -171,17 +172,17 @@ def test_figures_that_are_as_stated_agree():
 def test_a_figure_that_is_not_as_stated_is_said_with_its_reason(change, claim, measured, why):
     results = made_up()
     change(results)
-    (wrong,) = [row for row in claims.judge(results) if not row["agrees"]]
+    (wrong,) = [row for row in stated.judge(results) if not row["agrees"]]
     assert wrong["measured"] == pytest.approx(measured) and why in wrong["why"]
     assert claim.replace("\\", "") in wrong["claim"]
-    assert report.disagreements({"claims": claims.judge(results)}) == [wrong]
+    assert stated.disagreements({"claims": stated.judge(results)}) == [wrong]
 
 
 def test_memory_that_did_not_rise_gives_no_claim():
     results = made_up()
     for row in results["attention"]:
         row["methods"]["tiled"]["extra_bytes"] = 0
-    judged = [row["claim"] for row in claims.judge(results)]
+    judged = [row["claim"] for row in stated.judge(results)]
     assert not any("less memory" in claim or "tiled attention's memory" in claim for claim in judged)
 
 
@@ -332,10 +333,8 @@ def test_the_card_of_a_converted_model(tmp_path):
     assert card.data.base_model == ["some/model"] and "not trained" in card.text and "uptrained: " not in card.text
     worst_first = conversion("mean", "activation")
     worst_first["rows"].reverse()
-    assert any(
-        "made by activation, though mean loses less" in line for line in cards._limits_of_conversion(worst_first)
-    )
-    assert not any("loses" in line for line in cards._limits_of_conversion(conversion() | {"rows": [
+    assert any("made by activation, though mean loses less" in line for line in limits.of_conversion(worst_first))
+    assert not any("loses" in line for line in limits.of_conversion(conversion() | {"rows": [
         {"method": "expand", "loss_nats": 1e-7}]}))  # fmt: skip
 
 
@@ -359,17 +358,17 @@ def test_limits_are_those_of_the_figures(folder):
     ours = next(row for row in cell["rows"] if row["variant"] == "kvattn-static")
     ours["step_ms"]["median"], ours["tokens"]["verdict"] = 4 * ours["step_ms"]["median"], "MISMATCH"
     cell["rows"].append({**cell["rows"][0], "variant": "none", "cache_bytes": 0})
-    lines = cards._limits_of_throughput(results | {"cells": [cell], "skipped": []})
+    lines = limits.of_throughput(results | {"cells": [cell], "skipped": []})
     assert any(line.startswith("kvattn-static: decodes at 0.2") for line in lines)
     assert "kvattn-static: wrong tokens (context x batch: 128 x 1)." in lines
     ours["step_ms"]["median"] = 1.0
-    assert not any("decodes" in line and "static:" in line for line in cards._limits_of_throughput(
+    assert not any("decodes" in line and "static:" in line for line in limits.of_throughput(
         results | {"cells": [{**cell, "rows": [row for row in cell["rows"] if row["variant"] != "kvattn-static-fit"]}],
                    "skipped": []}))  # fmt: skip
 
 
 def test_every_kind_of_results_can_stand_in_a_card():
-    assert set(cards.EVALUATE) == set(cards.LIMITS) == set(report.KINDS)
+    assert set(cards.EVALUATE) == set(limits.LIMITS) == set(report.KINDS)
 
 
 def test_check_says_what_differs(folder, capsys):

@@ -14,7 +14,7 @@ import torch
 from command_lines import run
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from hf_kvattn.evaluation import bandwidth, inputs, perplexity, plots, report, throughput, variants
+from hf_kvattn.evaluation import bandwidth, drawing, inputs, perplexity, report, throughput, variants
 from hf_kvattn.evaluation import tokens as token_check
 from hf_kvattn.evaluation.variants import VARIANTS, Variant
 
@@ -48,13 +48,7 @@ def planted(name: str, cache: type[DynamicCache], exact: bool = True) -> Variant
     return Variant(name, False, lambda config, capacity: cache(config=config), exact=exact)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from more, and on a busy machine waiting for them takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -450,14 +444,14 @@ def test_a_foreign_results_file_is_not_overwritten(tmp_path, content):
 
 
 def test_missing_matplotlib_is_named_before_measuring(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(drawing.importlib.util, "find_spec", lambda name: None)
     report.check_out_dir(None)
     with pytest.raises(ImportError, match=r"pip install hf_kvattn\[eval\]"):
         report.check_out_dir(str(tmp_path))
 
 
 def test_labels_are_moved_apart_in_order():
-    moved = plots._apart([5.0, 5.0, 5.1, 40.0, 0.2], gap=2.0, low=0.0, high=40.0)
+    moved = drawing.apart([5.0, 5.0, 5.1, 40.0, 0.2], gap=2.0, low=0.0, high=40.0)
     ordered = sorted(moved)
     assert all(b - a >= 2.0 - 1e-9 for a, b in zip(ordered, ordered[1:], strict=False))
     assert moved[3] == 40.0 and moved[4] == min(moved) >= 0.0 and moved[0] < moved[2]

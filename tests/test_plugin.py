@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache
-from hf_kvattn.caches.static import KVStaticLayer
+from hf_kvattn.caches.exact import KVStaticLayer
 
 
 def snapshot(model) -> dict:

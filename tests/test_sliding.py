@@ -197,9 +197,7 @@ def test_sinks_change_what_is_computed():
         assert (other - theirs)[:, 20:].abs().max() > 0.05 * theirs.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"), [(f, b) for f in NATIVE for b in BACKENDS if (f, b) != ("gemma2", "sdpa")]
-)
+@pytest.mark.parametrize(("family", "backend"), SERVED)
 @pytest.mark.parametrize(("length", "padding"), [(5, 0), (5, 2), (30, 0), (150, 90)])
 def test_native_windows_generate_stock_tokens(backend, family, length, padding):
     inputs = prompt(length, left_padding=padding)
@@ -247,9 +245,7 @@ def test_a_forced_window_on_a_model_that_is_not_enabled():
         assert cache.get_seq_length() == 0
 
 
-@pytest.mark.parametrize(
-    ("family", "backend"), [(f, b) for f in NATIVE for b in BACKENDS if (f, b) != ("gemma2", "sdpa")]
-)
+@pytest.mark.parametrize(("family", "backend"), SERVED)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_quantized_windows(backend, family, bits):
     """Codes in a ring: every backend reads what the layer itself dequantizes, and 8 bits are close to exact."""
@@ -480,6 +476,53 @@ def test_windows_longer_than_changing_frequencies_allow():
     with pytest.raises(ValueError, match="210 tokens at once.*prefill_chunk_size"):
         model(stream(length=210), past_key_values=cache)
     assert cache.get_seq_length() == 0
+
+
+def test_a_refused_chunk_leaves_a_stream_where_it_stood():
+    rope = {"rope_theta": 10000.0, **ROPES["dynamic"]}
+    model, ids = hf_kvattn.enable(tiny_model(rope_parameters=rope, max_position_embeddings=200)), stream(length=300)
+    cache, untouched = (SlidingWindowKVCache(model.config, 8, 4) for _ in range(2))
+    for each in (cache, untouched):
+        streamed_logits(model, ids, each, [10])
+    with pytest.raises(ValueError, match="210 tokens at once"):
+        model(ids[:, 10:220], past_key_values=cache)
+    positions = torch.arange(10, 300).expand(2, -1)
+    ours, theirs = (streamed_logits(model, ids[:, 10:], c, [5, 1], positions=positions) for c in (cache, untouched))
+    assert torch.equal(ours, theirs)
+
+
+def test_keys_of_a_torn_cache_are_not_turned():
+    """Turning marks all layers and takes the marks off again: those that were there must not go with them."""
+    model, ids = hf_kvattn.enable(tiny_model(max_position_embeddings=160)), stream()
+    cache = SlidingWindowKVCache(model.config, 8, 4)
+    streamed_logits(model, ids, cache, [100, 60])
+    cache.layers[1].torn = "crop"
+    keys = [layer.keys.clone() for layer in cache.layers]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="crop was interrupted half way; only reset"):
+            model(ids[:, 160:200], past_key_values=cache)
+    assert all(torch.equal(layer.keys, k) and not layer.rebased for layer, k in zip(cache.layers, keys, strict=True))
+
+
+@pytest.mark.parametrize("saved_at", [1, 3, 5, 7, 9, 30])
+def test_rows_saved_before_all_their_sinks_have_come_go_on_collecting_them(saved_at, tmp_path):
+    model, ids, first = hf_kvattn.enable(tiny_model()), stream(), torch.tensor([0, 5])
+    mask = (torch.arange(LENGTH) >= first[:, None]).long()
+    positions = (torch.arange(LENGTH) - first[:, None]).clamp(min=0)
+    cache = SlidingWindowKVCache(model.config, 8, 4)
+    streamed_logits(model, ids, cache, [saved_at], mask, positions)
+    hf_kvattn.save_cache(cache, tmp_path / "cache")
+    for each in (cache, hf_kvattn.load_cache(tmp_path / "cache", model.config)):
+        rest, seen = [], saved_at
+        for new in (1, 1, 1, 90, 1):
+            part = slice(seen, seen := seen + new)
+            given = {"attention_mask": mask[:, :seen], "position_ids": positions[:, part]}
+            with torch.no_grad():
+                rest.append(model(ids[:, part], past_key_values=each, **given).logits)
+        expected = oracle_of("llama", 8, 4, padding=(0, 5))[:, saved_at:seen]
+        ours, theirs = ((t[0], t[1, max(0, 5 - saved_at) :]) for t in (torch.cat(rest, 1), expected))
+        for row, other in zip(ours, theirs, strict=True):  # what comes before a row's first token is nobody's
+            assert_same_logits(row, other)
 
 
 def test_a_prompt_is_prefilled_in_linear_memory():

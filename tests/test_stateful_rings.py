@@ -47,6 +47,12 @@ class Stream:
             self.kv, self.oldest = [], 0
 
 
+def filled_in_order(layer) -> list[torch.Tensor]:
+    """Keys and values as `filled` gives them, to a file for example: spans of the ring one after the other."""
+    filled = layer.filled()
+    return [torch.cat([filled[name] for name in (x, f"{x}_wrapped") if name in filled], 2) for x in "kv"]
+
+
 class Rings(RuleBasedStateMachine):
     @initialize(
         window=st.sampled_from([1, 2, 7, 33, 100]),
@@ -165,9 +171,28 @@ class Rings(RuleBasedStateMachine):
                 assert layer.oldest == stream.oldest
                 for read, kept in zip(layer._in_order(layer.oldest), held, strict=True):
                     assert torch.equal(read, kept[:, :, stream.oldest :])
+                for saved, kept in zip(filled_in_order(layer), held, strict=True):
+                    assert torch.equal(saved, kept[:, :, stream.oldest :])
                 known = min(stream.length, self.sinks)
                 for read, kept in zip((layer._sink_k, layer._sink_v), held, strict=True):
                     assert torch.equal(read[:, :, :known], kept[:, :, :known])
+
+
+@pytest.mark.parametrize("length", [1, 7, 7 + SLACK, 8 + SLACK, 100, 2 * (7 + SLACK), 200])
+@pytest.mark.parametrize("chunk", [1, 30, 200])
+def test_what_is_filled_is_in_order_wherever_the_ring_begins(length, chunk):
+    """For windows of the model and forced ones; each number says its own position."""
+    numbers = torch.arange(float(length))[None, None, :, None].expand(2, HEADS, -1, DIM)
+    config = tiny_config("mistral", sliding_window=7, head_dim=DIM, num_key_value_heads=HEADS)
+    for cache in (StaticKVCache(config), SlidingWindowKVCache(config, 5, 2)):
+        layer = cache.layers[0]
+        for start in range(0, length, chunk):
+            new = numbers[:, :, start : start + chunk]
+            layer.append(new, -new)
+            layer.settle()
+        newest = numbers[:, :, -min(length, layer.sliding_window + SLACK) :]
+        for found, expected in zip(filled_in_order(layer), (newest, -newest), strict=True):
+            assert torch.equal(found, expected)
 
 
 def test_random_sequences_of_rings():

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .base import KVLayer
-from .static import KVStaticLayer, exact_layer
+from .exact import KVStaticLayer, exact_layer
+from .layer import KVLayer
 
 
 class KVOffloadedLayer(KVStaticLayer):

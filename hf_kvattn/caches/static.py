@@ -4,95 +4,11 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from transformers import PreTrainedConfig
 
-from .base import KVCache, KVLayer, check_max_cache_len
-from .sliding import KVSlidingLayer
-
-_MIN_CAPACITY = 256
-_GROWTH = 1.5
-
-
-class KVStaticLayer(KVLayer):
-    """One layer's buffer, `(B, Hkv, capacity, D)` for keys and for values, allocated at the first append.
-
-    Slots from `stored` on hold whatever was in memory; nothing reads them. They are allocated with `empty`, so that on
-    a CPU capacity that was never written takes no physical memory.
-    """
-
-    def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
-        super().__init__(max_cache_len, layer_idx, *shape)
-        self._k = self._v = torch.empty(0)
-
-    @property
-    def stored(self) -> int:
-        return self.seen
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the filled part; no copy."""
-        return self._k[:, :, : self.seen], self._v[:, :, : self.seen]
-
-    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
-        return {"k": (self._k, self.seen), "v": (self._v, self.seen)}
-
-    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._k, self._v = buffers["k"], buffers["v"]
-
-    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.ready(k, v)
-        end = self.seen + k.shape[2]
-        if end > self.capacity:
-            self._allocate(end)
-        # detach: a buffer must not join the autograd graph of a forward outside no_grad
-        self._k[:, :, self.seen : end].copy_(k.detach())
-        self._v[:, :, self.seen : end].copy_(v.detach())
-        self.seen = end
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._allocate(key_states.shape[2])
-        self.is_initialized = True
-
-    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
-    def _allocate(self, needed: int) -> None:
-        """Makes room for `needed` tokens: all of a fixed capacity, else geometrically, moving what is stored."""
-        capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * _GROWTH))
-        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
-        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        if self.seen:
-            k[:, :, : self.seen], v[:, :, : self.seen] = self.dense()
-        self._k, self._v, self.capacity = k, v, capacity
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
-        self.check_crop(tokens_to_remove)
-        self.seen += tokens_to_remove
-        self.untouched = min(self.untouched, self.seen)
-
-    def select(self, rows: torch.Tensor) -> None:
-        stored = self.seen
-        k, v = self._k[:, :, :stored][rows], self._v[:, :, :stored][rows]
-        if k.shape[0] != self.batch_size:
-            self.batch_size, self.seen = k.shape[0], 0
-            self._allocate(stored)
-            self.seen = stored
-        self._k[:, :, :stored], self._v[:, :, :stored] = k, v
-        self.untouched = 0
-
-    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
-        for buffer in (self._k, self._v):
-            buffer[target, :, start : self.seen] = buffer[source, :, start : self.seen]
-
-
-def exact_layer(
-    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
-) -> KVLayer:
-    """A layer that keeps its tokens as they are: all of them, or those in its window."""
-    if window is None:
-        return KVStaticLayer(max_cache_len, layer_idx, heads, dim)
-    return KVSlidingLayer(window, max_cache_len, layer_idx, heads, dim)
+from .base import KVCache, check_max_cache_len
+from .exact import exact_layer
+from .offload import chain, offloaded_layer
 
 
 class StaticKVCache(KVCache):
@@ -112,19 +28,14 @@ class StaticKVCache(KVCache):
 
     Raises:
         ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, or an
-            unsupported model (`caches.base.check_config`).
+            unsupported model (`caches.configs.check_config`).
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offload: bool = False):
         check_max_cache_len(max_cache_len)
-        make_layer = functools.partial(exact_layer, max_cache_len)
-        if offload:
-            from .offload import chain, offloaded_layer  # which derive from the layer above
-
-            if max_cache_len is None:
-                raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
-            make_layer = functools.partial(offloaded_layer, max_cache_len)
-        super().__init__(config, make_layer)
+        if offload and max_cache_len is None:
+            raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
+        super().__init__(config, functools.partial(offloaded_layer if offload else exact_layer, max_cache_len))
         if offload:
             chain(self.layers)
         self.offloads = offload
@@ -133,7 +44,5 @@ class StaticKVCache(KVCache):
     def fork(self) -> KVCache:
         twin = super().fork()
         if self.offloads:
-            from .offload import chain
-
             chain(twin.layers)
         return twin

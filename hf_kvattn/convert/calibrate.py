@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.caches.base import kv_shape
+from hf_kvattn.caches.configs import kv_shape
 from hf_kvattn.caches.quantized import KVQuantizedLayer, QuantizedKVCache, QuantSettings
 from hf_kvattn.evaluation import perplexity, report
 from hf_kvattn.evaluation.variants import BASELINE, MakeCache, Variant

@@ -58,6 +58,7 @@ def measure(
                 for part, part_ms in lap_ms.items() if turn else ():
                     times_ms[variant.name][part].append([part_ms])
     return {
+        "kind": "prefix",
         "settings": {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens},
         "rows": [
             {"variant": name}

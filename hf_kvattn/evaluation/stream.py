@@ -60,6 +60,16 @@ class Plan:
     prompts: tuple[int, ...] = (4096, 8192, 16_384)
     rounds: int = 3
 
+    @classmethod
+    def of_length(cls, tokens: int, **others: Any) -> Plan:
+        """A plan for a stream of `tokens`: one too short for the usual places is looked at where it has got to."""
+        if tokens < cls.steps_at[1]:
+            others = {
+                "last": tokens // 4 // cls.bucket * cls.bucket,
+                "steps_at": (tokens // 32, tokens * 15 // 16),
+            } | others
+        return cls(tokens=tokens, **others)
+
     def check(self) -> None:
         """Raises ValueError for sizes that do not go together."""
         sizes = {name: value for name, value in vars(self).items() if isinstance(value, int)}

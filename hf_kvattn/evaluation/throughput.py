@@ -55,8 +55,8 @@ class _StepClock(StoppingCriteria):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times_s.append(time.perf_counter())
-        # transformers' annotations name subclasses that torch functions are not declared to return.
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)  # type: ignore[return-value]
+        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return done  # type: ignore[return-value]  # a class that torch's functions are not declared to return
 
 
 @contextmanager
@@ -76,12 +76,10 @@ def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     """Decode `steps` tokens, and give the seconds from the call to each of them."""
     clock = _StepClock(lane.ids.device)
+    generator: Any = caches.generator(model, lane.variant)  # a model; its methods are typed as tensors
     with caches.running(model, lane.variant):
-        generate: Any = caches.generator(
-            model, lane.variant
-        ).generate  # a mixin's method, which the type checker takes for a Tensor
         start_s = time.perf_counter()
-        lane.ids = generate(
+        lane.ids = generator.generate(
             input_ids=lane.ids,
             attention_mask=torch.ones_like(lane.ids),
             max_new_tokens=steps,

@@ -56,12 +56,10 @@ struct Buffer {
 
 // 2^x for x < 127; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
 inline Simd::Vec exp2_vec(Simd::Vec x) {
-  x = Simd::max(Simd::set(Simd::kZeroPower), x);
-  Simd::Vec n = Simd::round(x), f = Simd::fma(n, Simd::set(-1.f), x);
-  Simd::Vec p = Simd::set(1.5403530e-4f);  // Taylor series of 2^f on [-0.5, 0.5]
-  const float coefficients[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f};
+  Simd::Vec f = Simd::fraction(x), p = Simd::set(1.8775767e-3f);  // minimax polynomial of 2^f on [0, 1]
+  const float coefficients[] = {8.9893406e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
   for (float c : coefficients) p = Simd::fma(p, f, Simd::set(c));
-  return Simd::scale_pow2(p, n);
+  return Simd::scale_pow2(p, x);
 }
 
 // A row's weights become relative to a greater reference.
@@ -209,6 +207,7 @@ void for_row_blocks(int rows, F f) {
 template <typename T>
 class Attend {
   static constexpr bool kInBf16 = kSame<T, bf16_t> && Simd::kDotsBf16;
+  static constexpr int kWeightDigits = kSame<T, bf16_t> ? 1 : 2;  // bytes of a weight, where bytes are multiplied
 
  public:
   explicit Attend(const kvattn_attend_args &args)
@@ -364,11 +363,16 @@ class Attend {
         turn(true);
         const int64_t slot = packed_slot((t - lead) / kBlock);
         run = least(run, most<int64_t>(1, (a.packed_blocks - slot) / 2));
-        const float *q = scratch.q, factor = a.scale * kLog2e;
+        const float factor = a.scale * kLog2e;
         for_row_blocks(n_rows, [&](auto some, int r) {
-          attend_run<some.value>(keys.at(slot), values.at(slot), run, q + r * d_pad, d_pad,
-                                 scratch.mean_part + r, factor, references(piece) + r,
-                                 scratch.sum_lanes + r * Simd::kLanes, outputs(piece) + r * d_pad, d_pad);
+          float offset[some.value], q[some.value * kMaxDim];
+          for (int i = 0; i < some.value; ++i) {
+            offset[i] = scratch.mean_part[r + i] * factor;
+            for (int c = 0; c < d; ++c) q[i * kMaxDim + c] = scratch.q[(r + i) * d_pad + c] * factor;
+          }
+          attend_run<some.value, kWeightDigits>(keys.at(slot), values.at(slot), run, q, kMaxDim, offset,
+                                                references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
+                                                outputs(piece) + r * d_pad, d_pad);
         });
         i += run - 1;
         continue;
@@ -395,7 +399,7 @@ class Attend {
       }
       if (packed) turn(true);
       for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
-        packed_values<some.value>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
+        packed_values<some.value, kWeightDigits>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
                                   outputs(piece) + r * d_pad, d_pad);
       });
       if (packed < n) {

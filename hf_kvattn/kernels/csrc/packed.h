@@ -94,8 +94,9 @@ void packed_scores(const PackedKeys &first, int blocks, const float *q, int64_t 
   }
 }
 
-// acc[r * acc_stride + c] += sum over the blocks' tokens t of weights[r * stride + t] * value[t][c].
-template <int R>
+// acc[r * acc_stride + c] += sum over the blocks' tokens t of weights[r * stride + t] * value[t][c]. Weights have no
+// digits here, whatever their number.
+template <int R, int>
 void packed_values(const PackedValues &first, int blocks, const float *weights, int64_t stride, float *acc,
                    int64_t acc_stride) {
   for (int b = 0; b < blocks; ++b, weights += kBlock) {

@@ -10,7 +10,6 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 4;
-  static constexpr float kZeroPower = -127.f;
   static constexpr bool kDotsBf16 = false;
   using Vec = __m256;
 
@@ -38,7 +37,13 @@ struct Simd {
   static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // returns b when either is NaN
-  static Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // What x is above the next lower whole number, which x becomes; -127 counts as 0 in `scale_pow2`.
+  static Vec fraction(Vec &x) {
+    x = max(set(-127.f), x);
+    Vec whole = _mm256_floor_ps(x), rest = _mm256_sub_ps(x, whole);
+    x = whole;
+    return rest;
+  }
   static Vec scale_pow2(Vec a, Vec n) {
     __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));

@@ -10,7 +10,6 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 4;
-  static constexpr float kZeroPower = -200.f;  // 2 to this power times a number near 1 is 0
   using Vec = __m512;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
@@ -35,10 +34,9 @@ struct Simd {
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // returns b when either is NaN
-  static Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Vec scale_pow2(Vec a, Vec n) {
-    return _mm512_scalef_ps(a, n);
-  }
+  // What x is above the next lower whole number; 0 for -inf.
+  static Vec fraction(const Vec &x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  static Vec scale_pow2(Vec a, Vec x) { return _mm512_scalef_ps(a, x); }  // by the floor of x
   static bool all_at_most(Vec a, float x) { return _mm512_cmp_ps_mask(a, set(x), _CMP_NLE_UQ) == 0; }
   static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
   static float max_lane(Vec a) { return _mm512_reduce_max_ps(a); }

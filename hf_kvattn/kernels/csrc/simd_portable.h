@@ -9,7 +9,6 @@ namespace {  // one per variant: each is compiled with its own flags and must no
 struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
-  static constexpr float kZeroPower = -127.f;
   static constexpr int kVectors = 2;  // vectors of a value row held at once
   static constexpr bool kDotsBf16 = false;
   struct Vec {
@@ -67,9 +66,15 @@ struct Simd {
     KVATTN_EACH a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
-  static Vec round(Vec a) {
-    KVATTN_EACH a.lane[i] = nearbyintf(a.lane[i]);
-    return a;
+  // What x is above the next lower whole number, which x becomes; -127 counts as 0 in `scale_pow2`.
+  static Vec fraction(Vec &x) {
+    Vec rest;
+    KVATTN_EACH {
+      x.lane[i] = -127.f > x.lane[i] ? -127.f : x.lane[i];
+      const float whole = floorf(x.lane[i]);
+      rest.lane[i] = x.lane[i] - whole, x.lane[i] = whole;
+    }
+    return rest;
   }
   static Vec div(Vec a, Vec b) {
     KVATTN_EACH a.lane[i] /= b.lane[i];

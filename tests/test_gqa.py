@@ -1,253 +1,29 @@
-"""The conversion room: written checkpoints against what they were made from, and inputs that try to break it."""
+"""Fewer KV heads: merged, expanded and trained models against what they were made from."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-import random
 import resource
 import runpy
 import shutil
 import struct
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from command_lines import SCRIPTS, run
+from command_lines import SCRIPTS, refused, run
 from models import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import hf_kvattn
 from hf_kvattn.convert import compare, gqa, training
-from hf_kvattn.convert import gguf as gguf_room
 from hf_kvattn.evaluation import inputs, report
 
-WIDTH, VOCAB = 256, 320  # K-quants come in blocks of 256
-TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model gains nothing from more, and on a busy machine waiting for them takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def refused(capsys, folder: Path, before: set[Path], *arguments: object) -> str:
-    """The one line with which a command line refuses, after checking that it wrote nothing."""
-    capsys.readouterr()
-    assert run(*arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert "error: " in lines[-1] and not [line for line in lines if "Traceback" in line]
-    assert set(folder.iterdir()) == before
-    return lines[-1]
-
-
-# ------------------------------------------------------------------------------------------------- GGUF
-
-
-def blocks(rows: int, columns: int, kind: str, generator: np.random.Generator) -> np.ndarray:
-    """Random weights of a GGUF type, as bytes; the package gguf quantizes no K-quants, so these are made of bytes."""
-    import gguf
-
-    quant = gguf.GGMLQuantizationType[kind]
-    if not kind.endswith("_K"):
-        return gguf.quantize(generator.normal(0, 0.2, (rows, columns)).astype(np.float32), quant)
-    data = generator.integers(0, 256, (rows, columns // 256, gguf.GGML_QUANT_SIZES[quant][1]), dtype=np.uint8)
-    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
-    for at in halves:  # the blocks' scales
-        data[..., at : at + 2] = np.frombuffer(np.float16(1e-3).tobytes(), dtype=np.uint8)
-    return data.reshape(rows, -1)
-
-
-def write_gguf(
-    path: Path, kind: str = "Q8_0", tokenizer: str = "gpt2", more_merges: tuple[str, ...] = (), **changes: int
-) -> Path:
-    """A whole tiny Llama in one file; `changes` replace entries of its metadata."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_license("apache-2.0")
-    sizes = {"block_count": 2, "embedding_length": WIDTH, "feed_forward_length": WIDTH, "context_length": 512}
-    sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2, "rope.dimension_count": 64, "vocab_size": VOCAB}
-    for key, value in (sizes | changes).items():
-        (writer.add_uint32 if value < 2**32 else writer.add_uint64)(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    letters = sorted(ByteLevel.alphabet())
-    merges = [*zip(letters, letters[1:4], strict=False), ("a", "b"), ("Ġ", "!")]
-    tokens = [*letters, *(a + b for a, b in merges)]
-    special = len(tokens)
-    tokens += [f"<|{i}|>" for i in range(VOCAB - special)]
-    writer.add_tokenizer_model(tokenizer)
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * special + [3] * (VOCAB - special))
-    writer.add_token_merges([*(" ".join(pair) for pair in merges), *more_merges])
-    writer.add_bos_token_id(VOCAB - 2)
-    writer.add_eos_token_id(VOCAB - 1)
-    writer.add_chat_template(TEMPLATE)
-    names = {"attn_q": WIDTH, "attn_k": WIDTH // 2, "attn_v": WIDTH // 2, "attn_output": WIDTH}
-    names |= {"ffn_gate": WIDTH, "ffn_up": WIDTH, "ffn_down": WIDTH}
-    tensors = {"token_embd": VOCAB} | {f"blk.{i}.{name}": rows for i in range(2) for name, rows in names.items()}
-    for name, rows in tensors.items():
-        data = blocks(rows, WIDTH, kind, generator)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
-    for name in ["output_norm", *(f"blk.{i}.{norm}" for i in range(2) for norm in ("attn_norm", "ffn_norm"))]:
-        writer.add_tensor(f"{name}.weight", generator.normal(1, 0.1, WIDTH).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [("F16", "float16"), ("Q8_0", "bfloat16"), ("Q4_0", "float32"), ("Q4_1", "bfloat16"), ("Q4_K", "bfloat16"),
-     ("Q6_K", "float32"), ("Q2_K", "float16"), ("Q5_K", "float32"), ("Q3_K", "bfloat16")],
-)  # fmt: skip
-def test_a_converted_gguf_gives_the_logits_of_its_source(tmp_path, capsys, kind, dtype):
-    import gguf
-
-    path = write_gguf(tmp_path / "tiny.gguf", kind)
-    arguments = ["--output", tmp_path / "out", "--dtype", dtype, "--max-shard-size", "300KB", "--json"]
-    assert run("convert_gguf", path, *arguments) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["weight_types"][kind] > 0.99 * found["parameters"] and found["chat_template"]
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    torch_dtype = inputs.DTYPES[dtype]
-    source, source_tokenizer = inputs.load_model(str(path), torch_dtype)
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    ids = torch.randint(0, VOCAB, (2, 40))
-    with torch.no_grad():
-        assert written.dtype == torch_dtype and torch.equal(written(ids).logits, source(ids).logits)
-    (embedding,) = [tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "token_embd.weight"]
-    expected = torch.from_numpy(gguf.dequantize(embedding.data, embedding.tensor_type)).to(torch_dtype)
-    assert torch.equal(written.get_input_embeddings().weight, expected)
-    assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer("ab !é")["input_ids"] == source_tokenizer("ab !é")["input_ids"]
-    assert written.generation_config.eos_token_id == VOCAB - 1 == tokenizer.eos_token_id
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "license: apache-2.0" in card and f"{kind} 9" in card and dtype in card
-
-
-def test_a_cut_gguf_is_refused_wherever_it_is_cut(tmp_path):
-    whole = write_gguf(tmp_path / "tiny.gguf").read_bytes()
-    header_end = whole.index(b"blk.1.ffn_norm.weight")
-    cuts = [0, 3, 4, 7, 20, 23, 24, 40, *range(100, header_end, header_end // 40), header_end, len(whole) - 1]
-    for cut in cuts:
-        (tmp_path / "cut.gguf").write_bytes(whole[:cut])
-        with pytest.raises(ValueError, match=r"cut\.gguf is not a whole GGUF file"):
-            gguf_room.convert(str(tmp_path / "cut.gguf"), tmp_path / "out", torch.float32)
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny.gguf", "cut.gguf"}
-
-
-def text(value: str) -> bytes:
-    return struct.pack("<Q", len(value)) + value.encode()
-
-
-HUGE = struct.pack("<Q", 1 << 60)
-HOSTILE = {
-    "metadata count": struct.pack("<IQ", 3, 0) + HUGE,
-    "tensor count": struct.pack("<I", 3) + HUGE + struct.pack("<Q", 0),
-    "array of numbers": struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<II", 9, 4) + HUGE,
-    "array of strings": struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<II", 9, 8) + HUGE,
-    "array of arrays": struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<II", 9, 9) + HUGE,
-    "string": struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<I", 8) + b"\xff" * 8,
-    "key": struct.pack("<IQQ", 3, 0, 1) + HUGE,
-    "type": struct.pack("<IQQ", 3, 0, 1) + text("a") + struct.pack("<I", 99),
-    "alignment": struct.pack("<IQQ", 3, 0, 1) + text("general.alignment") + struct.pack("<II", 4, 0),
-    "dimensions": struct.pack("<IQQ", 3, 1, 0) + text("t") + struct.pack("<I", 1 << 31),
-    "shape": struct.pack("<IQQ", 3, 1, 0) + text("t") + struct.pack("<I", 2) + HUGE * 2 + struct.pack("<IQ", 0, 0),
-    "offset": struct.pack("<IQQ", 3, 1, 0) + text("t") + struct.pack("<IQI", 1, 8, 0) + HUGE,
-    "tensor type": struct.pack("<IQQ", 3, 1, 0) + text("t") + struct.pack("<IQIQ", 1, 8, 77, 0),
-    "version": struct.pack("<IQQ", 3 << 24, 0, 0),
-    "text": struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<IB", 0, 0),
-    "no metadata": struct.pack("<IQQ", 3, 0, 0),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-def test_a_hostile_gguf_header_is_refused_in_a_second(tmp_path, capsys, what):
-    pytest.importorskip("gguf")
-    path = tmp_path / "hostile.gguf"
-    path.write_bytes(b"GGUF" + HOSTILE[what] + bytes(64))
-    start_s = time.perf_counter()
-    line = refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
-    assert time.perf_counter() - start_s < 1 and "hostile.gguf" in line
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("block_count", 1 << 31), ("block_count", 0), ("embedding_length", 1 << 40), ("feed_forward_length", 1 << 45),
-     ("vocab_size", 1 << 50), ("attention.head_count", 0), ("attention.head_count", 7), ("block_count", 3),
-     ("attention.head_count_kv", 4), ("embedding_length", 128)],
-)  # fmt: skip
-def test_gguf_metadata_that_does_not_fit_the_tensors_is_refused(tmp_path, capsys, key, value):
-    path = write_gguf(tmp_path / "lies.gguf", **{key: value})
-    start_s = time.perf_counter()
-    assert "lies.gguf" in refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
-    assert time.perf_counter() - start_s < 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({"more_merges": ("a c",)}, "'a c'"), ({"more_merges": ("a b c",)}, "'a b c'"), ({"more_merges": ("",)}, "''"),
-     ({"more_merges": ("東 a",)}, "'東 a'"), ({"tokenizer": "gemma4"}, "<unk>")],
-)  # fmt: skip
-def test_a_gguf_vocabulary_that_lacks_tokens_is_refused(tmp_path, capsys, changes, reason):
-    path = write_gguf(tmp_path / "lacks.gguf", **changes)
-    line = refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
-    assert "lacks.gguf" in line and "its vocabulary lacks" in line and reason in line
-
-
-def test_flipped_bytes_in_a_gguf_header_convert_or_are_refused(tmp_path):
-    whole = write_gguf(tmp_path / "tiny.gguf").read_bytes()
-    header_end = whole.index(b"blk.1.ffn_norm.weight") + 60
-    rng = random.Random(0)
-    for i in range(40):
-        data = bytearray(whole)
-        for _ in range(3):
-            data[rng.randrange(header_end)] = rng.randrange(256)
-        (tmp_path / "flipped.gguf").write_bytes(data)
-        try:
-            gguf_room.convert(str(tmp_path / "flipped.gguf"), tmp_path / f"out{i}", torch.float32)
-        except ValueError:
-            assert not (tmp_path / f"out{i}").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_nothing_is_written_over_or_half(tmp_path, capsys):
-    path = write_gguf(tmp_path / "tiny.gguf")
-    (tmp_path / "full").mkdir()
-    before = set(tmp_path.iterdir())
-    assert "exists already" in refused(capsys, tmp_path, before, "convert_gguf", path, "--output", tmp_path / "full")
-    line = refused(capsys, tmp_path, before, "convert_gguf", path, "--output", tmp_path / "no" / "out")
-    assert "there is no folder" in line
-    line = refused(capsys, tmp_path, before, "convert_gguf", tmp_path / "no.gguf", "--output", tmp_path / "out")
-    assert "no such model file" in line
-    assert "not a .gguf" in refused(capsys, tmp_path, before, "convert_gguf", "tiny", "--output", tmp_path / "out")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:  # a write fails in the middle of the weights, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        refused(capsys, tmp_path, before, "convert_gguf", path, "--output", tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-# -------------------------------------------------------------------------------------------- fewer KV heads
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ["llama", "mistral", "qwen2", "granite", "smollm3"]
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64, "head_dim": 8}

@@ -1,0 +1,274 @@
+"""`KVLayer`: what one layer of every cache is, and does by itself."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from ..autograd import cut_graph
+from ..quant.packed import PackedKV
+
+
+class Stored(NamedTuple):
+    """What attention reads of a layer: the fields of `kernels.call.AttendCall` of the same names."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    packed: PackedKV | None = None
+    tokens: int | None = None
+    slot: int = 0
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer's keys and values. Three lengths, never mixed:
+
+    - `seen`: tokens ever appended (and not cropped), what positions are counted from;
+    - `stored`: tokens in the buffer now;
+    - `capacity`: tokens that the buffer has room for.
+
+    `untouched` of the leading tokens have not changed since the cache last looked (`KVCache._look`). `torn` names a
+    change that was interrupted half way: nothing can be read any more, only `reset` helps (`caches/whole.py`).
+
+    `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    forced = False  # whether the window is the cache's own, not the model's
+    counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
+
+    # Set at the first append.
+    batch_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __init__(
+        self,
+        max_cache_len: int | None,
+        layer_idx: int,
+        expected_heads: int | None = None,
+        expected_dim: int | None = None,
+        window: int | None = None,
+    ):
+        self.max_cache_len = max_cache_len
+        self.layer_idx, self.expected_heads, self.expected_dim = layer_idx, expected_heads, expected_dim
+        self.sliding_window = window
+        self.is_sliding = window is not None
+        self.is_initialized = False
+        self.seen = self.capacity = self.untouched = 0
+        self.torn: str | None = None
+
+    @abstractmethod
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the stored tokens, `(B, Hkv, stored, D)` each, after the first append."""
+
+    def kv(self) -> Stored:
+        """What attention over the newest tokens reads."""
+        return Stored(*self.dense())
+
+    def beside(self, q: torch.Tensor, first: torch.Tensor | None) -> Any:
+        """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/ring.py`."""
+        return None
+
+    def claim(self) -> None:
+        """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
+
+    def settle(self) -> None:
+        """Called when the attention over what was appended is done: the time to compress it."""
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # transformers assigns to its own layers' only
+        return self.dense()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]  # as above
+        return self.dense()[1] if self.is_initialized else None
+
+    @property
+    @abstractmethod
+    def stored(self) -> int: ...
+
+    @property
+    def whole(self) -> int:
+        """Tokens of which everything is stored: fewer than `seen` where their attention was interrupted."""
+        return self.seen
+
+    @abstractmethod
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        """Everything allocated, by name, each with the number of entries of dimension 2 that are filled."""
+
+    @abstractmethod
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Replaces the tensors of `buffers` by others of the same shapes and contents."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values, with everything needed to read them."""
+        return sum(tensor.nbytes for tensor, _ in self.buffers().values())
+
+    def filled(self) -> dict[str, torch.Tensor]:
+        """Everything that is stored, by name: views without spare capacity, after the first append."""
+        return {name: tensor[:, :, :filled] for name, (tensor, filled) in self.buffers().items()}
+
+    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+        """Makes an unused layer one that holds tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
+
+        What `filled` returns is allocated, and whatever was in memory until it is written.
+
+        Raises:
+            ValueError: `counts` (a number for each name in the class's `counts`) that no layer can have.
+        """
+        self.check(like, like)
+        self.lazy_initialization(like, like)
+        self.seen = counts["seen"]
+
+    def verify(self) -> None:
+        """Raises ValueError when `filled`, written from outside, holds numbers that no append leaves there."""
+
+    @torch.inference_mode(False)
+    def move(self, device: torch.device | str) -> None:
+        """Moves the buffers; `device`, where tokens come from, stays."""
+        self.adopt({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
+
+    def offload(self) -> None:
+        self.move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.move(self.device)
+
+    @torch.inference_mode(False)
+    def __deepcopy__(self, memo: dict) -> KVLayer:
+        """A layer with memory of its own, also of tensors that forks share."""
+        twin = twin_of(self)
+        twin.adopt({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
+        return twin
+
+    def __getstate__(self) -> dict:
+        return copy.deepcopy(self).__dict__
+
+    @abstractmethod
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores new tokens `(B, Hkv, T, D)`, after `ready`; nothing is written when it raises."""
+
+    def ready(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """`check`, and buffers for such tokens where there are none yet, or empty ones for another batch or dtype."""
+        self.check(k, v)
+        if self.seen:
+            return
+        mine = (self.batch_size, self.head_dim, self.dtype, self.device) if self.is_initialized else None
+        if mine != (k.shape[0], k.shape[3], k.dtype, k.device):
+            self.is_initialized = False
+            self.lazy_initialization(k, v)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """transformers' entry on a model that is not enabled: appends, and returns dense keys and values of all."""
+        self.append(key_states, value_states)
+        k, v = self.dense()
+        self.settle()
+        return cut_graph(k, key_states), cut_graph(v, value_states)
+
+    def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Refuses tokens that do not fit, naming both values. Nothing has been written when it raises ValueError."""
+        self.check_torn()
+        where = f"layer {self.layer_idx}"
+        if k.ndim != 4 or k.shape != v.shape:
+            raise ValueError(f"{where}: keys {tuple(k.shape)} and values {tuple(v.shape)} must both be (B, Hkv, T, D)")
+        if (k.dtype, k.device) != (v.dtype, v.device):
+            raise ValueError(f"{where}: keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}")
+        batch, heads, new, dim = k.shape
+        if self.expected_heads not in (None, heads) or self.expected_dim not in (None, dim):
+            raise ValueError(
+                f"{where}: the cache was made for {self.expected_heads} KV heads of {self.expected_dim}, "
+                f"got {heads} of {dim}: it belongs to another model's config"
+            )
+        if self.seen:
+            if batch != self.batch_size:
+                raise ValueError(f"{where}: the cache holds a batch of {self.batch_size}, got {batch}")
+            if (k.dtype, k.device) != (self.dtype, self.device):
+                raise ValueError(f"{where}: the cache holds {self.dtype} on {self.device}, got {k.dtype} on {k.device}")
+
+        if self.max_cache_len is not None and self.seen + new > self.max_cache_len:
+            raise ValueError(
+                f"{where}: {self.seen} stored tokens and {new} new ones exceed max_cache_len={self.max_cache_len}"
+            )
+
+    def check_torn(self) -> None:
+        """Raises ValueError, with the way out, where a change was interrupted half way."""
+        if self.torn is not None:
+            way_out = "only reset() makes the cache usable again"
+            raise ValueError(f"layer {self.layer_idx}: {self.torn} was interrupted half way; {way_out}")
+
+    @abstractmethod
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
+
+    def reset(self) -> None:
+        """Forgets all tokens; the buffers stay, unless a change of them was interrupted."""
+        self.seen = self.untouched = 0
+        self.is_initialized = self.is_initialized and self.torn is None
+        self.torn = None
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        if not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+
+    @abstractmethod
+    def select(self, rows: torch.Tensor) -> None:
+        """Gathers batch rows of what is stored; `rows` are indices on the layer's device."""
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        """Overwrites batch rows `target` by rows `source` (indices), which have the tokens before `start` in common."""
+        for tensor, filled in self.buffers().values():
+            tensor[target, :, :filled] = tensor[source, :, :filled]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
+        if self.seen:
+            self.select(check_rows(indices, self.batch_size).to(self.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and first position of the keys that `query_length` new tokens will see."""
+        return self.stored + query_length, self.seen - self.stored
+
+
+def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str, torch.Tensor]:
+    """Views of `count` entries of a ring's dimension 2 from `slot` on: one, or two where it wraps, for `filled`."""
+    to_wrap = min(count, ring.shape[2] - slot)
+    spans = {name: ring[:, :, slot : slot + to_wrap]}
+    return spans if to_wrap == count else {**spans, f"{name}_wrapped": ring[:, :, : count - to_wrap]}
+
+
+def check_rows(indices: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The batch rows, counted from 0, that `indices` `(B',)` names: integers, or bools for `(B,)`."""
+    rows = indices.nonzero().flatten() if indices.dtype == torch.bool and indices.shape == (batch_size,) else indices
+    whole = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1 and rows.numel() > 0
+    if not whole or not -batch_size <= int(rows.min()) <= int(rows.max()) < batch_size:
+        raise ValueError(f"expected rows of a batch of {batch_size}, got {indices}")
+    return rows.long() % batch_size
+
+
+def twin_of(thing: Any) -> Any:
+    """Another object of the same class with the same attributes."""
+    twin = object.__new__(type(thing))
+    twin.__dict__.update(thing.__dict__)
+    return twin

@@ -1,0 +1,197 @@
+"""What the plots are drawn with: figures with their conditions, colours by cache, lines, and labels that keep apart."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from hf_kvattn.evaluation.variants import BASELINE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
+    from matplotlib.figure import Figure
+
+OURS = ("#0b62d6", "#d9480f", "#0f8b4c", "#a21caf", "#b58900", "#0e7490")
+STOCK = ("#444444", "#6b6b6b", "#7d7468", "#66737e", "#8c8273", "#7b8894", "#8f8f8f", "#978d80", "#8793a0")
+INK = "#222222"
+LOWEST_KLD = 1e-6  # where the plot draws everything below, 0 included
+
+
+def require_plotting() -> None:
+    """Raise before a long measurement rather than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need the package matplotlib: pip install hf_kvattn[eval]")
+
+
+def new_figure(width: float, height: float, title: str, found: dict[str, Any]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    place = f"{found['cpu']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    below_title = 1 - 0.345 / height
+    figure.text(
+        0.01, below_title, f"{found['model']}, {found['dtype']}, {place}", ha="left", fontsize=8, color="#666666"
+    )
+    return figure
+
+
+def plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors="#555555", labelsize=8)
+
+
+def caption(axes: Axes, x: str | None = None, y: str | None = None, title: str | None = None) -> None:
+    """Names of the axes, and of the panel above its left end."""
+    style: dict[str, Any] = {"fontsize": 9, "color": INK}
+    if x is not None:
+        axes.set_xlabel(x, **style)
+    if y is not None:
+        axes.set_ylabel(y, **style)
+    if title is not None:
+        axes.set_title(title, loc="left", **style)
+
+
+def label_bars(axes: Axes, bars: BarContainer, labels: list[str]) -> None:
+    """The text at the end of each bar."""
+    axes.bar_label(bars, labels, fontsize=8, color=INK, padding=2)
+
+
+def colors_of(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A colour for each variant by name: strong ones for ours, greys for the stock ones."""
+    names = {row["variant"]: row["hooked"] for row in rows}
+    ours = [name for name, hooked in names.items() if hooked]
+    stock = sorted((name for name, hooked in names.items() if not hooked), key=lambda name: name != BASELINE)
+    return {name: OURS[i % len(OURS)] for i, name in enumerate(ours)} | {
+        name: STOCK[i % len(STOCK)] for i, name in enumerate(stock)
+    }
+
+
+def apart(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """The values moved until neighbours are at least `gap` apart and, if they fit, within low and high."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[int]] = []
+    for i in order:  # merged with the group below while they would touch
+        groups.append([i])
+        while len(groups) > 1 and (
+            _bottom(values, groups[-1], gap, low, high) - _bottom(values, groups[-2], gap, low, high)
+            < gap * len(groups[-2])
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    moved = list(values)
+    for group in groups:
+        for rank, i in enumerate(group):
+            moved[i] = _bottom(values, group, gap, low, high) + rank * gap
+    return moved
+
+
+def _bottom(values: list[float], group: list[int], gap: float, low: float, high: float) -> float:
+    """Where the lowest of a group goes: the group is centred on its mean, and kept within low and high."""
+    length = gap * (len(group) - 1)
+    centred = sum(values[i] for i in group) / len(group) - length / 2
+    return max(low, min(centred, high - length))
+
+
+def label_ends(
+    axes: Axes,
+    ends: list[tuple[str, float, float]],
+    last_context: int,
+    top: float,
+    colors: dict[str, str],
+    hooked: set[str],
+) -> None:
+    """Name every line beside its right end; lines that end early or leave the panel say their last value."""
+    texts = [f"{name}  {y:.0f}" + ("" if x == last_context else f" at {x:.0f}") + (" \u2191" if y > top else "")
+             for name, x, y in ends]  # fmt: skip
+    heights = apart([min(y, top) for _, _, y in ends], gap=0.047 * top, low=0.0, high=top)
+    for (name, _, y), text, height in zip(ends, texts, heights, strict=True):
+        axes.annotate(
+            text,
+            xy=(last_context * 1.03, min(y, top)),
+            xytext=(1.05, height / top),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colors[name],
+            fontweight="bold" if name in hooked else "normal",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colors[name],
+                "linewidth": 0.6,
+                "alpha": 0.7 if y <= top else 0.0,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 0,
+            },
+        )
+
+
+def label_points(axes: Axes, points: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """Name every point, ours first, at the nearest place beside it that covers no point and no other name."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    canvas: Any = axes.figure.canvas
+    canvas.draw()  # fixes the layout, so that data can be turned into pixels
+    taken: list[Bbox] = []
+    for row in points:
+        x, y = axes.transData.transform((row["bits_per_element"], max(row["kld_mean"], LOWEST_KLD)))
+        taken.append(Bbox.from_bounds(x - 9, y - 9, 18, 18))
+    inside = axes.get_window_extent()
+    places = sorted(product(range(-12, 13), (1, -1)), key=lambda place: (abs(place[0]), -place[1], place[0]))
+    for row in sorted(points, key=lambda row: not row["hooked"]):
+        label: Any = axes.annotate(
+            row["variant"],
+            xy=(row["bits_per_element"], max(row["kld_mean"], LOWEST_KLD)),
+            xytext=(0, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=colors[row["variant"]],
+            fontweight="bold" if row["hooked"] else "normal",
+            arrowprops={"arrowstyle": "-", "color": colors[row["variant"]], "linewidth": 0.5, "shrinkA": 0},
+        )
+        label.set_in_layout(False)
+        for lines, side in places:
+            label.set_position((9 * side, 10.5 * lines))
+            label.set_horizontalalignment("left" if side > 0 else "right")
+            label.update_positions(canvas.get_renderer())
+            box = Text.get_window_extent(label, canvas.get_renderer())  # the annotation's own includes its line
+            within = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
+            if within and not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+        label.arrow_patch.set_visible(lines != 0)
+
+
+def plot_lines(axes: Axes, lines: dict[str, list[tuple[float, float]]], colors: dict[str, str], title: str) -> None:
+    """One panel of lines on logarithmic axes, each with its name in the legend."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    for i, (name, line) in enumerate(lines.items()):
+        if line:
+            x, y = zip(*sorted(line), strict=True)
+            width = 1.6 + 0.4 * (len(lines) - 1 - i)  # a line below another stays visible
+            axes.plot(x, y, marker="o", markersize=width + 2, linewidth=width, color=colors[name], label=name)
+    ticks = sorted({x for line in lines.values() for x, _ in line})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    caption(axes, title=title)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
+    axes.legend(loc="upper left", ncols=2, frameon=False, fontsize=8)
+    plain(axes)

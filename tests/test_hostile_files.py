@@ -1,0 +1,377 @@
+"""Files of caches that are damaged, of another kind, or lie.
+
+HF_KVATTN_FUZZ_FILES is the number of mutated files, 300 when it is not set. `parse` and `build` know the format on
+their own.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_config
+from saved_caches import KINDS, append, assert_same
+
+from hf_kvattn import load_cache, save_cache
+
+FUZZ_FILES = int(os.environ.get("HF_KVATTN_FUZZ_FILES", "300"))
+
+
+def parse(raw: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def build(header: dict, data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def sign(header: dict, data: bytes) -> None:
+    """Writes the sha256 that makes it through the test for damage."""
+    metadata = header["__metadata__"]
+    total = hashlib.sha256(metadata["hf_kvattn"].encode())
+    for name in sorted(set(header) - {"__metadata__"}):
+        total.update(name.encode() + hashlib.sha256(data[slice(*header[name]["data_offsets"])]).digest())
+    metadata["sha256"] = total.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, bytes]:
+    """The bytes of a small file of each kind."""
+    folder, made = tmp_path_factory.mktemp("files"), {}
+    for kind, make in KINDS.items():
+        save_cache(append(make(tiny_config()), 75), folder / kind, token_ids=torch.zeros(2, 75, dtype=torch.long))
+        made[kind] = (folder / kind).read_bytes()
+    return made
+
+
+def edited(raw: bytes, change) -> bytes:
+    """The file after `change(header, said, data)`, which may give other data; `said` is what the metadata say."""
+    header, data = parse(raw)
+    said = json.loads(header["__metadata__"]["hf_kvattn"])
+    data = change(header, said, bytearray(data)) or data
+    header["__metadata__"]["hf_kvattn"] = json.dumps(said, sort_keys=True)
+    sign(header, data)
+    return build(header, bytes(data))
+
+
+def test_the_test_knows_the_format(files, tmp_path):
+    for kind, raw in files.items():
+        again = edited(raw, lambda header, said, data: None)
+        assert parse(again) == parse(raw)
+        (tmp_path / "cache").write_bytes(again)
+        assert_same(load_cache(tmp_path / "cache", tiny_config()), append(KINDS[kind](tiny_config()), 75))
+
+
+def write_numbers(name: str, value: float, dtype=torch.bfloat16):
+    """A change that puts `value` into the middle of a tensor."""
+
+    def change(header, said, data):
+        start, end = header[name]["data_offsets"]
+        place = start + (end - start) // 2 // 4 * 4
+        number = torch.tensor([value], dtype=dtype).view(torch.uint8).numpy().tobytes()
+        data[place : place + len(number)] = number
+        return data
+
+    return change
+
+
+def say(*path_and_value):
+    """A change of one value in the metadata."""
+    *path, last, value = path_and_value
+
+    def change(header, said, data):
+        for key in path:
+            said = said[key]
+        said[last] = value
+
+    return change
+
+
+def all_layers(name: str, value):
+    def change(header, said, data):
+        for layer in said["layers"]:
+            layer[name] = value
+
+    return change
+
+
+def reshape(name: str, shape: list[int]):
+    def change(header, said, data):
+        header[name]["shape"] = shape
+
+    return change
+
+
+def drop(name: str):
+    def change(header, said, data):
+        del said[name]
+
+    return change
+
+
+def rename(old: str, new: str):
+    def change(header, said, data):
+        header[new] = header.pop(old)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("static", say("version", 1), "version 1 of the format, and 2 is read here"),
+        ("static", say("version", "1"), "version '1'"),
+        ("static", say("cache", "os.system"), "class 'os.system', known are"),
+        ("static", say("cache", ["StaticKVCache"]), "class \\['StaticKVCache'\\]"),
+        ("static", say("cache", "QuantizedKVCache"), "QuantizedKVCache"),
+        ("static", say("settings", []), "settings of its StaticKVCache are \\[\\]"),
+        ("static", say("settings", "bits", 4), "unexpected keyword argument 'bits'"),
+        ("static", say("settings", "max_cache_len", 74), "75 new ones exceed max_cache_len=74"),
+        ("static", say("settings", "max_cache_len", 1 << 40), "cannot be made"),
+        ("static", say("settings", "max_cache_len", 1 << 70), "numbers are 0 to"),
+        ("static", say("settings", "max_cache_len", 80.0), "numbers are 0 to"),
+        ("static", say("dtype", "torch.float16"), "F32|float32 .* should be torch.float16"),
+        ("static", say("dtype", "torch.uint8"), "dtype is 'torch.uint8', known are"),
+        ("static", say("dtype", None), "dtype is None"),
+        ("static", say("model", {}), "it says of its model {}"),
+        ("static", say("model", "head_dim", 32), "head_dim is 32, in the config 16"),
+        ("static", say("layers", []), "0 layers, the model 3"),
+        ("static", say("layers", 7), "7 layers, the model 3"),
+        ("static", say("layers", 1, 5), "layer 1 is 5"),
+        ("static", say("layers", 1, "seen", 74), "do not agree on seen, which is \\[74, 75\\]"),
+        ("static", say("layers", 1, "seen", -75), "layer 1 .* should be 0 to"),
+        ("static", all_layers("seen", 74), "shape \\(2, 2, 75, 16\\), should be .*\\(2, 2, 74, 16\\)"),
+        ("static", all_layers("seen", 0), "sizes are at least 1"),
+        ("static", all_layers("seen", True), "layer 0 .* should be 0 to"),
+        ("static", all_layers("batch_size", 1 << 39), "batch|cannot be made|shape"),
+        ("static", all_layers("kv_heads", 3), "made for 2 KV heads of 16, got 3 of 16"),
+        ("static", all_layers("stored", 75), "layer 0 .*'stored': 75"),
+        ("static", drop("dtype"), "its metadata say"),
+        ("static", say("token_ids_sha256", 5), "hash of the token ids is 5"),
+        ("static", reshape("layers.1.k", [2, 2, 25, 48]), "layers.1.k is .*\\(2, 2, 25, 48\\), should be"),
+        ("static", reshape("layers.1.k", [2, 2, 1 << 40, 16]), "invalid shape"),
+        ("static", rename("layers.2.v", "layers.3.v"), "2 tensors are missing or not known, 'layers.2.v'"),
+        ("int8", say("settings", "key_bits", 4), "k_codes|missing"),
+        ("int8", say("settings", "key_bits", 5), "bits must be one of"),
+        ("int8", say("settings", "group_size", 32), "group_size=32 does not divide head_dim=16"),
+        ("int8", say("settings", "skip_layers", [0]), "missing or not known|layer 0"),
+        ("int8", say("settings", "skip_layers", 5), "is not iterable"),
+        ("int8", say("settings", "skip_layers", [2, 2]), "which mean"),
+        ("int8", say("settings", "sinks", 33), "sinks must be"),
+        ("sliding", all_layers("oldest", 50), "a window of 30 does not leave"),
+        ("sliding", all_layers("seen", 200), "a window of 30 does not leave"),
+        ("sliding", say("settings", "window", 5), "a window of 5 does not leave"),
+        ("int8", all_layers("dropped", 64), "64 dropped and 4 exact ones do not fit"),
+        (
+            "int8",
+            all_layers("packed_tokens", 33),
+            "33 tokens in blocks of 32 after 0 dropped and 4 exact ones do not fit",
+        ),
+        (
+            "int8",
+            all_layers("packed_tokens", 96),
+            "96 tokens in blocks of 32 after 0 dropped and 4 exact ones do not fit into 75",
+        ),
+        ("int8", all_layers("packed_tokens", 32), "should be .*\\(2, 2, 43, 16\\)"),
+        ("int8", write_numbers("layers.1.k_scale", torch.nan), "layer 1: k_scale holds NaN or infinite"),
+        ("int8", write_numbers("layers.2.v_scale", torch.inf), "layer 2: v_scale holds NaN or infinite"),
+        ("int8", write_numbers("layers.0.v_scale", -1.0), "layer 0: v_scale holds negative"),
+        ("int8", write_numbers("layers.0.k_mean", torch.nan, torch.float32), "layer 0: k_mean holds NaN"),
+        ("sliding-sinks", write_numbers("layers.1.first", -1, torch.int32), "rows of 75 tokens begin at .*-1"),
+        ("sliding-sinks", write_numbers("layers.1.first", 76, torch.int32), "rows of 75 tokens begin at .*76"),
+        ("int4-skips", write_numbers("layers.1.k_zero", -torch.inf), "layer 1: k_zero holds NaN or infinite"),
+    ],
+    ids=lambda value: value.__qualname__.split(".")[0] if callable(value) else value,
+)
+def test_files_that_lie_are_refused(files, kind, change, message, tmp_path):
+    """Each with the right sha256, so that nothing but the check itself stops them."""
+    (tmp_path / "cache").write_bytes(edited(files[kind], change))
+    with pytest.raises(ValueError, match=f"(?s)cannot be loaded: .*({message})"):
+        load_cache(tmp_path / "cache", tiny_config())
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x08",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        struct.pack("<Q", (4 << 20) + 1) + b"{" * 100,
+        struct.pack("<Q", 100) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        struct.pack("<Q", 4) + b"null",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        pickle.dumps({"a": torch.zeros(3)}),
+        pickle.dumps(os.system, protocol=0),
+        b"PK\x03\x04" + bytes(200),
+        b"GGUF" + bytes(200),
+        bytes(4096),
+        build({"__metadata__": {"hf_kvattn": "[" * 100_000, "sha256": ""}}, b""),
+        build({"__metadata__": {"hf_kvattn": '{"version": 1}', "sha256": ""}}, b""),
+        build({"__metadata__": {"hf_kvattn": "1" * 5000, "sha256": ""}}, b""),
+        build({"__metadata__": {"hf_kvattn": "[1]", "sha256": ""}}, b""),
+        build({"__metadata__": {"hf_kvattn": "no JSON", "sha256": ""}}, b""),
+        build(
+            {"__metadata__": {"format": "pt"}, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)
+        ),
+        build({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    ],
+    ids=range(20),
+)
+def test_files_of_other_kinds_are_refused(raw, tmp_path):
+    (tmp_path / "cache").write_bytes(raw)
+    with pytest.raises(ValueError, match="cache cannot be loaded: "):
+        load_cache(tmp_path / "cache", tiny_config())
+
+
+def test_a_long_header_takes_no_time_and_gives_no_long_message(files, tmp_path):
+    def many(header, said, data):
+        header.update({f"layers.{i}": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for i in range(50_000)})
+
+    def deep(header, said, data):
+        said["model"] = {"x" * 1000: "y" * 3_000_000}
+
+    for change, message in ((many, "50000 tensors are missing or not known"), (deep, "it says of its model")):
+        (tmp_path / "cache").write_bytes(edited(files["static"], change))
+        start_s = time.process_time()
+        with pytest.raises(ValueError, match=message) as found:
+            load_cache(tmp_path / "cache", tiny_config())
+        assert time.process_time() - start_s < 1 and len(str(found.value)) < 3000
+
+
+def test_a_pickle_is_not_unpickled(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "sprung",)
+
+    for write in (pickle.dump, torch.save):
+        with open(tmp_path / "cache", "wb") as file:
+            write(Trap(), file)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_cache(tmp_path / "cache", tiny_config())
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_every_flipped_bit_of_a_tensor_is_noticed(files, tmp_path):
+    raw, chance = files["int4-skips"], random.Random(3)
+    start = len(raw) - len(parse(raw)[1])
+    for _ in range(100):
+        flipped = bytearray(raw)
+        flipped[chance.randrange(start, len(raw))] ^= 1 << chance.randrange(8)
+        (tmp_path / "cache").write_bytes(flipped)
+        with pytest.raises(ValueError, match="it is damaged: its sha256 is [0-9a-f]{64}, and was [0-9a-f]{64}"):
+            load_cache(tmp_path / "cache", tiny_config())
+
+
+HOSTILE = [None, True, False, -1, 0, 1, 2, 3, 3.5, 4.0, 31, 32, 33, 64, 1 << 20, 1 << 31, 1 << 40, 1 << 63, 1 << 70,
+           1e308, float("nan"), "", "x", "\0", "torch.float16", "F16", "I64", "F8_E4M3", "QuantizedKVCache",
+           "StaticKVCache", [], [1], [0, 1], [[[]]], ["a"], {}, {"a": 1}]  # fmt: skip
+
+
+def places(value, path=()):
+    """The paths of everything inside a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+def edit_json(chance: random.Random, value) -> None:
+    """Replaces, removes or repeats one thing inside a JSON value."""
+    *path, last = chance.choice(list(places(value)))
+    for key in path:
+        value = value[key]
+    old, how = value[last], chance.random()
+    if how < 0.1:
+        del value[last]
+    elif how < 0.2 and isinstance(value, list):
+        value.insert(last, copy.deepcopy(old))
+    elif how < 0.5 and type(old) is int:
+        value[last] = chance.choice([old + 1, old - 1, 2 * old, old // 2, -old])
+    else:
+        value[last] = copy.deepcopy(chance.choice(HOSTILE))
+
+
+def mutated(chance: random.Random, raw: bytes) -> bytes:
+    kind, spot = chance.randrange(8), chance.randrange(len(raw))
+    start = len(raw) - len(parse(raw)[1])
+    if kind == 0:
+        return raw[:spot]
+    if kind == 1:
+        return struct.pack("<Q", chance.choice([0, 1, chance.randrange(len(raw)), chance.randrange(1 << 64)])) + raw[8:]
+    if kind == 2:  # bytes moved, doubled, replaced
+        end = min(len(raw), spot + chance.randrange(1, 64))
+        return raw[:spot] + chance.choice([b"", raw[spot:end] * 2, chance.randbytes(end - spot)]) + raw[end:]
+    if kind == 3:
+        flipped = bytearray(raw)
+        for _ in range(chance.randrange(1, 9)):
+            flipped[chance.randrange(chance.choice([start, len(raw)]))] ^= 1 << chance.randrange(8)
+        return bytes(flipped)
+    header, data = parse(raw)
+    metadata = header["__metadata__"]
+    said = json.loads(metadata["hf_kvattn"])
+    if kind == 7:  # other numbers
+        flipped = bytearray(data)
+        for _ in range(chance.randrange(1, 9)):
+            flipped[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        data = bytes(flipped)
+    else:
+        for _ in range(chance.choice([1, 1, 1, 2, 5])):
+            edit_json(chance, header if kind == 4 else said)
+        if kind != 4:
+            metadata["hf_kvattn"] = json.dumps(said, sort_keys=True)
+    if chance.random() < 0.9:
+        try:
+            sign(header, data)
+        except (TypeError, KeyError, AttributeError):
+            pass  # too far from a file to have a sha256
+    return build(header, data)
+
+
+def assert_is_what_the_file_says(cache, raw: bytes, path: Path) -> None:
+    """Saved again it gives the same metadata and the same bytes, whose sha256 is right."""
+    header, data = parse(raw)
+    signed = copy.deepcopy(header)
+    sign(signed, data)
+    assert signed == header
+    save_cache(cache, path)
+    again, again_data = parse(path.read_bytes())
+    said, said_again = (json.loads(h["__metadata__"]["hf_kvattn"]) for h in (header, again))
+    said["token_ids_sha256"] = None
+    assert said == said_again and set(again) == set(header)
+    for name in set(header) - {"__metadata__"}:
+        assert header[name]["shape"] == again[name]["shape"] and header[name]["dtype"] == again[name]["dtype"]
+        assert data[slice(*header[name]["data_offsets"])] == again_data[slice(*again[name]["data_offsets"])], name
+
+
+def test_mutated_files_are_refused_or_loaded_as_they_say(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # capacity must cost nothing
+    path, loaded, before = tmp_path / "cache", 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for seed in range(FUZZ_FILES):
+        chance = random.Random(seed)
+        raw = mutated(chance, files[chance.choice(list(files))])
+        path.write_bytes(raw)
+        start_s = time.process_time()
+        try:
+            cache = load_cache(path, tiny_config())
+        except ValueError as error:
+            assert str(error).startswith(f"{path} cannot be loaded: "), seed
+        except BaseException as error:
+            raise AssertionError(f"file {seed} raised {type(error).__name__}: {error}") from error
+        else:
+            assert_is_what_the_file_says(cache, raw, tmp_path / "again")
+            loaded += 1
+        assert time.process_time() - start_s < 1, seed
+    assert 0 < loaded < 0.2 * FUZZ_FILES
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
