@@ -61,12 +61,43 @@ class Impostor(torch.Tensor):
         raise RuntimeError(f"{func} on a GPU that is there only inside fake_cuda()")
 
 
+class _Arriving:
+    """Copies to the host that nobody waits for: until an event after them is waited for, their memory holds others."""
+
+    def __init__(self):
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def promise(self, numbers: torch.Tensor) -> torch.Tensor:
+        self.copies.append((torch.zeros_like(numbers), numbers))
+        return self.copies[-1][0]
+
+
+class _Event:
+    """Happens when it is waited for, or between the first time that somebody asks for it and the second."""
+
+    def __init__(self, arriving: _Arriving):
+        self.arriving, self.asked = arriving, False
+
+    def record(self, stream=None) -> None:
+        self.before = list(self.arriving.copies)
+
+    def synchronize(self) -> None:
+        for target, numbers in self.before:
+            target.copy_(numbers)
+
+    def query(self) -> bool:
+        if self.asked:
+            self.synchronize()
+        self.asked = not self.asked
+        return not self.asked
+
+
 class _Ops(TorchDispatchMode):
     """Runs operations on the CPU; results are on the device of the arguments, or on the one that is asked for."""
 
-    def __init__(self, reads: list[str]):
+    def __init__(self, reads: list[str], arriving: _Arriving):
         super().__init__()
-        self.reads = reads
+        self.reads, self.arriving = reads, arriving
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -82,12 +113,15 @@ class _Ops(TorchDispatchMode):
         if len(devices) > 1 and not copies:
             raise RuntimeError(f"Expected all tensors to be on the same device, found {devices} in {func}")
         here = args[0].device if copies and asked is None else gpus.pop() if asked is None else torch.device(asked)
-        if func in _READS or here.type == "cpu":
+        late = func is aten._to_copy.default and here.type == "cpu" and kwargs.get("non_blocking")
+        if func in _READS or here.type == "cpu" and not late:
             self.reads.append(str(func))
         if asked is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         wrapped = {id(t.data_on_cpu): t for t in args if isinstance(t, Impostor)}
         out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+        if late:
+            return self.arriving.promise(out)
         if here.type == "cpu":
             return out
         return tree_map_only(torch.Tensor, lambda t: wrapped[id(t)] if id(t) in wrapped else Impostor(t, here), out)
@@ -170,6 +204,7 @@ def fake_cuda(capability: tuple[int, int] = (8, 0), devices: int = 1) -> Iterato
     """A machine with `devices` GPUs of that compute capability, for the body of a `with`: what the host reads back."""
     reads: list[str] = []
     streams = [_Stream()]  # the current one is the last
+    arriving = _Arriving()
 
     @contextlib.contextmanager
     def stream(entered):
@@ -181,6 +216,8 @@ def fake_cuda(capability: tuple[int, int] = (8, 0), devices: int = 1) -> Iterato
         "Stream": lambda device=None: _Stream(queue=[]),
         "current_stream": lambda device=None: streams[-1],
         "stream": stream,
+        "Event": lambda: _Event(arriving),
+        "device": lambda device: contextlib.nullcontext(),
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: 0,
@@ -189,7 +226,7 @@ def fake_cuda(capability: tuple[int, int] = (8, 0), devices: int = 1) -> Iterato
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(_Ops(reads))
+        stack.enter_context(_Ops(reads, arriving))
         stack.enter_context(_Calls(reads))
         yield reads
 

@@ -1,19 +1,22 @@
 """Codecs, packed layouts, attention read packed, and QuantizedKVCache."""
 
 import copy
+import re
 from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+from impostor import Impostor, fake_cuda, on_gpu
 from models import prompt, tiny_config, tiny_model
 from problems import VARIANTS, problem
 from tolerance import FACTOR, plain_torch
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
-from hf_kvattn.kernels import native, reference, sdpa
+from hf_kvattn.caches import quantized
+from hf_kvattn.kernels import native, reference, sdpa, triton_decode
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant import affine
 from hf_kvattn.quant.codecs import KEYS, VALUES, dequantize, has_zero, quantize
@@ -368,6 +371,121 @@ def test_nan_and_inf_are_named_and_no_block_is_written(bad):
         assert all(torch.equal(t[:, :, :2], cache.layers[1]._packed[n][:, :, :2]) for n, t in before.items())
         cache.layers[1].crop(-40)
         fill(cache, 40, 40, layer=1)
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """On GPUs that are none its kernels cannot run; `triton_interpreter.py` has them."""
+    monkeypatch.setattr(triton_decode, "unavailable", lambda: "there is none")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_on_a_gpu_nothing_is_read_back_while_tokens_are_stored_and_quantized(bits, family, without_triton):
+    """Prompt, growth, a window's ring: the same numbers as on a CPU, and the host waits for none."""
+    config = tiny_config(family) if family == "llama" else tiny_config(family, sliding_window=50)
+    here, there = (QuantizedKVCache(config, bits=bits, group_size=16, sinks=2) for _ in "ab")
+    generator = torch.Generator().manual_seed(3)
+    with fake_cuda() as reads:
+        for count in (150, 1, 31, 1, 70, *[1] * 40):
+            k, v = torch.randn(2, 2, 2, count, 16, generator=generator)
+            for cache, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
+                cache.layers[0].append(*tokens)
+                cache.layers[0].settle()
+            assert reads == []
+        assert there.layers[0].packed_tokens == here.layers[0].packed_tokens > 32
+        ours = there.layers[0].filled()
+    for name, tensor in here.layers[0].filled().items():
+        assert isinstance(ours[name], Impostor) and torch.equal(ours[name].data_on_cpu, tensor), name
+
+
+def poisoned_on_a_gpu(name: str, steps: int = 0) -> QuantizedKVCache:
+    """A cache on a GPU whose layer 1 has quantized a NaN and been told of `steps` more tokens."""
+    cache = QuantizedKVCache(tiny_config(), bits=8, group_size=16)
+    layer, (k, v) = cache.layers[1], torch.randn(2, 2, 2, 70, 16)
+    (k if name == "keys" else v)[1, 0, 7, 3] = torch.nan
+    layer.append(*on_gpu((k, v)))
+    layer.settle()
+    for _ in range(steps):
+        layer.append(*on_gpu((k[:, :, 60:61], v[:, :, 60:61])))
+        layer.settle()
+    return cache
+
+
+@pytest.mark.parametrize("name", ["keys", "values"])
+def test_nan_on_a_gpu_is_named_by_a_later_step_until_reset(name, without_triton):
+    with fake_cuda() as reads:
+        layer = poisoned_on_a_gpu(name, steps=1).layers[1]  # the answer was not there yet when the step asked
+        seen, one = layer.seen, on_gpu(torch.zeros(2, 2, 1, 16))
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"layer 1: {name} were NaN or infinite .* only reset"):
+                layer.examine(wait=False)
+                layer.append(one, one)
+        assert reads == [] and layer.seen == seen
+        layer.reset()
+        layer.append(one, one)
+        assert layer.seen == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda layer: layer.filled(),
+        copy.deepcopy,
+        lambda layer: layer.check_crop(-1),
+        lambda layer: layer.__getstate__(),
+    ],
+)
+def test_what_needs_the_contents_waits_for_the_answer(use, without_triton):
+    with fake_cuda():
+        with pytest.raises(ValueError, match="layer 1: keys were NaN or infinite"):
+            use(poisoned_on_a_gpu("keys").layers[1])
+        layer = poisoned_on_a_gpu("none").layers[1]
+        layer.reset()
+        one = torch.ones(2, 2, 70, 16)
+        layer.append(*on_gpu((one, one)))
+        layer.settle()
+        assert layer._asked
+        use(layer)
+        assert not layer._asked
+
+
+def test_a_bad_block_is_found_behind_good_ones(without_triton):
+    """Two answers are to come, and the second is the bad one; a copy made before it goes on without it."""
+    with fake_cuda():
+        cache = QuantizedKVCache(tiny_config(), bits=8, group_size=16)
+        layer, k = cache.layers[1], torch.randn(2, 2, 40, 16)
+        layer.append(*on_gpu((k, k)))
+        layer.settle()
+        twin = copy.deepcopy(layer)
+        bad = k.clone()
+        bad[0, 0, 5] = torch.inf
+        layer.append(*on_gpu((bad, k)))
+        layer.settle()
+        with pytest.raises(ValueError, match="layer 1: keys were NaN or infinite"):
+            layer.examine(wait=True)
+        twin.append(*on_gpu((k, k)))
+        twin.settle()
+        twin.examine(wait=True)
+
+
+@pytest.mark.parametrize(
+    ("bits", "capability", "reason"),
+    [((8, 3), (9, 0), "not keys to 8 and values to 3"), ((4, 4), (7, 5), "needs? 8.0"), ((4, 8), (8, 0), None)],
+)
+def test_triton_quantizes_where_it_serves_and_one_reason_is_logged_where_not(
+    bits, capability, reason, caplog, monkeypatch
+):
+    quantized._log_once.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    with fake_cuda(capability), caplog.at_level("INFO", "hf_kvattn"):
+        k = on_gpu(torch.randn(2, 2, 32, 16))
+        chosen = {quantized._quantizer(k, *bits) for _ in range(3)}
+        assert quantized._quantizer(k.cpu(), *bits) is quantized.quantize_blocks
+    assert chosen == {triton_decode.quantize_blocks if reason is None else quantized.quantize_blocks}
+    logged = [record.getMessage() for record in caplog.records]
+    assert len(logged) == (reason is not None)
+    assert all("PyTorch's operations" in message and re.search(reason, message) for message in logged)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from hf_kvattn import dispatch
 from hf_kvattn.evaluation import codegen
-from hf_kvattn.kernels import triton_attention, triton_decode, triton_quantize
+from hf_kvattn.kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
 
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
 RECORDED = json.loads((Path(__file__).parent.parent / "model_cards/kernels/triton.json").read_text())
@@ -65,7 +65,7 @@ def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
         out, lse = triton_attention.launch(call, 132)
         assert (out.shape, out.device.type, lse.shape) == ((1, 1, 32, 128), "cuda", (1, 32, 1))
     (decode, grid), (merge, merge_grid) = recorder.launches
-    assert (decode, merge) == ("_decode_attention_kernel", "_merge_splits_kernel")
+    assert (decode, merge) == ("decode_attention_kernel", "merge_splits_kernel")
     assert grid == (17, 8, 1) and merge_grid == (1, 32, 1)
 
 
@@ -81,7 +81,7 @@ def test_splits_fill_the_multiprocessors(heads, tokens, splits):
 
 def test_one_variant_serves_every_length():
     with codegen.compile_only("sm_90"):
-        kernel = triton_attention._decode_attention_kernel
+        kernel = triton_kernels.decode_attention_kernel
         kernel.device_caches.pop("sm_90", None)
         for tokens in (32, 64, 4096, 4128, 100_000 // 32 * 32):
             triton_attention.launch(codegen.fake_call(64, 4, 4, tokens=tokens), 132)

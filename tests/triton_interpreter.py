@@ -3,10 +3,12 @@
 TRITON_INTERPRET=1 pytest tests/triton_interpreter.py; with KVATTN_TRITON_ALL=1 every shape meets every mix of bits.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import bf16_interpreter
@@ -14,6 +16,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
 from problems import POISON, SHAPES, problem
 from test_quantized import PACKED, packed_problem
@@ -23,8 +26,9 @@ from triton.runtime.errors import InterpreterError
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
+from hf_kvattn.caches import quantized
 from hf_kvattn.evaluation.codegen import traffic_bytes
-from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_quantize
+from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_kernels, triton_quantize
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.codecs import KEYS, VALUES, has_zero, quantize
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
@@ -52,8 +56,9 @@ def served(name: str) -> bool:
     return q_len <= triton_decode.MAX_QUERIES and dim % 16 == 0
 
 
-def check(call: AttendCall, kernels=triton_attention, multiprocessors: int = MULTIPROCESSORS) -> tuple:
-    out, lse = kernels.launch(call, multiprocessors)
+def check(call: AttendCall, multiprocessors: int = MULTIPROCESSORS, made: tuple | None = None) -> tuple:
+    """Launches `call`, or takes what was `made` of it, and holds the result against the reference."""
+    out, lse = triton_attention.launch(call, multiprocessors) if made is None else made
     exact, exact_lse = reference.attend_with_lse(call)
     assert out.shape == exact.shape and out.dtype == call.q.dtype
     _, keys, values = zip(*call.tiles(call.kv_len), strict=True)
@@ -239,22 +244,180 @@ def test_without_a_bug_nothing_is_caught(where, monkeypatch):
     check(call_that_shows(where, monkeypatch))
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
-    old, new, where = BUGS[bug]
-    source = Path(triton_attention.__file__).read_text()
+def plant(old: str, new: str, tmp_path, monkeypatch) -> None:
+    """Has the package launch kernels in whose source `new` stands for `old`."""
+    source = Path(triton_kernels.__file__).read_text()
     assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times"
-    source = source[: source.index("@torch.library")].replace(old, new)  # without the op, which is registered already
     path = tmp_path / "planted.py"
-    path.write_text(source.replace("from ..", "from hf_kvattn.").replace("from .", "from hf_kvattn.kernels."))
+    path.write_text(source.replace(old, new))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     planted = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, path.stem, planted)
     spec.loader.exec_module(planted)
+    for name in ("decode_attention_kernel", "merge_splits_kernel"):
+        monkeypatch.setattr(triton_attention, name, getattr(planted, name))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
+    old, new, where = BUGS[bug]
+    plant(old, new, tmp_path, monkeypatch)
     call = call_that_shows(where, monkeypatch)
-    planted._SPLIT_BLOCKS = triton_attention._SPLIT_BLOCKS
     with pytest.raises(AssertionError):
-        check(call, planted)
+        check(call)
+
+
+RULES = {
+    "plain": {},
+    "padded": {"first": [37, 150, 0]},
+    "window": {"window": 50},
+    "padded-window-softcap": {"window": 71, "softcap": 2.0, "first": [3, 100, 0]},
+    "not-causal": {"causal": False},
+}
+
+
+def to_lengths(full: AttendCall, packed: int, exact: int) -> tuple[AttendCall, AttendCall, torch.Tensor]:
+    """`full` with so many tokens: what the host would launch; the same for every length; the lengths for that one."""
+    capacity = 0 if full.packed is None else full.packed.tokens
+    every, host = replace(full, packed=None), replace(full, packed=None)
+    every.k, every.v = (t.clone() for t in (full.k, full.v))
+    for tensor in (every.k, every.v):
+        tensor[:, :, exact:] = POISON[tensor.dtype]
+    host.k, host.v = every.k[:, :, :exact], every.v[:, :, :exact]
+    if full.packed is not None:
+        every.packed = replace(full.packed)
+        for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"):
+            if (tensor := getattr(full.packed, name)) is not None:
+                tensor = tensor[:, :, : capacity // BLOCK].clone()
+                tensor[:, :, packed // BLOCK :] = 255 if name.endswith("codes") else 1e30
+                setattr(every.packed, name, tensor)
+        host.packed = replace(every.packed, tokens=packed) if packed else None
+    return host, every, torch.tensor([packed, exact], dtype=torch.int32)
+
+
+def check_lengths(full: AttendCall, packed: int, exact: int) -> None:
+    host, every, lengths = to_lengths(full, packed, exact)
+    made = triton_attention.launch(every, MULTIPROCESSORS, lengths)
+    if not packed and not exact:
+        assert (made[0] == 0).all() and (made[1] == -torch.inf).all()
+        return
+    check(host, made=made)
+    for mine, theirs in zip(made, triton_attention.launch(host, MULTIPROCESSORS), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2 * ATOL[host.q.dtype])
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_one_launch_serves_every_length(rules, monkeypatch):
+    """As a cache fills: all exact, then a block becomes codes whenever 32 tokens have followed the first 4."""
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "lengths", (3, 3 if rules == "plain" else 1, 4 + 160 + 34, 64, RULES[rules]))
+    full = one_head(
+        packed_problem("lengths", 4, 8, torch.float32, split=160.5 / 194, start=4), 3 if "padded" in rules else 1
+    )
+    assert full.packed.tokens == 160 and full.k.shape[2] == 38
+    around = (0, 1, 4, 5, 31, 32, 33, 35, 36, 68, 69, 99, 100, 131, 132, 164, 197, 198)
+    for seen in range(full.kv_len + 1) if ALL else around:
+        packed = max(0, seen - 4) // BLOCK * BLOCK
+        check_lengths(full, packed, seen - packed)
+        if seen - packed in (4, 5, 6) and packed:  # the block may wait
+            check_lengths(full, packed - BLOCK, seen - packed + BLOCK)
+
+
+@pytest.mark.parametrize("rules", ["plain", "padded-window-softcap"])
+def test_one_launch_serves_every_length_of_exact_tokens(rules, monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "lengths", (2, 2, 180, 80, RULES[rules]))
+    full = one_head(problem("lengths", torch.bfloat16), 2 if "padded" in rules else 1)
+    for seen in range(181) if ALL else (0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 179, 180):
+        check_lengths(full, 0, seen)
+
+
+def test_lengths_do_not_change_the_launch(monkeypatch):
+    """What is queued depends on the most that there may be alone: grids, arguments and the sizes of partial results."""
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 34, 64, {"window": 50}))
+    full = packed_problem("lengths", 4, 8, torch.float16, split=160.5 / 194, start=4)
+    queued = []
+    for packed, exact in ((0, 0), (0, 7), (160, 38)):
+        _, every, lengths = to_lengths(full, packed, exact)
+        numbers = []
+        for name in ("decode_attention_kernel", "merge_splits_kernel"):
+            kernel = getattr(triton_kernels, name)
+
+            class Recorded:
+                def __getitem__(self, grid, kernel=kernel, numbers=numbers):
+                    def run(*arguments, **constants):
+                        shapes = [each.shape if isinstance(each, torch.Tensor) else each for each in arguments]
+                        numbers.append((grid, shapes, constants))
+                        kernel[grid](*arguments, **constants)
+
+                    return run
+
+            monkeypatch.setattr(triton_attention, name, Recorded())
+        triton_attention.launch(every, MULTIPROCESSORS, lengths)
+        queued.append(numbers)
+    assert queued[0] == queued[1] == queued[2] and len(queued[0]) == 2
+
+
+def test_a_split_beyond_the_lengths_leaves_nothing_behind(monkeypatch):
+    """Its log-sum-exp is -inf and its part zeros, in memory that held NaN before."""
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 66, 64, {}))
+    full = packed_problem("lengths", 4, 8, torch.float16, split=160.5 / 226, start=4)
+    _, every, lengths = to_lengths(full, 64, 5)
+    parts, empty = [], torch.empty
+
+    def keeping(*arguments, **options):
+        parts.append(empty(*arguments, **options))
+        return parts[-1]
+
+    monkeypatch.setattr(torch, "empty", keeping)
+    triton_attention.launch(every, 64, lengths)
+    *_, partial, partial_lse = parts
+    holds = partial_lse.isfinite().all(-1).all(0).all(0)
+    assert holds.tolist() == [True, False, False, True, False]  # 5 packed blocks, 70 exact tokens, 64 tokens a split
+    assert (partial_lse[:, :, ~holds] == -torch.inf).all() and (partial[:, :, ~holds] == 0).all()
+
+
+BUGS_OF_LENGTHS = {
+    "exact tokens of the host": ("exact = tl.load(lengths_ptr + 1)", "exact += 0"),
+    "packed tokens of the host": ("packed_tokens = tl.load(lengths_ptr)", "packed_tokens += 0"),
+    "blocks of the host": ("blocks = packed_tokens // 32", "blocks += 0"),
+    "positions of the host": ("kv_len = exact", "kv_len += exact"),
+    "packed tokens have no positions": ("kv_len += packed_tokens", "kv_len += 0"),
+    "a window begins late": ("kv_len - q_len - window + 1)", "kv_len - q_len - window + 2)"),
+    "an exact split begins late": ("seen_from - packed_tokens)", "seen_from - packed_tokens + 1)"),
+}
+
+
+@pytest.mark.parametrize("bug", [None, *BUGS_OF_LENGTHS])
+def test_planted_bugs_of_lengths_are_caught(bug, tmp_path, monkeypatch):
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 34, 64, {"window": 20}))
+    full = one_head(packed_problem("lengths", 4, 8, torch.float32, split=160.5 / 194, start=4))
+    if bug is not None:
+        plant(*BUGS_OF_LENGTHS[bug], tmp_path, monkeypatch)
+    with pytest.raises(AssertionError) if bug is not None else contextlib.nullcontext():
+        check_lengths(full, 96, 38)
+        check_lengths(full, 64, 9)
+
+
+def test_what_lengths_are_refused():
+    call = one_head(packed_problem("g8-d96", 4, 8, torch.float16, start=4))
+    good = torch.tensor([64, 20], dtype=torch.int32)
+    for bad, message in (
+        (good.long(), r"lengths are \(2,\) torch.int64 on cpu, expected \(2,\) torch.int32 on cpu"),
+        (good[:1], r"lengths are \(1,\) torch.int32"),
+        (good.to("meta"), "torch.int32 on meta, expected .* on cpu"),
+        (torch.zeros(4, dtype=torch.int32)[::2], "lengths are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triton_attention.launch(call, 3, bad)
+    call.packed.slot = 2
+    with pytest.raises(ValueError, match=r"not for a ring .* slots \(0, 2\)"):
+        triton_attention.launch(call, 3, good)
+    with pytest.raises(ValueError, match=r"not for a ring .* slots \(149, 0\)"):
+        triton_attention.launch(dense_ring(149), 3, good)
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 2)], ids=str)
@@ -281,12 +444,14 @@ def test_bytes_outside_a_window_are_not_moved(monkeypatch):
     assert moved < 0.2 * traffic_bytes(call, 132)[1]
 
 
-def one_head(call: AttendCall) -> AttendCall:
-    """The first row's first KV head of a packed call, and the query heads that read it."""
-    call.q, call.k, call.v = call.q[:1, : call.q.shape[1] // call.k.shape[1]], call.k[:1, :1], call.v[:1, :1]
-    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"):
+def one_head(call: AttendCall, rows: int = 1) -> AttendCall:
+    """The first KV head of a call's first `rows` rows, and the query heads that read it."""
+    group = call.q.shape[1] // call.k.shape[1]
+    call.q, call.k, call.v = call.q[:rows, :group], call.k[:rows, :1], call.v[:rows, :1]
+    call.first = None if call.first is None else call.first[:rows]
+    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero") if call.packed else ():
         if (tensor := getattr(call.packed, name)) is not None:
-            setattr(call.packed, name, tensor[:1, :1].contiguous())
+            setattr(call.packed, name, tensor[:rows, :1].contiguous())
     return call
 
 
@@ -384,6 +549,38 @@ def test_what_quantizing_refuses(changes, message):
         triton_quantize.quantize_blocks(k, k, k[:, :, 0], **empty_arrays((1, 1, 5, 16), (4, 4), 16), **numbers)
 
 
+@pytest.mark.parametrize(("bits", "window"), [((4, 8), None), ((8, 4), 50), ((4, 4), None)], ids=str)
+def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
+    """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
+    monkeypatch.setattr(quantized, "_CHUNK_BLOCKS", 2)
+    launched, launch = [], triton_quantize.launch
+    monkeypatch.setattr(triton_quantize, "launch", lambda k, *rest: (launched.append(k.shape), launch(k, *rest)))
+    settings = quantized.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
+    here, there = (quantized.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
+    with fake_cuda() as reads:
+        for count in (150, 1, 40, 33, 100):
+            k, v = torch.randn(2, 1, 2, count, 64).bfloat16()
+            for layer, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
+                layer.append(*tokens)
+                layer.settle()
+        assert reads == []
+        ours = there.filled()
+    assert launched and here.packed_tokens == there.packed_tokens and bool(here.dropped) == bool(window)
+    for name, tensor in here.filled().items():
+        assert torch.equal(ours[name].data_on_cpu, tensor), name
+
+
+def test_keys_and_values_of_any_strides_are_quantized():
+    k, v = made_of("normal", 32)
+    arrays, expected = (empty_arrays((3, 2, 3, 32), (4, 4), 32) for _ in "ab")
+    mean = k.float().mean(2)
+    quantized_by_torch(k, v, mean, expected, (4, 4), 32, [0, 1])
+    apart = [torch.stack((t, torch.full_like(t, 7)), -1)[..., 0] for t in (k, v)]
+    assert apart[0].stride(-1) == 2
+    triton_quantize.quantize_blocks(*apart, mean, **arrays, k_bits=4, v_bits=4, slot=0)
+    assert all(torch.equal(arrays[name], tensor) for name, tensor in expected.items())
+
+
 def test_append_quantize_and_attend():
     """Blocks quantized by one op are read by the other, step by step, as a cache does it."""
     k, v, q = (torch.randn(1, heads, 100, 64).bfloat16() for heads in (2, 2, 6))
@@ -404,11 +601,16 @@ def test_append_quantize_and_attend():
 def test_ops_are_declared_as_they_are():
     call = one_head(packed_problem("g8-d96", 4, 8, torch.float16, start=4))
     call.first = torch.tensor([60], dtype=torch.int32)
-    arguments, number = triton_attention.op_arguments(call), {"multiprocessors": 3}
-    torch.library.opcheck(triton_attention.decode_attention, arguments, number)
-    op = triton_attention.decode_attention(*arguments, **number)
-    for mine, direct in zip(op, triton_attention.launch(call, 3), strict=True):
-        assert torch.equal(mine, direct)
+    lengths = torch.tensor([call.packed.tokens, call.k.shape[2]], dtype=torch.int32)
+    for more in ((), (lengths,)):
+        arguments, number = (
+            triton_attention.op_arguments(call),
+            {"multiprocessors": 3} | ({"lengths": lengths} if more else {}),
+        )
+        torch.library.opcheck(triton_attention.decode_attention, arguments, number)
+        op = triton_attention.decode_attention(*arguments, **number)
+        for mine, direct in zip(op, triton_attention.launch(call, 3, *more), strict=True):
+            assert torch.equal(mine, direct)
     k, v = made_of("normal", 32)
     arrays = empty_arrays((3, 2, 3, 32), (4, 4), 32)
     arguments, numbers = (k, v, k.float().mean(2), *arrays.values()), {"k_bits": 4, "v_bits": 4, "slot": 1}

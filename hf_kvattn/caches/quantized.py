@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
+from ..kernels import triton_decode
 from ..quant.calibration import Calibration, check_group_size
 from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
 from ..quant.layout import BLOCK, pack_keys, pack_values
@@ -57,6 +58,8 @@ class KVQuantizedLayer(KVLayer):
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
+        # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
+        self._asked: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
     @property
     def stored(self) -> int:
@@ -118,6 +121,10 @@ class KVQuantizedLayer(KVLayer):
         _warn_dense()
         return super().update(key_states, value_states, *args, **kwargs)
 
+    def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().check(k, v)
+        self.examine(wait=False)
+
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.ready(k, v)
         end = self.seen + k.shape[2]
@@ -155,17 +162,23 @@ class KVQuantizedLayer(KVLayer):
     def settle(self) -> None:
         """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
 
+        On a GPU nothing waits to hear whether they are finite: `examine` says so later.
+
         Raises:
-            ValueError: NaN or infinite keys or values; no block has been written then.
+            ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
         """
         exact, sinks = self._exact, self.settings.sinks
         count = max(0, exact - self._least_exact) // BLOCK
         if not count:
             return
         done = sinks + count * BLOCK
-        for name, tensor in (("keys", self._exact_k), ("values", self._exact_v)):
-            if not bool(torch.isfinite(tensor[:, :, sinks:done]).all()):
-                raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
+        finite = torch.stack([tensor[:, :, sinks:done].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
+        if self.device.type == "cuda":
+            answer, answered = finite.to("cpu", non_blocking=True), torch.cuda.Event()
+            answered.record(torch.cuda.current_stream(self.device))
+            self._asked += ((answer, answered),)
+        elif name := _not_finite(finite):
+            raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
         first = (self.dropped + self.packed_tokens) // BLOCK
         slots, dropped = self._packed["k_codes"].shape[2], self.dropped // BLOCK
         if self.sliding_window is not None:
@@ -194,22 +207,31 @@ class KVQuantizedLayer(KVLayer):
         self.dropped = dropped * BLOCK
         self.torn = None
 
+    def examine(self, wait: bool) -> None:
+        """Raises ValueError, until `reset`, where a GPU has answered that what it quantized was NaN or infinite.
+
+        Args:
+            wait: for answers that are still to come; without, those are looked at another time.
+        """
+        pending = []
+        for answer, answered in self._asked:
+            if wait:
+                answered.synchronize()
+            elif not answered.query():
+                pending.append((answer, answered))
+                continue
+            if name := _not_finite(answer):
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} were NaN or infinite when they were quantized; only reset() makes "
+                    "the cache usable again"
+                )
+        self._asked = tuple(pending)
+
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
-        settings, packed = self.settings, self._packed
-        slots = slice(first, first + k.shape[2] // BLOCK)
-        blocks = (k.float() - packed["k_mean"][:, :, None]).unflatten(2, (-1, BLOCK))
-        codes, scale, zero = quantize(blocks, settings.k_bits, -2, KEYS)
-        packed["k_codes"][:, :, slots] = pack_keys(codes, settings.k_bits)
-        packed["k_scale"][:, :, slots] = scale[..., 0, :]
-        if zero is not None:
-            packed["k_zero"][:, :, slots] = zero[..., 0, :]
-        groups = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, settings.group_size))
-        codes, scale, zero = quantize(groups, settings.v_bits, -1, VALUES)
-        packed["v_codes"][:, :, slots] = pack_values(codes.flatten(-2), settings.v_bits)
-        packed["v_scale"][:, :, slots] = scale[..., 0].transpose(-1, -2)
-        if zero is not None:
-            packed["v_zero"][:, :, slots] = zero[..., 0].transpose(-1, -2)
+        bits = self.settings.k_bits, self.settings.v_bits
+        arrays: dict[str, torch.Tensor | None] = {"k_zero": None, "v_zero": None, **self._packed}
+        _quantizer(k, *bits)(k, v, **arrays, k_bits=bits[0], v_bits=bits[1], slot=first)
 
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
@@ -248,6 +270,7 @@ class KVQuantizedLayer(KVLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         super().check_crop(tokens_to_remove)
+        self.examine(wait=True)
         kept, window = self.seen + tokens_to_remove, self.sliding_window
         if window is not None and tokens_to_remove and kept and max(0, kept - window + 1) < self.dropped:
             raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
@@ -275,7 +298,12 @@ class KVQuantizedLayer(KVLayer):
     def reset(self) -> None:
         self._own_exact(0)
         self.seen = self.packed_tokens = self.dropped = 0
+        self._asked = ()
         super().reset()
+
+    def __deepcopy__(self, memo: dict) -> KVLayer:
+        self.examine(wait=True)
+        return super().__deepcopy__(memo)
 
     def select(self, rows: torch.Tensor) -> None:
         self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
@@ -284,6 +312,7 @@ class KVQuantizedLayer(KVLayer):
         self.untouched = 0
 
     def filled(self) -> dict[str, torch.Tensor]:
+        self.examine(wait=True)
         exact, blocks = self._exact, self.packed_tokens // BLOCK
         tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
         if blocks:
@@ -333,6 +362,48 @@ class KVQuantizedLayer(KVLayer):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
 
 
+def _not_finite(finite: torch.Tensor) -> str | None:
+    """Which of keys and values is not, where `finite` `(2,)` bool says of each whether it is."""
+    return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
+
+
+def _quantizer(k: torch.Tensor, k_bits: int, v_bits: int) -> Callable[..., None]:
+    """What quantizes blocks of such keys and values: Triton on a GPU, where it serves, else PyTorch. Equal results."""
+    if k.device.type != "cuda":
+        return quantize_blocks
+    if reason := triton_decode.unavailable() or triton_decode.cannot_quantize(k, k_bits, v_bits):
+        _log_once(f"blocks are quantized with PyTorch's operations, because {reason}")
+        return quantize_blocks
+    return triton_decode.quantize_blocks
+
+
+def quantize_blocks(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_zero: torch.Tensor | None,
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero: torch.Tensor | None,
+    k_bits: int,
+    v_bits: int,
+    slot: int,
+) -> None:
+    """Writes whole blocks `(B, Hkv, n * 32, D)` of finite numbers to the arrays of a `PackedKV`, from `slot` on."""
+    slots, groups = slice(slot, slot + k.shape[2] // BLOCK), v_scale.shape[3]
+    blocks = (k.float() - k_mean[:, :, None]).unflatten(2, (-1, BLOCK))
+    codes, scale, zero = quantize(blocks, k_bits, -2, KEYS)
+    k_codes[:, :, slots], k_scale[:, :, slots] = pack_keys(codes, k_bits), scale[..., 0, :]
+    if k_zero is not None and zero is not None:
+        k_zero[:, :, slots] = zero[..., 0, :]
+    codes, scale, zero = quantize(rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (groups, -1)), v_bits, -1, VALUES)
+    v_codes[:, :, slots], v_scale[:, :, slots] = pack_values(codes.flatten(-2), v_bits), scale[..., 0].transpose(-1, -2)
+    if v_zero is not None and zero is not None:
+        v_zero[:, :, slots] = zero[..., 0].transpose(-1, -2)
+
+
 class QuantizedKVCache(KVCache):
     """Keys and values as integer codes, quantized once and read packed by the attention kernels.
 
@@ -342,6 +413,10 @@ class QuantizedKVCache(KVCache):
     Keys share a scale per channel in blocks of 32 tokens, after the channel's mean is taken off; values per token in
     groups of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. The prompt's own forward sees
     exact keys and values.
+
+    NaN or infinite keys or values raise ValueError, with the layer's number, before they are quantized. On a GPU no
+    step waits to hear of them: they are quantized, and one of the next steps raises, or the next `crop`, `fork`, copy
+    or `save_cache`; only `reset` makes the cache usable again.
 
     Args:
         config: the model's config.
@@ -421,6 +496,11 @@ class QuantizedKVCache(KVCache):
             "max_cache_len": max_cache_len,
             "sinks": sinks,
         }
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(message: str) -> None:
+    logger.info(message)
 
 
 @functools.lru_cache(maxsize=1)

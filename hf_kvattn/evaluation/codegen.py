@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ..kernels import triton_attention, triton_decode, triton_quantize
+from ..kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
 from ..kernels.call import AttendCall, PackedKV
 from ..kernels.triton_attention import BLOCK
 
@@ -201,9 +201,9 @@ def all_cases() -> list[Case]:
 def compile_case(case: Case) -> dict[str, int]:
     """Compiles the case as the package would launch it, and says what it takes."""
     kernel = {
-        "decode": triton_attention._decode_attention_kernel,
-        "merge": triton_attention._merge_splits_kernel,
-        "quantize": triton_quantize._quantize_blocks_kernel,
+        "decode": triton_kernels.decode_attention_kernel,
+        "merge": triton_kernels.merge_splits_kernel,
+        "quantize": triton_quantize.quantize_blocks_kernel,
     }[case.kernel]
     kernel.device_caches.pop(case.target, None)
     bits = (case.k_bits, case.v_bits) if case.k_bits or case.kernel == "decode" else (4, 4)

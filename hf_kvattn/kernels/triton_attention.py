@@ -1,9 +1,5 @@
-"""Decode attention in Triton over quantized and exact tokens: the kernels, and the op that launches them.
-
-The tokens are split over programs (flash-decoding), each of which serves all query rows of its KV head: codes are
-loaded once, as they lie in memory, and become numbers in registers. Their scales are loaded once a block and spread by
-broadcasting, never gathered. Some splits hold packed blocks, the others exact tokens, in the same launch. A second
-kernel merges them and undoes the rotation of the values.
+"""Decode attention in Triton over quantized and exact tokens: which program takes which, and the op that launches both
+kernels (`triton_kernels.py`).
 
 This module needs triton and is imported when the first call comes.
 """
@@ -15,292 +11,18 @@ from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
 
 from ..quant import rotation
 from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall
+from .triton_kernels import decode_attention_kernel, merge_splits_kernel
 
 MAX_SPLITS = 128
 _SPLIT_PAYS = 16  # a split reads so many times the bytes that its partial result costs,
 _SPLIT_BLOCKS = (8, 64)  # within these bounds: with many query rows it is more important that all multiprocessors read
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-
-
-@triton.jit
-def _load_units(codes, slot, there, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """The units of `quant/layout.py` of some blocks, one code a byte: `(BLOCKS * PADDED / 2, 64)`; zeros beyond D."""
-    at = tl.arange(0, 4 * BITS * PADDED)[None, :]
-    mask = there[:, None] & (at < 4 * BITS * D)
-    shared = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0)
-    shared = tl.reshape(shared, (BLOCKS * PADDED * BITS // 16, 1, 64))
-    units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
-    return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
-
-
-@triton.jit
-def _load_keys(
-    codes, scale, zero, slot, there, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr
-):
-    """float32 keys of some blocks without their mean, `(BLOCKS * 32, PADDED)`."""
-    units = _load_units(codes, slot, there, BLOCKS, BITS, D, PADDED)
-    lanes = tl.reshape(units, (BLOCKS, PADDED // 4, 2, 16, 4))  # block, channels, half, token, channel
-    x = tl.reshape(tl.permute(lanes, (0, 2, 3, 1, 4)), (BLOCKS, 32, PADDED)).to(tl.float32)
-    d = tl.arange(0, PADDED)
-    at, mask = slot[:, None] * D + d[None, :], there[:, None] & (d[None, :] < D)
-    step = tl.load(scale + at, mask=mask, other=0).to(tl.float32)[:, None, :]
-    if BITS == 8:
-        x = (x - 128) * step
-    else:
-        x = x * step + tl.load(zero + at, mask=mask, other=0).to(tl.float32)[:, None, :]
-    return tl.reshape(x, (BLOCKS * 32, PADDED))
-
-
-@triton.jit
-def _load_values(
-    codes,
-    scale,
-    zero,
-    slot,
-    there,
-    BLOCKS: tl.constexpr,
-    BITS: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """float32 rotated values of some blocks, `(BLOCKS * 32, PADDED)`; SPAN: largest power of two that divides GROUP."""
-    units = _load_units(codes, slot, there, BLOCKS, BITS, D, PADDED)
-    lanes = tl.reshape(units, (BLOCKS, PADDED // 16, 8, 16, 4))  # block, channels, tokens, channel, token
-    spans: tl.constexpr = PADDED // SPAN
-    x = tl.reshape(tl.permute(lanes, (0, 2, 4, 1, 3)), (BLOCKS, 32, spans, SPAN)).to(tl.float32)
-    channel = tl.arange(0, spans)[None, :, None] * SPAN
-    at = (slot * (D // GROUP * 32))[:, None, None] + channel // GROUP * 32 + tl.arange(0, 32)[None, None, :]
-    mask = there[:, None, None] & (channel < D)
-    step = tl.load(scale + at, mask=mask, other=0).to(tl.float32)
-    step = tl.expand_dims(tl.permute(step, (0, 2, 1)), 3)
-    if BITS == 8:
-        x = (x - 128) * step
-    else:
-        low = tl.load(zero + at, mask=mask, other=0).to(tl.float32)
-        x = x * step + tl.expand_dims(tl.permute(low, (0, 2, 1)), 3)
-    return tl.reshape(x, (BLOCKS * 32, PADDED))
-
-
-@triton.jit
-def _add_tile(
-    scores,
-    v,
-    there,
-    key,
-    position,
-    first,
-    scale,
-    softcap,
-    window,
-    top,
-    total,
-    acc,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """One step of the online softmax, in powers of two: keys at the positions `key`, queries at `position`."""
-    if SOFTCAP:
-        scores = scores * (scale / softcap)
-        scores = (softcap * 1.4426950408889634) * (1 - 2 / (tl.exp2(scores * 2.8853900817779268) + 1))
-    else:
-        scores = scores * (scale * 1.4426950408889634)
-    visible = (there & (key >= first))[None, :] & (key[None, :] > position[:, None] - window)
-    if CAUSAL:
-        visible = visible & (key[None, :] <= position[:, None])
-    scores = tl.where(visible, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    finite = tl.where(new_top == -float("inf"), 0.0, new_top)  # nothing visible yet: no inf - inf
-    weights = tl.exp2(scores - finite[:, None])
-    shrink = tl.exp2(top - finite)
-    total = total * shrink + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None])
-    return new_top, total, acc
-
-
-@triton.jit(
-    do_not_specialize=["start", "packed_tokens", "block_begin", "blocks", "slot", "slots", "exact_begin", "exact"]
-    + ["exact_slot", "ring", "kv_len", "window", "split_blocks", "packed_splits", "splits", "q_len"]
-)
-def _decode_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    first_ptr,
-    k_codes,
-    k_scale,
-    k_zero,
-    k_mean,
-    v_codes,
-    v_scale,
-    v_zero,
-    partial_ptr,  # (B, Hkv, splits, G * Tq, D) float32
-    lse_ptr,  # (B, Hkv, splits, G * Tq) float32, of base 2
-    scale,
-    softcap,
-    start,
-    packed_tokens,
-    block_begin,
-    blocks,
-    slot,
-    slots,
-    exact_begin,
-    exact,
-    exact_slot,
-    ring,
-    kv_len,
-    window,
-    split_blocks,
-    packed_splits,
-    splits,
-    q_len,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    KV_HEADS: tl.constexpr,
-    HEADS_PER_KV: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    kv = batch * KV_HEADS + head
-    row_count = HEADS_PER_KV * q_len
-    row_tiles = tl.cdiv(row_count, ROWS)  # neighbours, so that all but the first find keys and values in the L2 cache
-    split = tl.program_id(0) // row_tiles
-    rows = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, PADDED)
-    row_at = (head * HEADS_PER_KV + rows // q_len).to(tl.int64) * stride_qh + (rows % q_len) * stride_qt
-    row_mask = (rows < row_count)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + d[None, :], mask=row_mask, other=0)
-    position = kv_len - q_len + rows % q_len
-    first = 0
-    if first_ptr is not None:
-        first = tl.load(first_ptr + batch)
-
-    top = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, PADDED), tl.float32)
-    TILE: tl.constexpr = BLOCKS * 32
-
-    if K_BITS:
-        begin = block_begin + split * split_blocks
-        end = tl.minimum(begin + split_blocks, tl.where(split < packed_splits, blocks, 0))
-        begin = tl.maximum(begin, (first - start) // 32 // BLOCKS * BLOCKS)  # left padding
-        mean = tl.load(k_mean + kv * D + d, mask=d < D, other=0)
-        of_mean = tl.sum(q.to(tl.float32) * mean[None, :], 1)
-        for at in tl.range(begin, end, BLOCKS):
-            block = at + tl.arange(0, BLOCKS)
-            there = block < end
-            lies = slot + block
-            lies = kv * slots + tl.where(lies >= slots, lies - slots, lies)
-            k = _load_keys(k_codes, k_scale, k_zero, lies, there, BLOCKS, K_BITS, D, PADDED).to(q.dtype)
-            v = _load_values(v_codes, v_scale, v_zero, lies, there, BLOCKS, V_BITS, D, PADDED, GROUP, SPAN)
-            scores = tl.dot(q, tl.trans(k)) + of_mean[:, None]
-            token = at * 32 + tl.arange(0, TILE)
-            top, total, acc = _add_tile(
-                scores, v.to(q.dtype), token < end * 32, start + token, position, first, scale, softcap, window,
-                top, total, acc, CAUSAL, SOFTCAP,
-            )  # fmt: skip
-
-    begin = exact_begin + (split - packed_splits) * split_blocks * 32
-    end = tl.where(split < packed_splits, begin, tl.minimum(begin + split_blocks * 32, exact))
-    for at in tl.range(begin, end, TILE, num_stages=2):
-        token = at + tl.arange(0, TILE)
-        there = token < end
-        lies = exact_slot + token
-        lies = tl.where(lies >= ring, lies - ring, lies).to(tl.int64)
-        mask = there[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh + lies[:, None] * stride_kt + d[None, :],
-                    mask=mask, other=0)  # fmt: skip
-        v = tl.load(v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh + lies[:, None] * stride_vt + d[None, :],
-                    mask=mask, other=0)  # fmt: skip
-        scores = tl.dot(q, tl.trans(k))
-        key = tl.where(token < start, token, token + packed_tokens)
-        top, total, acc = _add_tile(
-            scores, v, there, key, position, first, scale, softcap, window,
-            top, total, acc, CAUSAL, SOFTCAP,
-        )  # fmt: skip
-
-    row = (kv * splits + split) * row_count + rows
-    tl.store(partial_ptr + row[:, None] * D + d[None, :], acc / tl.where(total > 0, total, 1.0)[:, None], mask=row_mask)
-    tl.store(lse_ptr + row, top + tl.log2(total), mask=rows < row_count)
-
-
-@triton.jit
-def rotate(x, ROWS: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr):
-    """`quant/rotation.py` on `(ROWS, PADDED)` float32, in blocks of `2**LOG_SIZE` channels, in its order of sums."""
-    for i in tl.static_range(LOG_SIZE):
-        pairs = tl.permute(tl.reshape(x, (ROWS * PADDED // 2 ** (i + 1), 2, 2**i)), (0, 2, 1))
-        a, b = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (ROWS, PADDED))
-    return x * (2**LOG_SIZE) ** -0.5
-
-
-@triton.jit(do_not_specialize=["splits", "packed_splits", "q_len"])
-def _merge_splits_kernel(
-    partial_ptr,
-    partial_lse_ptr,
-    out_ptr,  # (B, Tq, Hq, D)
-    lse_ptr,  # (B, Hq, Tq) float32, natural
-    splits,
-    packed_splits,
-    q_len,
-    HEADS: tl.constexpr,
-    HEADS_PER_KV: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG_SIZE: tl.constexpr,
-    MOST: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row_count = HEADS_PER_KV * q_len
-    kv = batch * (HEADS // HEADS_PER_KV) + head // HEADS_PER_KV
-    row = kv * splits * row_count + head % HEADS_PER_KV * q_len + query
-    every = tl.arange(0, MOST)
-    every_lse = tl.load(partial_lse_ptr + row + every * row_count, mask=every < splits, other=-float("inf"))
-    top = tl.max(every_lse, 0)
-    finite = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.sum(tl.exp2(every_lse - finite), 0)
-    d = tl.arange(0, PADDED)
-    packed = tl.zeros((PADDED,), tl.float32)
-    exact = tl.zeros((PADDED,), tl.float32)
-    for at in tl.range(0, splits, CHUNK):
-        split = at + tl.arange(0, CHUNK)
-        there = split < splits
-        part = row + split.to(tl.int64) * row_count
-        weight = tl.exp2(tl.load(partial_lse_ptr + part, mask=there, other=-float("inf")) - finite)
-        mask = there[:, None] & (d < D)[None, :]
-        weighted = tl.load(partial_ptr + part[:, None] * D + d[None, :], mask=mask, other=0) * weight[:, None]
-        packed += tl.sum(tl.where((split < packed_splits)[:, None], weighted, 0.0), 0)
-        exact += tl.sum(tl.where((split < packed_splits)[:, None], 0.0, weighted), 0)
-    packed = tl.reshape(rotate(tl.reshape(packed, (1, PADDED)), 1, PADDED, LOG_SIZE), (PADDED,))
-    out = (packed + exact) / tl.where(total > 0, total, 1.0)
-    out_row = (batch * q_len + query) * HEADS + head
-    tl.store(out_ptr + out_row * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
-    tl.store(lse_ptr + (batch * HEADS + head) * q_len + query, (top + tl.log2(total)) * 0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -330,11 +52,16 @@ class Splits:
     exact: int
 
 
-def splits_for(call: AttendCall, programs: int, multiprocessors: int, blocks_at_once: int) -> Splits:
-    """Splits that fill the GPU, where `programs` are needed for each; from lengths alone, so nothing waits for it."""
+def splits_for(
+    call: AttendCall, programs: int, multiprocessors: int, blocks_at_once: int, any_length: bool = False
+) -> Splits:
+    """Splits that fill the GPU, where `programs` are needed for each; from lengths alone, so nothing waits for it.
+
+    With `any_length` they serve every length up to that of `call`: a window may begin anywhere.
+    """
     start, packed_tokens = (0, 0) if call.packed is None else (call.packed.start, call.packed.tokens)
     exact = call.kv_len - packed_tokens
-    unseen = 0 if call.window is None else max(0, call.kv_len - call.q.shape[2] - call.window + 1)
+    unseen = 0 if any_length or call.window is None else max(0, call.kv_len - call.q.shape[2] - call.window + 1)
     block_begin = min(max(0, unseen - start) // BLOCK, packed_tokens // BLOCK)
     exact_begin = unseen if unseen < start else min(exact, start + max(0, unseen - start - packed_tokens))
     packed_blocks = packed_tokens // BLOCK - block_begin
@@ -350,15 +77,31 @@ def splits_for(call: AttendCall, programs: int, multiprocessors: int, blocks_at_
     return Splits(block_begin, exact_begin, blocks, -(-packed_blocks // blocks), -(-exact_blocks // blocks))
 
 
-def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queues both kernels: `(B, Tq, Hq, D)` in the dtype of `q`, and the log-sum-exps `(B, Hq, Tq)` in float32."""
+def launch(
+    call: AttendCall, multiprocessors: int, lengths: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queues both kernels: `(B, Tq, Hq, D)` in the dtype of `q`, and the log-sum-exps `(B, Hq, Tq)` in float32.
+
+    Args:
+        call: no ring with `lengths`: its tokens lie in order from slot 0 on.
+        multiprocessors: of the GPU.
+        lengths: `(2,)` int32 on the device of `q`, read when the kernels run: how many packed tokens (a multiple of 32)
+            and exact tokens there are; Tk is their sum. Those of `call`, the most that there may be, then only say how
+            the work is split, so that one captured launch serves all lengths. Beyond them memory is read that is not
+            the cache's: nothing can check it here. Without a packed part the first number is not read.
+
+    Raises:
+        ValueError: `lengths` of another shape, dtype or device, or beside a ring.
+    """
+    if lengths is not None:
+        _check_lengths(call, lengths)
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     batch, q_heads, q_len, dim = q.shape
     kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
     rows, padded = heads_per_kv * q_len, max(16, triton.next_power_of_2(dim))
     tile = tile_for(rows, padded)
     row_tiles = triton.cdiv(rows, tile.rows)
-    splits = splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks)
+    splits = splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks, lengths is not None)
     n_splits = max(1, splits.packed + splits.exact)
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, q_heads, q_len), dtype=torch.float32, device=q.device)
@@ -366,11 +109,12 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=q.device)
     packed = call.packed
     group = dim if packed is None else dim // packed.v_scale.shape[3]
-    _decode_attention_kernel[(row_tiles * n_splits, kv_heads, batch)](
+    decode_attention_kernel[(row_tiles * n_splits, kv_heads, batch)](
         q,
         k,
         v,
         call.first,
+        lengths,
         *((None,) * 7 if packed is None else _arrays(packed)),
         partial,
         partial_lse,
@@ -411,7 +155,7 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
         num_stages=tile.stages,
         **_registers(),
     )
-    _merge_splits_kernel[(q_len, q_heads, batch)](
+    merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
         partial_lse,
         out,
@@ -429,6 +173,16 @@ def launch(call: AttendCall, multiprocessors: int) -> tuple[torch.Tensor, torch.
         num_warps=4,
     )
     return out, lse
+
+
+def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
+    found, expected = (lengths.shape, lengths.dtype, lengths.device), ((2,), torch.int32, call.q.device)
+    if found != expected or not lengths.is_contiguous():
+        shape, dtype, device = found
+        raise ValueError(f"lengths are {tuple(shape)} {dtype} on {device}, expected (2,) torch.int32 on {expected[2]}")
+    slots = (call.slot, 0 if call.packed is None else call.packed.slot)
+    if slots != (0, 0):
+        raise ValueError(f"lengths in a tensor are for tokens in order, not for a ring from slots {slots} on")
 
 
 def _registers() -> dict[str, int]:
@@ -466,15 +220,17 @@ def decode_attention(
     window: int | None,
     softcap: float | None,
     multiprocessors: int,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
-    return launch(_call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap), multiprocessors)
+    call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap)
+    return launch(call, multiprocessors, lengths)
 
 
 @decode_attention.register_fake
-def _(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, multiprocessors):
+def _(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, multiprocessors, lengths=None):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, *packed):
+    for tensor in (k, v, first, lengths, *packed):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 

@@ -1,4 +1,5 @@
-"""Decode attention on a GPU that reads quantized caches packed: the backend `triton` (kernels: triton_attention.py).
+"""Triton on a GPU, for quantized caches: decode attention that reads them packed (the backend `triton`), and blocks
+quantized in one kernel. What serves what, without triton; the kernels are in `triton_kernels.py`, `triton_quantize.py`.
 
 Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
@@ -69,6 +70,25 @@ def attend(call: AttendCall) -> torch.Tensor:
             *triton_attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device)
         )
     return out
+
+
+def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
+    """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on a GPU, or None."""
+    if reason := _too_old(k.device):
+        return reason
+    if {k_bits, v_bits} - {8, 4}:
+        return f"triton quantizes to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
+    if k.shape[-1] > 256:
+        return f"triton quantizes heads of up to 256, not {k.shape[-1]}"
+    return None
+
+
+def quantize_blocks(k: torch.Tensor, v: torch.Tensor, **arguments) -> None:
+    """`triton_quantize.quantize_blocks` on the GPU of `k`; what it takes is said there. Queued."""
+    from . import triton_quantize  # triton is an optional dependency
+
+    with torch.cuda.device(k.device):
+        triton_quantize.quantize_blocks(k, v, **arguments)
 
 
 @functools.lru_cache

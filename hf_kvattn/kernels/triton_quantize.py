@@ -16,7 +16,7 @@ import triton.language as tl
 from ..quant import rotation
 from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
-from .triton_attention import rotate
+from .triton_kernels import rotate
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _store_units(at, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.cons
 
 
 @triton.jit(do_not_specialize=["slot", "slots"])
-def _quantize_blocks_kernel(
+def quantize_blocks_kernel(
     k_ptr,
     v_ptr,
     k_mean,
@@ -130,7 +130,7 @@ def launch(
     """Queues the kernel. Finite numbers only: whether they are is the caller's to check.
 
     Args:
-        k, v: `(B, Hkv, n * 32, D)`, any strides with a contiguous last dimension; whole blocks.
+        k, v: `(B, Hkv, n * 32, D)`; whole blocks.
         k_mean: taken off the keys, and the arrays written to: as in `PackedKV`.
         slot: where the first block goes; the others follow, around the end of the arrays.
     """
@@ -142,7 +142,8 @@ def launch(
         raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
     if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
         raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
-    _quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
         k,
         v,
         k_mean,
