@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
+from . import append_attend
 from .attention import kvattn_attention
 from .caches.base import KVCache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.tickets import holder
-from .graphs import APPEND_ATTEND, DecodeSteps, compact_masks, new_tokens
+from .graphs import DecodeSteps, compact_masks, new_tokens
 from .masks import left_padding
 
 
@@ -131,7 +132,7 @@ def register_ops() -> torch.library.Library:
     library = torch.library.Library("hf_kvattn", "DEF")
     # A CUDA graph repeats what the device did once: what these ops do first is done in Python.
     unsafe = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
-    for name, (arguments, run, fake) in {**_OPS, "append_attend": APPEND_ATTEND}.items():
+    for name, (arguments, run, fake) in {**_OPS, **append_attend.OPS}.items():
         library.define(f"{name}({arguments}) -> Tensor", tags=unsafe if name in _OPS else ())
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hf_kvattn::{name}", fake, lib=library)

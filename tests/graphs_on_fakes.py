@@ -18,9 +18,9 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import hf_kvattn
-from hf_kvattn import StaticKVCache, graphs
+from hf_kvattn import QuantizedKVCache, StaticKVCache, append_attend, dispatch
 from hf_kvattn.graphs import DecodeSteps
-from hf_kvattn.kernels import flash
+from hf_kvattn.kernels import flash, triton_decode
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::DeviceGuardImplRegistrar guard(
@@ -44,24 +44,26 @@ def no_memory():
         yield
 
 
-def filled(family, padded=True):
+def filled(family, padded=True, bits=None):
     """An enabled model on the GPU, its steps after a prompt of 13, and the arguments of the next."""
     with torch.device("cuda"):
         model = hf_kvattn.enable(tiny_model(family, num_hidden_layers=2))
         ids = torch.ones(2, 13, dtype=torch.long)
         cache = StaticKVCache(model.config, max_cache_len=100)
+        if bits is not None:
+            cache = QuantizedKVCache(model.config, bits, group_size=16, max_cache_len=100)
         model(ids, past_key_values=cache)
         steps = DecodeSteps(cache)
         if padded:  # what was found in a mask before
             steps.lengths, steps.first = torch.ones(2, 2, dtype=torch.int32).unbind()
-            steps.looked = True
+            steps.counts, steps.looked = torch.ones(2, dtype=torch.int32), True
     return model, steps, {"input_ids": ids[:, :1], "position_ids": ids[:, :1], "past_key_values": cache}
 
 
 @pytest.mark.parametrize("positions", [True, False])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi3"])
-def test_nothing_is_read_back_in_a_step(family, positions):
-    model, steps, arguments = filled(family)
+@pytest.mark.parametrize(("family", "bits"), [("llama", None), ("mistral", None), ("gemma2", None), ("phi3", 4)])
+def test_nothing_is_read_back_in_a_step(family, bits, positions):
+    model, steps, arguments = filled(family, bits=bits)
     if not positions:
         del arguments["position_ids"]
     for _ in range(2):
@@ -120,9 +122,27 @@ def test_the_ops_own_code_reads_nothing_back(served_by, rules, monkeypatch):
         q, k = torch.empty(2, 8, 1, 16).half(), torch.empty(2, 2, 1, 16).half()
         buffers, numbers = (torch.empty(2, 2, 72, 16).half() for _ in "kv"), torch.ones(2, dtype=torch.int32)
         s_aux = torch.empty(8) if served_by == "sinks" else None
-        out = graphs._append_attend(*buffers, q, k, k, numbers, numbers, 0.25, **asked, s_aux=s_aux, backend="auto")
+        asked |= {"s_aux": s_aux, "backend": "auto"}
+        out = append_attend._append_attend(*buffers, q, k, k, numbers, numbers, 0.25, **asked)
     assert (out.device.type, out.shape, out.dtype) == ("cuda", (2, 1, 8, 16), torch.float16)
     assert launched == ([] if served_by == "sdpa" else [True, False] if asked["wraps"] else [True])
+
+
+@pytest.mark.parametrize("served_by", ["sdpa", "triton", "sinks"])
+def test_nor_does_that_of_the_packed_op(served_by, monkeypatch):
+    given = []
+    _, steps, _ = filled("llama", bits=4)
+    if served_by == "triton":
+        monkeypatch.setattr(dispatch, "serving", lambda call: triton_decode)
+        monkeypatch.setattr(triton_decode, "attend", lambda call, n: given.append(n) or call.q.transpose(1, 2))
+    steps._begin(torch.ones(2, 1, dtype=torch.long, device="cuda"), None)
+    part = steps.layers[0]
+    with torch.device("cuda"):
+        q, k, s_aux = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 1, 16), torch.empty(4)
+    rules = (0.25, None, s_aux if served_by == "sinks" else None, "auto")
+    packed = (steps.counts, steps.first, part.packed, part.layout)
+    out = append_attend._append_attend_packed(part.k, part.v, q, k, k, *packed, *rules)
+    assert (out.device.type, out.shape, len(given)) == ("cuda", (2, 1, 4, 16), served_by == "triton")
 
 
 def compiled_graph(model, steps, arguments, through_steps=True):
@@ -173,6 +193,18 @@ def test_inductor_finds_no_reason_to_skip_the_graph(family):
     assert shapes <= {(2, 2, 100, 16), (2, 2, 72, 16)}
     copies = [node for node in graph.graph.nodes if "_to_copy" in str(node.target) or "device_put" in str(node.target)]
     assert not [node for node in copies if torch.device(node.kwargs.get("device") or "cuda").type != "cuda"]
+
+
+def test_nor_for_a_quantized_cache():
+    model, steps, arguments = filled("llama", bits=4)
+    graph, known = compiled_graph(model, steps, arguments)
+    assert get_first_incompatible_cudagraph_node(graph) is None and unsafe_ops(graph) == set()
+    assert reason_of_devices(graph) is None
+    mutated, static = known.mutated_inp_runtime_indices, known.static_input_indices
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    assert [tuple(inputs[index].shape) for index in mutated] == [(2, 2, 36, 16)] * 4 and set(mutated) <= set(static)
+    copied = [tuple(inputs[index].shape) for index in range(len(inputs)) if index not in static]
+    assert sorted(copied) == [(2,), (2,), (2, 1), (2, 1)], "nothing of the cache is copied for a replay"
 
 
 def test_and_would_find_those_of_steps_that_ask_the_host():

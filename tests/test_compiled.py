@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES, generate, prompt, tiny_model
+from models import FAMILIES, generate, prompt, tiny_config, tiny_model
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -226,8 +226,9 @@ def test_what_compiles_and_what_does_not():
     [
         (StaticKVCache, "no cache that grows: give StaticKVCache a max_cache_len"),
         (functools.partial(StaticKVCache, max_cache_len=9, offload=True), "StaticKVCache without offload=True"),
-        (CACHES["sliding"], "a StaticKVCache with max_cache_len, not a SlidingWindowKVCache"),
-        (functools.partial(QuantizedKVCache, max_cache_len=9, group_size=16), "not a QuantizedKVCache"),
+        (CACHES["sliding"], "a StaticKVCache or QuantizedKVCache with max_cache_len, not a SlidingWindow"),
+        (CACHES["int8"], "no cache that grows: give QuantizedKVCache a max_cache_len"),
+        (lambda config: QuantizedKVCache(tiny_config("mistral"), 8, group_size=16, max_cache_len=9), "rings of blocks"),
     ],
 )
 def test_cuda_graphs_are_refused_where_they_would_be_recorded(mode, make, message):

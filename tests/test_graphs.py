@@ -3,6 +3,7 @@
 What needs tensors without memory on a GPU is in `graphs_on_fakes.py`, in a process of its own.
 """
 
+import dataclasses
 import functools
 import itertools
 import shutil
@@ -16,6 +17,7 @@ from flash_stub import FA2, FA3, flash_libraries
 from impostor import fake_cuda, on_gpu
 from models import generate, prompt, tiny_model
 from test_dispatch import fresh_choice  # noqa: F401  # a fixture: every test begins without a choice
+from test_quantized import as_dense, packed_problem
 from tolerance import assert_close_to_reference
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -23,9 +25,10 @@ from transformers import CompileConfig, GptOssConfig, GptOssForCausalLM, StaticC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
-from hf_kvattn import StaticKVCache, compiled, plugin
+from hf_kvattn import QuantizedKVCache, StaticKVCache, compiled, dispatch, plugin
+from hf_kvattn.caches.quantized import KVQuantizedLayer
 from hf_kvattn.graphs import DecodeSteps
-from hf_kvattn.kernels import sdpa
+from hf_kvattn.kernels import reference, sdpa, triton_decode
 from hf_kvattn.kernels.call import AttendCall
 
 ROOT = Path(__file__).parent.parent
@@ -412,6 +415,123 @@ def test_tokens_that_do_not_fit_are_refused_before_anything_is_written(change):
     with pytest.raises((ValueError, NotImplementedError)):
         torch.ops.hf_kvattn.append_attend(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(arguments[:2], before, strict=True))
+
+
+def packed_step(name, bits, start=4):
+    """The newest token of a packed problem as a step: arguments of the op, and the problem."""
+    call = packed_problem(name, bits, bits, start=start)
+    exact = call.k.shape[2]
+    exact_buffers = []
+    for tokens in (call.k, call.v):
+        buffer = torch.full((*tokens.shape[:2], exact + 5, tokens.shape[3]), 6e4)
+        buffer[:, :, : exact - 1] = tokens[:, :, :-1]
+        exact_buffers.append(buffer)
+    packed = call.packed
+    arrays = [packed.k_codes, packed.k_scale, packed.k_zero, packed.k_mean]
+    arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
+    counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
+    first = torch.zeros(len(call.q), dtype=torch.int32) if call.first is None else call.first
+    layout = [start, packed.k_codes.shape[2] * 32, bits, bits]
+    new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
+    return [*exact_buffers, *new, counts, first, arrays, layout, call.scale, call.softcap, None, "auto"], call
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("name", ["g3-65", "g5-d80", "padded", "long-split", "empty-row"])
+def test_a_packed_step_computes_what_the_reference_does(name, bits):
+    hf_kvattn.enable(tiny_model())
+    arguments, call = packed_step(name, bits)
+    before = [t.clone() for t in arguments[:2]]
+    out = torch.ops.hf_kvattn.append_attend_packed(*arguments)
+    assert_close_to_reference(out, as_dense(call))
+    assert_appended(arguments, before, call.k.shape[2] - 1)
+
+
+@pytest.mark.parametrize("exact", [1, 3, 4, 5, 36])
+def test_a_packed_step_before_the_first_block(exact):
+    hf_kvattn.enable(tiny_model())
+    arguments, call = packed_step("padded", 4)
+    arguments[5] = torch.tensor([0, exact], dtype=torch.int32)
+    arguments[6] = torch.tensor([0, exact - 1, 0], dtype=torch.int32)
+    out = torch.ops.hf_kvattn.append_attend_packed(*arguments)
+    k, v = (t[:, :, :exact] for t in arguments[:2])
+    assert_close_to_reference(out, AttendCall(call.q, k, v, call.scale, first=arguments[6]))
+
+
+@pytest.mark.parametrize("name", ["padded", "softcap-window"])
+def test_triton_is_given_the_counts_and_the_most_there_can_be(name, monkeypatch):
+    """Its kernel is checked in Triton's interpreter; here the reference stands in, which reads the counts itself."""
+    hf_kvattn.enable(tiny_model())
+    arguments, call = packed_step(name, 4)
+    call.window = None
+
+    def attend(given, lengths):
+        tokens, exact = lengths.tolist()
+        assert given.packed.tokens == tokens + 3 * 32 and given.k.shape[2] == exact + 5 and given.mask is None
+        packed = dataclasses.replace(given.packed, tokens=tokens)
+        found = dataclasses.replace(given, k=given.k[:, :, :exact], v=given.v[:, :, :exact], packed=packed)
+        return reference.attend(found)
+
+    monkeypatch.setattr(dispatch, "serving", lambda given: triton_decode)
+    monkeypatch.setattr(triton_decode, "attend", attend)
+    assert_close_to_reference(torch.ops.hf_kvattn.append_attend_packed(*arguments), as_dense(call))
+
+
+def test_the_packed_op_does_what_it_declares():
+    hf_kvattn.enable(tiny_model())
+    op = torch.ops.hf_kvattn.append_attend_packed.default
+    torch.library.opcheck(op, tuple(packed_step("padded", 4)[0]))
+    assert [a.name for a in op._schema.arguments if a.alias_info is not None] == ["k_exact", "v_exact"]
+
+
+@pytest.mark.parametrize("left_padding", [0, 5])
+@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "skip_layers": (0,)}, {"bits": 2, "residual_length": 9}])
+def test_replayed_steps_of_a_quantized_cache(settings, left_padding, recordings):
+    """90 steps: blocks are quantized between replays, three of them; the last token fits in the last slot."""
+    model, inputs = tiny_model(num_hidden_layers=2), prompt(left_padding=left_padding)
+    make = functools.partial(QuantizedKVCache, **settings, group_size=16, max_cache_len=103)
+    with hf_kvattn.enabled(model), hf_kvattn.backend("sdpa"):
+        expected, _ = generate(model, inputs, 91, past_key_values=(eager := make(model.config)))
+    with hf_kvattn.enabled(model, make, compile=True):
+        for _ in range(2):
+            cache = make(model.config)
+            tokens, _ = generate(model, inputs, 91, past_key_values=cache, compile_config=RECORDING)
+            assert torch.equal(tokens, expected)
+            quantized = [layer for layer in cache.layers if isinstance(layer, KVQuantizedLayer)]
+            assert {layer.packed_tokens for layer in quantized} == {eager.layers[1].packed_tokens} != {0}
+        with pytest.raises(ValueError, match="103 stored tokens and 1 new ones exceed max_cache_len=103"):
+            generate(model, inputs, 92, compile_config=RECORDING)
+    assert [(recorded.traces, recorded.replays) for recorded in recordings] == [(1, 3 * 89)]
+
+
+def test_an_interrupt_before_a_block_is_quantized():
+    """Everything is stored and counted; the next step finds the block due, and has room for its token."""
+    model, ids = hf_kvattn.enable(tiny_model(num_hidden_layers=2)), prompt(60)["input_ids"]
+    make = functools.partial(QuantizedKVCache, bits=8, group_size=16, max_cache_len=100)
+    logits = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for interrupted in (False, True):
+            cache = make(model.config)
+            model(ids[:, :30], past_key_values=cache)
+            steps = DecodeSteps(cache)
+            for token in range(30, 60):
+                step = {"input_ids": ids[:, token : token + 1], "past_key_values": cache}
+                if interrupted and token == 35:  # 36 tokens, 4 of them sinks
+                    with patch.context() as inner, pytest.raises(KeyboardInterrupt):
+                        inner.setattr(KVQuantizedLayer, "settle", stop_when_counted)
+                        steps.run(model, model, step)
+                    cache.check_whole()
+                    assert [layer.packed_tokens for layer in cache.layers] == [0, 0] and cache.get_seq_length() == 36
+                    continue
+                out = steps.run(model, model, step).logits
+            assert [layer.packed_tokens for layer in cache.layers] == [32, 32]
+            logits.append(out)
+    torch.testing.assert_close(*logits, **LOGITS)
+
+
+def stop_when_counted(layer):
+    if layer.seen == 36:
+        raise KeyboardInterrupt
 
 
 # -- on a GPU that is none -----------------------------------------------------------------------------------------

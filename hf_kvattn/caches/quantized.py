@@ -85,24 +85,24 @@ class KVQuantizedLayer(KVLayer):
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
+        return Stored(k, v, self.packed(self.packed_tokens, self.dropped // BLOCK % self._packed["k_codes"].shape[2]))
+
+    def packed(self, tokens: int, slot: int = 0) -> PackedKV:
+        """`tokens` in blocks from `slot` on; the tensors themselves."""
         settings, arrays = self.settings, self._packed
-        return Stored(
-            k,
-            v,
-            PackedKV(
-                settings.sinks,
-                self.packed_tokens,
-                settings.k_bits,
-                settings.v_bits,
-                arrays["k_codes"],
-                arrays["k_scale"],
-                arrays.get("k_zero"),
-                arrays["k_mean"],
-                arrays["v_codes"],
-                arrays["v_scale"],
-                arrays.get("v_zero"),
-                self.dropped // BLOCK % arrays["k_codes"].shape[2],
-            ),
+        return PackedKV(
+            settings.sinks,
+            tokens,
+            settings.k_bits,
+            settings.v_bits,
+            arrays["k_codes"],
+            arrays["k_scale"],
+            arrays.get("k_zero"),
+            arrays["k_mean"],
+            arrays["v_codes"],
+            arrays["v_scale"],
+            arrays.get("v_zero"),
+            slot,
         )
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
