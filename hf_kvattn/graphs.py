@@ -112,8 +112,8 @@ class DecodeSteps:
                 "in a mask (B, tokens); compile_config with mode='default' takes others"
             )
         if self.first.shape != (batch,):
-            self.lengths, self.first = torch.empty(2, batch, dtype=torch.int32, device=layer.device).unbind()
-            self.counts = torch.empty(2, dtype=torch.int32, device=layer.device)
+            made = (torch.empty(n, dtype=torch.int32, device=layer.device) for n in (batch, batch, 2))
+            self.lengths, self.first, self.counts = made
         self.first.copy_(first) if first is not None else self.first.zero_()
         self.looked = True
 
