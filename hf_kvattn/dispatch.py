@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from types import ModuleType
 
@@ -14,6 +14,7 @@ import torch
 
 from .kernels import flash, native, reference, sdpa, triton_decode
 from .kernels.call import AttendCall
+from .quant.blocks import quantize_blocks
 
 logger = logging.getLogger("hf_kvattn")
 
@@ -115,6 +116,16 @@ def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
     few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
     return (native, sdpa, reference) if few else (sdpa, native, reference)
+
+
+def quantizer(k: torch.Tensor, k_bits: int, v_bits: int) -> Callable[..., None]:
+    """What turns blocks of such keys (and values) into codes, as `quant.blocks.quantize_blocks` does: equal results."""
+    module = triton_decode if k.device.type == "cuda" else native
+    reason = module.unavailable() or module.cannot_quantize(k, k_bits, v_bits)
+    if reason is None:
+        return module.quantize_blocks
+    _log_once(f"blocks are quantized with PyTorch's operations, because {reason}")
+    return quantize_blocks
 
 
 def _usable(name: str, source: str) -> str:

@@ -1,6 +1,8 @@
 """Codecs, packed layouts, attention read packed, and QuantizedKVCache."""
 
 import copy
+import itertools
+import pickle
 import re
 from dataclasses import replace
 
@@ -14,11 +16,11 @@ from problems import VARIANTS, problem
 from tolerance import FACTOR, plain_torch
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache
-from hf_kvattn.caches import quantized
+from hf_kvattn import QuantizedKVCache, dispatch
 from hf_kvattn.kernels import native, reference, sdpa, triton_decode
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant import affine
+from hf_kvattn.quant.blocks import quantize_blocks
 from hf_kvattn.quant.codecs import KEYS, VALUES, dequantize, has_zero, quantize
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
 from hf_kvattn.quant.packed import PackedKV
@@ -218,6 +220,42 @@ def test_native_with_a_huge_channel_in_one_block(bits, size):
     dense = as_dense(call)
     plain = plain_torch(replace(dense, **{name: getattr(dense, name).bfloat16() for name in "qkv"})).float() - exact
     assert (native.attend(call) - exact).abs().max() <= plain.abs().max() / 4
+
+
+def test_what_kernels_are_told_follows_the_arrays():
+    """A layer keeps what it told kernels between steps; whatever moves, fills or replaces its arrays must end that."""
+    q = torch.randn(2, 4, 1, 16)
+
+    def grow(cache, length):
+        for layer in range(len(cache.layers)):
+            fill(cache, length, 50, layer, seed=length)
+
+    def check(cache):
+        told = cache.layers[0].kv()
+        call = AttendCall(q[: told.k.shape[0]], told.k, told.v, 0.25, packed=told.packed)
+        for _ in range(2):
+            torch.testing.assert_close(native.attend(call), reference.attend(call), rtol=0, atol=2e-4)
+        assert all(getattr(told.packed, name) is array for name, array in cache.layers[0]._packed.items())
+        assert told.packed.tokens == cache.layers[0].packed_tokens
+
+    cache = QuantizedKVCache(tiny_config(), bits=4, group_size=16)
+    grow(cache, 100)
+    check(cache)
+    for length in (40, 300, 1000):  # more blocks, then grown arrays
+        grow(cache, length)
+        check(cache)
+    twin, copied, loaded = cache.fork(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    assert len(pickle.dumps(loaded)) < 1.2 * cache.nbytes + 50_000
+    grow(cache, 64)
+    for each in (cache, twin, copied, loaded):
+        check(each)
+        each.crop(-100)
+        check(each)
+        each.batch_select_indices(torch.tensor([1]))
+        check(each)
+        each.reset()
+        grow(each, 70)
+        check(each)
 
 
 def test_a_wrong_bit_would_be_noticed():
@@ -469,6 +507,45 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         twin.examine(wait=True)
 
 
+def blank_arrays(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> dict:
+    """The arrays of a `PackedKV` with room for `slots` blocks, filled with what must stay where nothing is written."""
+    shapes = {"k": (*lead, slots, dim), "v": (*lead, slots, dim // group, BLOCK)}
+    arrays = {"k_mean": torch.randn(*lead, dim)}
+    for x, b in zip("kv", bits, strict=True):
+        arrays[f"{x}_codes"] = torch.full((*lead, slots, 4 * b * dim), 9, dtype=torch.uint8)
+        arrays[f"{x}_scale"] = torch.full(shapes[x], 7.0, dtype=torch.bfloat16)
+        arrays[f"{x}_zero"] = torch.full(shapes[x], 7.0, dtype=torch.bfloat16) if has_zero(b) else None
+    return arrays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_quantizes_bit_for_bit_as_pytorch_does(variant, bits, dtype):
+    for dim, blocks in itertools.product((16, 48, 64, 80, 256, 512), (1, 5)):
+        k = torch.randn(2, 3, blocks * BLOCK, dim) * torch.exp(2 * torch.randn(dim))
+        v = torch.randn(2, blocks * BLOCK, 3, dim).transpose(1, 2) * torch.exp(torch.randn(2, 3, blocks * BLOCK, 1))
+        k[0, 0, :BLOCK, 3] = k[0, 0, 0, 3]  # a constant channel
+        k[1, 2, 7, 5], v[0, 1, 9, 2] = 6e4, -6e4
+        k[1, 0, :, :2], v[0, 0, 4] = 0, 0
+        arrays = blank_arrays((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
+        numbers = {"k_bits": bits[0], "v_bits": bits[1], "slot": 2}
+        expected = {name: None if t is None else t.clone() for name, t in arrays.items()}
+        quantize_blocks(k.to(dtype), v.to(dtype), **expected, **numbers)
+        assert dispatch.quantizer(k.to(dtype), *bits) is native.quantize_blocks
+        native.quantize_blocks(k.to(dtype), v.to(dtype), **arrays, **numbers)
+        for name, array in arrays.items():
+            assert array is None or torch.equal(array, expected[name]), (name, dim, blocks)
+
+
+@pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528)])
+def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
+    dispatch._log_once.cache_clear()
+    with caplog.at_level("INFO", "hf_kvattn"):
+        assert dispatch.quantizer(torch.zeros(1, 1, 32, dim), *bits) is quantize_blocks
+    assert "blocks are quantized with PyTorch's operations, because native kernels quantize" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("bits", "capability", "reason"),
     [((8, 3), (9, 0), "not keys to 8 and values to 3"), ((4, 4), (7, 5), "needs? 8.0"), ((4, 8), (8, 0), None)],
@@ -476,13 +553,12 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
 def test_triton_quantizes_where_it_serves_and_one_reason_is_logged_where_not(
     bits, capability, reason, caplog, monkeypatch
 ):
-    quantized._log_once.cache_clear()
+    dispatch._log_once.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with fake_cuda(capability), caplog.at_level("INFO", "hf_kvattn"):
         k = on_gpu(torch.randn(2, 2, 32, 16))
-        chosen = {quantized._quantizer(k, *bits) for _ in range(3)}
-        assert quantized._quantizer(k.cpu(), *bits) is quantized.quantize_blocks
-    assert chosen == {triton_decode.quantize_blocks if reason is None else quantized.quantize_blocks}
+        chosen = {dispatch.quantizer(k, *bits) for _ in range(3)}
+    assert chosen == {triton_decode.quantize_blocks if reason is None else quantize_blocks}
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == (reason is not None)
     assert all("PyTorch's operations" in message and re.search(reason, message) for message in logged)

@@ -42,6 +42,12 @@ def stream(batch: int = 2, length: int = LENGTH) -> torch.Tensor:
     return torch.randint(3, 128, (batch, longest), generator=torch.Generator().manual_seed(3))[:, :length]
 
 
+def padded(first: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask and the positions of a stream whose rows begin there, each `(B, LENGTH)`."""
+    positions = torch.arange(LENGTH) - torch.tensor(first)[:, None]
+    return (positions >= 0).long(), positions.clamp(min=0)
+
+
 def spelled_out(module, query, key, value, attention_mask, scaling, window, sinks, first, angles, **kwargs):
     """Attention of a whole stream, a query at a time: its window, and the first tokens turned to stand before it."""
     own = kwargs.get("sliding_window")
@@ -91,8 +97,9 @@ def expected_logits(model, ids, window, sinks=0, first=None) -> torch.Tensor:
         return model(ids, position_ids=positions, use_cache=False).logits
 
 
-def streamed_logits(model, ids, cache, chunks, mask=None, positions=None) -> torch.Tensor:
-    logits, seen = [], 0
+def streamed_logits(model, ids, cache, chunks, mask=None, positions=None, seen: int = 0) -> torch.Tensor:
+    """Logits of a stream through a cache that holds `seen` tokens of it, in chunks of so many tokens."""
+    logits = []
     for new in chunks:
         part = slice(seen, seen + new)
         given = {"attention_mask": mask[:, : part.stop]} if mask is not None else {}
@@ -370,9 +377,7 @@ def test_assisted_decoding_and_beams(make):
 
 @pytest.mark.parametrize("rows", [[1, 0], [1, 1, 0], [0]])
 def test_rows_of_a_batch_move_with_their_sinks(rows):
-    model, ids, first = hf_kvattn.enable(tiny_model()), stream(), torch.tensor([0, 5])
-    mask = (torch.arange(LENGTH) >= first[:, None]).long()
-    positions = (torch.arange(LENGTH) - first[:, None]).clamp(min=0)
+    model, ids, (mask, positions) = hf_kvattn.enable(tiny_model()), stream(), padded([0, 5])
     whole = streamed_logits(model, ids, SlidingWindowKVCache(model.config, 8, 4), [200, 130], mask, positions)
     cache = SlidingWindowKVCache(model.config, 8, 4)
     streamed_logits(model, ids, cache, [200], mask, positions)
@@ -506,21 +511,14 @@ def test_keys_of_a_torn_cache_are_not_turned():
 
 @pytest.mark.parametrize("saved_at", [1, 3, 5, 7, 9, 30])
 def test_rows_saved_before_all_their_sinks_have_come_go_on_collecting_them(saved_at, tmp_path):
-    model, ids, first = hf_kvattn.enable(tiny_model()), stream(), torch.tensor([0, 5])
-    mask = (torch.arange(LENGTH) >= first[:, None]).long()
-    positions = (torch.arange(LENGTH) - first[:, None]).clamp(min=0)
+    model, ids, (mask, positions) = hf_kvattn.enable(tiny_model()), stream(), padded([0, 5])
     cache = SlidingWindowKVCache(model.config, 8, 4)
     streamed_logits(model, ids, cache, [saved_at], mask, positions)
     hf_kvattn.save_cache(cache, tmp_path / "cache")
     for each in (cache, hf_kvattn.load_cache(tmp_path / "cache", model.config)):
-        rest, seen = [], saved_at
-        for new in (1, 1, 1, 90, 1):
-            part = slice(seen, seen := seen + new)
-            given = {"attention_mask": mask[:, :seen], "position_ids": positions[:, part]}
-            with torch.no_grad():
-                rest.append(model(ids[:, part], past_key_values=each, **given).logits)
-        expected = oracle_of("llama", 8, 4, padding=(0, 5))[:, saved_at:seen]
-        ours, theirs = ((t[0], t[1, max(0, 5 - saved_at) :]) for t in (torch.cat(rest, 1), expected))
+        rest = streamed_logits(model, ids, each, [1, 1, 1, 90, 1], mask, positions, saved_at)
+        expected = oracle_of("llama", 8, 4, padding=(0, 5))[:, saved_at : saved_at + 94]
+        ours, theirs = ((t[0], t[1, max(0, 5 - saved_at) :]) for t in (rest, expected))
         for row, other in zip(ours, theirs, strict=True):  # what comes before a row's first token is nobody's
             assert_same_logits(row, other)
 

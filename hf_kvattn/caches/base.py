@@ -191,17 +191,18 @@ class KVCache(Cache):
 
     def writer(self, layer_idx: int) -> LayerWriter:
         """The stand-in for this cache in the forward of attention layer `layer_idx`."""
-        if layer_idx == 0:
+        if layer_idx == 0:  # also where the caller's own masks ask this cache nothing
             self.check_whole()
-        if layer_idx >= len(self.layers):
-            raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
-        return LayerWriter(self, self.layers[layer_idx])
+        return LayerWriter(self, self._layer(layer_idx))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Stores new tokens `(B, Hkv, T, D)` of a layer; returns all its keys and values, dense."""
+        return self._layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+
+    def _layer(self, layer_idx: int) -> KVLayer:
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return self.layers[layer_idx]
 
     @property
     def nbytes(self) -> int:

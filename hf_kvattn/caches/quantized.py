@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from ..kernels import triton_decode
+from ..dispatch import quantizer
 from ..quant.calibration import Calibration, check_group_size
-from ..quant.codecs import KEYS, VALUES, check_bits, has_zero, quantize
-from ..quant.layout import BLOCK, pack_keys, pack_values
+from ..quant.codecs import check_bits, has_zero
+from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from ..quant.rotation import rotate
 from .base import KVCache, KVLayer, Stored, check_max_cache_len, kv_shape, ring_spans
 from .sliding import SLACK, overwritten
 from .static import exact_layer
@@ -58,6 +57,8 @@ class KVQuantizedLayer(KVLayer):
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
+        # What `kv` said last, and of which arrays, blocks and slot: most steps change none of them.
+        self._read_before: tuple[dict[str, torch.Tensor], int, int, PackedKV] | None = None
         # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
         self._asked: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
@@ -77,7 +78,7 @@ class KVQuantizedLayer(KVLayer):
         return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
 
     def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._packed = {name: buffers[name] for name in self._packed}
+        self._packed, self._read_before = {name: buffers[name] for name in self._packed}, None
         self._exact_k, self._exact_v = buffers["exact_k"], buffers["exact_v"]
 
     def kv(self) -> Stored:
@@ -85,7 +86,12 @@ class KVQuantizedLayer(KVLayer):
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
-        return Stored(k, v, self.packed(self.packed_tokens, self.dropped // BLOCK % self._packed["k_codes"].shape[2]))
+        arrays, before = self._packed, self._read_before
+        slot = self.dropped // BLOCK % arrays["k_codes"].shape[2]
+        if before is None or before[0] is not arrays or before[1:3] != (self.packed_tokens, slot):
+            packed = self.packed(self.packed_tokens, slot)
+            before = self._read_before = (arrays, self.packed_tokens, slot, packed)
+        return Stored(k, v, before[3])
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """`tokens` in blocks from `slot` on; the tensors themselves."""
@@ -231,7 +237,7 @@ class KVQuantizedLayer(KVLayer):
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
         bits = self.settings.k_bits, self.settings.v_bits
         arrays: dict[str, torch.Tensor | None] = {"k_zero": None, "v_zero": None, **self._packed}
-        _quantizer(k, *bits)(k, v, **arrays, k_bits=bits[0], v_bits=bits[1], slot=first)
+        quantizer(k, *bits)(k, v, **arrays, k_bits=bits[0], v_bits=bits[1], slot=first)
 
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
@@ -243,6 +249,7 @@ class KVQuantizedLayer(KVLayer):
         shapes |= {f"{x}_scale": scales[x] for x in "kv"}
         shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
         used = self.packed_tokens // BLOCK
+        self._read_before = None  # else it would keep the old arrays
         grown = {}
         for name, shape in shapes.items():
             dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
@@ -306,7 +313,7 @@ class KVQuantizedLayer(KVLayer):
         return super().__deepcopy__(memo)
 
     def select(self, rows: torch.Tensor) -> None:
-        self._packed = {name: tensor[rows] for name, tensor in self._packed.items()}
+        self._packed, self._read_before = {name: tensor[rows] for name, tensor in self._packed.items()}, None
         self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
         self.batch_size = self._exact_k.shape[0]
         self.untouched = 0
@@ -365,43 +372,6 @@ class KVQuantizedLayer(KVLayer):
 def _not_finite(finite: torch.Tensor) -> str | None:
     """Which of keys and values is not, where `finite` `(2,)` bool says of each whether it is."""
     return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
-
-
-def _quantizer(k: torch.Tensor, k_bits: int, v_bits: int) -> Callable[..., None]:
-    """What quantizes blocks of such keys and values: Triton on a GPU, where it serves, else PyTorch. Equal results."""
-    if k.device.type != "cuda":
-        return quantize_blocks
-    if reason := triton_decode.unavailable() or triton_decode.cannot_quantize(k, k_bits, v_bits):
-        _log_once(f"blocks are quantized with PyTorch's operations, because {reason}")
-        return quantize_blocks
-    return triton_decode.quantize_blocks
-
-
-def quantize_blocks(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_mean: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scale: torch.Tensor,
-    k_zero: torch.Tensor | None,
-    v_codes: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_zero: torch.Tensor | None,
-    k_bits: int,
-    v_bits: int,
-    slot: int,
-) -> None:
-    """Writes whole blocks `(B, Hkv, n * 32, D)` of finite numbers to the arrays of a `PackedKV`, from `slot` on."""
-    slots, groups = slice(slot, slot + k.shape[2] // BLOCK), v_scale.shape[3]
-    blocks = (k.float() - k_mean[:, :, None]).unflatten(2, (-1, BLOCK))
-    codes, scale, zero = quantize(blocks, k_bits, -2, KEYS)
-    k_codes[:, :, slots], k_scale[:, :, slots] = pack_keys(codes, k_bits), scale[..., 0, :]
-    if k_zero is not None and zero is not None:
-        k_zero[:, :, slots] = zero[..., 0, :]
-    codes, scale, zero = quantize(rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (groups, -1)), v_bits, -1, VALUES)
-    v_codes[:, :, slots], v_scale[:, :, slots] = pack_values(codes.flatten(-2), v_bits), scale[..., 0].transpose(-1, -2)
-    if v_zero is not None and zero is not None:
-        v_zero[:, :, slots] = zero[..., 0].transpose(-1, -2)
 
 
 class QuantizedKVCache(KVCache):
@@ -496,11 +466,6 @@ class QuantizedKVCache(KVCache):
             "max_cache_len": max_cache_len,
             "sinks": sinks,
         }
-
-
-@functools.lru_cache(maxsize=64)
-def _log_once(message: str) -> None:
-    logger.info(message)
 
 
 @functools.lru_cache(maxsize=1)

@@ -19,18 +19,22 @@ from pathlib import Path
 import torch
 
 from ..quant import rotation
+from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall, SinkKV
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
-# `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer.
-_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q6q2i7P")
+# `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer. The
+# fields from `packed_start` on stay the same for 32 steps: they are packed apart.
+_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q")
+_PACKED_ARGS = struct.Struct("@6q2i7P")
+_QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
 _NO_SINKS = (0,) * 12
-_NOTHING_PACKED = (0, 0, 0, 0, 0, 1, 0, 0) + (0,) * 7
+_NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 7)
 
 
 def _candidates() -> list[Path]:
@@ -58,7 +62,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}: reinstall hf_kvattn"
     library.kvattn_variant.restype = ctypes.c_char_p
     library.kvattn_select.argtypes = [ctypes.c_char_p]
-    library.kvattn_attend.argtypes = [ctypes.c_char_p]  # the packed struct
+    library.kvattn_attend.argtypes = library.kvattn_quantize.argtypes = [ctypes.c_char_p]  # the packed struct
     library.kvattn_read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.kvattn_read_bytes.restype = ctypes.c_uint64
     return library, None
@@ -118,7 +122,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         call: float32, float16 or bfloat16 tensors on the CPU, without mask or dropout.
         lse: `(B, Hq, Tq)` float32, contiguous; filled with each query's log-sum-exp when given.
     """
-    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (call.q, call.k, call.v))
+    q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
     first = None if call.first is None else call.first.to(torch.int32).contiguous()
@@ -149,15 +153,21 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         *v.stride()[:3],
         *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
         *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_first)),
-        *(_NOTHING_PACKED if call.packed is None else _packed_args(call.packed)),
     )
-    status = _library().kvattn_attend(args)
+    packed = _NOTHING_PACKED
+    if call.packed is not None:
+        packed = call.packed.as_arguments or _packed_args(call.packed)
+    status = _library().kvattn_attend(args + packed)
     if status:
         raise RuntimeError(
             f"native attention failed ({_ERRORS.get(status, status)}) for q {tuple(q.shape)}, "
             f"k {tuple(k.shape)}, window {call.window}"
         )
     return out
+
+
+def _side_by_side(t: torch.Tensor) -> torch.Tensor:
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
@@ -176,7 +186,7 @@ def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
     )
 
 
-def _packed_args(packed: PackedKV) -> tuple[int, ...]:
+def _packed_args(packed: PackedKV) -> bytes:
     """The last fields of the struct, from `packed_start` on."""
     arrays = (
         packed.k_codes,
@@ -189,7 +199,7 @@ def _packed_args(packed: PackedKV) -> tuple[int, ...]:
     )
     assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
     dim = packed.k_scale.shape[-1]
-    return (
+    packed.as_arguments = _PACKED_ARGS.pack(
         packed.start,
         packed.tokens,
         packed.k_codes.shape[2],
@@ -200,6 +210,59 @@ def _packed_args(packed: PackedKV) -> tuple[int, ...]:
         packed.v_bits,
         *(0 if t is None else t.data_ptr() for t in arrays),
     )
+    return packed.as_arguments
+
+
+def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
+    """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
+    if {k_bits, v_bits} - {8, 4}:
+        return f"native kernels quantize to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
+    if k.dtype not in _DTYPES or k.shape[-1] > 512:
+        return (
+            f"native kernels quantize heads of up to 512 in float32, float16 or bfloat16, not {k.shape[-1]} {k.dtype}"
+        )
+    return None
+
+
+def quantize_blocks(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_mean: torch.Tensor,
+    k_codes: torch.Tensor,
+    k_scale: torch.Tensor,
+    k_zero: torch.Tensor | None,
+    v_codes: torch.Tensor,
+    v_scale: torch.Tensor,
+    v_zero: torch.Tensor | None,
+    k_bits: int,
+    v_bits: int,
+    slot: int,
+) -> None:
+    """`quant.blocks.quantize_blocks`, bit for bit, with PyTorch's number of threads."""
+    k, v = _side_by_side(k), _side_by_side(v)
+    arrays = (k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero)
+    assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
+    dim = k.shape[3]
+    args = _QUANTIZE_ARGS.pack(
+        _DTYPES[k.dtype],
+        torch.get_num_threads(),
+        k_bits,
+        v_bits,
+        *k.shape[:2],
+        k.shape[2] // BLOCK,
+        dim,
+        dim // v_scale.shape[3],
+        rotation.size_for(dim),
+        k_codes.shape[2],
+        slot,
+        k.data_ptr(),
+        v.data_ptr(),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *(0 if t is None else t.data_ptr() for t in arrays),
+    )
+    if status := _library().kvattn_quantize(args):
+        raise RuntimeError(f"native quantization failed ({_ERRORS.get(status, status)}) for keys {tuple(k.shape)}")
 
 
 def read_bandwidth_bytes_s(data: torch.Tensor, seconds: float = 0.5) -> float:

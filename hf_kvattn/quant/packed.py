@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,6 +27,7 @@ class PackedKV:
             with 8 bits.
         slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows). Not
             0 only where the number of slots is even, and even then, so that two blocks from an even one lie together.
+        as_arguments: what the `native` backend passes to its kernel for all this, made once; nothing changes after it.
     """
 
     start: int
@@ -41,6 +42,7 @@ class PackedKV:
     v_scale: torch.Tensor
     v_zero: torch.Tensor | None
     slot: int = 0
+    as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def dense(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 keys and values of the blocks [first, end): `(B, Hkv, (end - first) * 32, D)` each."""

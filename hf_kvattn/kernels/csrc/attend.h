@@ -91,7 +91,7 @@ Simd::Vec tanh_vec(Simd::Vec x) {
 // Each `size` of the d numbers x times the orthonormal, symmetric Hadamard matrix of that size, a power of two. All
 // stages have the same pattern (Pease, 1968), one that compilers turn into vectors.
 inline void hadamard(float *x, int d, int size) {
-  const float norm = 1.f / sqrtf(static_cast<float>(size));
+  const float norm = static_cast<float>(1 / sqrt(static_cast<double>(size)));
   for (float *block = x; block < x + d; block += size) {
     float y[kMaxDim];
     for (int stage = 1; stage < size; stage *= 2) {
@@ -567,11 +567,21 @@ class Attend {
 
 }  // namespace
 
-#define KVATTN_DEFINE_VARIANT(name)                         \
-  void kvattn_attend_##name(const kvattn_attend_args *a) {  \
-    switch (a->dtype) {                                     \
-      case KVATTN_F32: Attend<float>(*a).run(); break;      \
-      case KVATTN_F16: Attend<f16_t>(*a).run(); break;      \
-      case KVATTN_BF16: Attend<bf16_t>(*a).run(); break;    \
-    }                                                       \
+// Built on the helpers above.
+#include "quantize.h"
+
+#define KVATTN_DEFINE_VARIANT(name)                            \
+  void kvattn_attend_##name(const kvattn_attend_args *a) {     \
+    switch (a->dtype) {                                        \
+      case KVATTN_F32: Attend<float>(*a).run(); break;         \
+      case KVATTN_F16: Attend<f16_t>(*a).run(); break;         \
+      case KVATTN_BF16: Attend<bf16_t>(*a).run(); break;       \
+    }                                                          \
+  }                                                            \
+  void kvattn_quantize_##name(const kvattn_quantize_args *a) { \
+    switch (a->dtype) {                                        \
+      case KVATTN_F32: quantize_all<float>(*a); break;         \
+      case KVATTN_F16: quantize_all<f16_t>(*a); break;         \
+      case KVATTN_BF16: quantize_all<bf16_t>(*a); break;       \
+    }                                                          \
   }

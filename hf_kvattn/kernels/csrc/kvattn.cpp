@@ -8,10 +8,14 @@
 #include "parallel.h"
 
 void kvattn_attend_portable(const kvattn_attend_args *);
+void kvattn_quantize_portable(const kvattn_quantize_args *);
 #ifdef KVATTN_X86
 void kvattn_attend_avx2(const kvattn_attend_args *);
+void kvattn_quantize_avx2(const kvattn_quantize_args *);
 void kvattn_attend_avx512(const kvattn_attend_args *);
+void kvattn_quantize_avx512(const kvattn_quantize_args *);
 void kvattn_attend_avx512_bf16(const kvattn_attend_args *);
+void kvattn_quantize_avx512_bf16(const kvattn_quantize_args *);
 #endif
 
 namespace {
@@ -20,6 +24,7 @@ struct Variant {
   const char *name;
   bool (*runs_here)();
   void (*attend)(const kvattn_attend_args *);
+  void (*quantize)(const kvattn_quantize_args *);
 };
 
 #ifdef KVATTN_X86
@@ -37,11 +42,11 @@ bool has_avx512_bf16() {
 
 const Variant kVariants[] = {
 #ifdef KVATTN_X86
-    {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16},
-    {"avx512", has_avx512, kvattn_attend_avx512},
-    {"avx2", has_avx2, kvattn_attend_avx2},
+    {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16, kvattn_quantize_avx512_bf16},
+    {"avx512", has_avx512, kvattn_attend_avx512, kvattn_quantize_avx512},
+    {"avx2", has_avx2, kvattn_attend_avx2, kvattn_quantize_avx2},
 #endif
-    {"portable", [] { return true; }, kvattn_attend_portable},
+    {"portable", [] { return true; }, kvattn_attend_portable, kvattn_quantize_portable},
 };
 
 bool is_bits(int bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
@@ -107,6 +112,19 @@ int kvattn_attend(const kvattn_attend_args *a) {
   } catch (const std::bad_alloc &) {
     return KVATTN_OUT_OF_MEMORY;
   }
+  return KVATTN_OK;
+}
+
+int kvattn_quantize(const kvattn_quantize_args *a) {
+  auto is_served = [](int bits, const uint16_t *zero) { return bits == 8 ? !zero : bits == 4 && zero; };
+  if (!a || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->threads < 1 || a->batch < 1 || a->kv_heads < 1 ||
+      a->blocks < 1 || a->head_dim < 16 || a->head_dim > 512 || a->head_dim % 16 || a->v_group < 16 ||
+      a->v_group % 16 || a->head_dim % a->v_group || a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) ||
+      a->head_dim % a->v_rotation || a->slot < 0 || a->slot + a->blocks > a->packed_blocks ||
+      !is_served(a->k_bits, a->k_zero) || !is_served(a->v_bits, a->v_zero) || !a->k || !a->v || !a->k_codes ||
+      !a->k_scale || !a->k_mean || !a->v_codes || !a->v_scale)
+    return KVATTN_BAD_ARGUMENT;
+  variant().quantize(a);
   return KVATTN_OK;
 }
 

@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 4 };
+enum { KVATTN_ABI_VERSION = 5 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
 
@@ -64,6 +64,24 @@ typedef struct {
   const uint16_t *v_scale, *v_zero;  // (B, Hkv, blocks, D / v_group, 32), bf16; v_zero as k_zero
 } kvattn_attend_args;
 
+// Whole blocks of 32 tokens, finite ones, to codes in slots from `slot` on: arrays as in kvattn_attend_args.
+typedef struct {
+  int32_t dtype;    // of k and v
+  int32_t threads;  // at most this many
+  int32_t k_bits, v_bits;  // 8 or 4
+  int64_t batch, kv_heads, blocks, head_dim, v_group, v_rotation;
+  int64_t packed_blocks, slot;
+  const void *k;  // (B, Hkv, 32 * blocks, D)
+  const void *v;  // (B, Hkv, 32 * blocks, D)
+  int64_t k_stride[3];  // batch, head, token
+  int64_t v_stride[3];
+  uint8_t *k_codes;
+  uint16_t *k_scale, *k_zero;
+  const float *k_mean;
+  uint8_t *v_codes;
+  uint16_t *v_scale, *v_zero;
+} kvattn_quantize_args;
+
 KVATTN_API int kvattn_abi_version(void);
 // Name of the SIMD variant in use: chosen from the CPU's features at the first call.
 KVATTN_API const char *kvattn_variant(void);
@@ -72,6 +90,7 @@ KVATTN_API int kvattn_select(const char *name);
 // Whether the kernels were built with OpenMP.
 KVATTN_API int kvattn_has_openmp(void);
 KVATTN_API int kvattn_attend(const kvattn_attend_args *args);
+KVATTN_API int kvattn_quantize(const kvattn_quantize_args *args);
 // Sums all bytes with `threads` threads: the read bandwidth that attention is compared with.
 KVATTN_API uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads);
 
