@@ -622,6 +622,7 @@ def test_layers_on_two_gpus_are_refused():
         cache = sized(model, 40)
         hf_kvattn.enable(model)(on_gpu(torch.ones(2, 9, dtype=torch.long)), past_key_values=cache)
         layer = cache.layers[1]
+        layer.device = torch.device("cuda", 1)
         layer.adopt({name: on_gpu(t, "cuda:1") for name, (t, _) in layer.buffers().items()})
         token = {"input_ids": on_gpu(torch.ones(2, 1, dtype=torch.long)), "past_key_values": cache}
         with pytest.raises(ValueError, match="the work of one GPU, the cache lies on cuda:0, cuda:1"):
