@@ -34,6 +34,7 @@ from hf_kvattn.kernels.call import AttendCall
 ROOT = Path(__file__).parent.parent
 RECORDING = CompileConfig(fullgraph=True, mode="reduce-overhead")
 LIBRARIES = {"fa2": ((8, 0), FA2), "fa3": ((9, 0), FA3)}
+BOOKS = ("seen", "stored", "oldest", "begin", "whole", "untouched", "torn")
 LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 torch_compile = torch.compile
 
@@ -122,6 +123,10 @@ def test_a_replayed_step_gives_stocks_tokens_up_to_the_last_slot(family, left_pa
             assert all(torch.equal(a, b) for a, b in zip(one.dense(), other.dense(), strict=True))
         full.crop(-10)
     with hf_kvattn.enabled(model):
+        generate(model, inputs, 70, past_key_values=(eager := sized(model, 82)))
+        for one, other in zip(cache.layers, eager.layers, strict=True):
+            assert [getattr(one, name, 0) for name in BOOKS] == [getattr(other, name, 0) for name in BOOKS]
+            assert [t.shape for t in one.dense()] == [t.shape for t in other.dense()]
         again = {"input_ids": expected[:, :73], "attention_mask": torch.ones(2, 73, dtype=torch.long)}
         again["attention_mask"][0, :left_padding] = 0
         assert torch.equal(generate(model, again, 10, past_key_values=full)[0], expected)
@@ -175,7 +180,7 @@ def test_a_cache_that_is_reset_keeps_its_addresses(recordings):
     ids=str,
 )
 def test_other_ways_of_generating(shape, kwargs, recordings):
-    model, results = tiny_model("gemma3", num_hidden_layers=2), []
+    model, results = tiny_model("qwen2-sliding", num_hidden_layers=2), []  # a window in the second layer alone
     for extra in ({}, {"compile_config": RECORDING}):
         with hf_kvattn.enabled(model, lambda config: StaticKVCache(config, max_cache_len=40), compile=bool(extra)):
             torch.manual_seed(3)
