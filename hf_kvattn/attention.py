@@ -29,6 +29,7 @@ def kvattn_attention(
     s_aux: torch.Tensor | None = None,
     kv_layer=None,
     kv_ticket: tuple[torch.Tensor, int] | None = None,
+    kv_step: tuple | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of `query` over `kv_layer`'s stored tokens, or over `key` and `value` where there is no such layer.
@@ -44,6 +45,8 @@ def kvattn_attention(
         kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
         kv_ticket: while a model is traced, in the place of `kv_layer`: the cache's ticket and the layer's index. The
             new tokens are not stored yet.
+        kv_step: in a step that a CUDA graph is to hold, in the place of `kv_layer`: the `graphs.DecodeSteps` and
+            the layer's index. The new token is not stored yet.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous, and None (no attention weights).
@@ -58,9 +61,13 @@ def kvattn_attention(
         raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if kv_ticket is not None:
+    if kv_ticket is not None or kv_step is not None:
         if dropout or (torch.is_grad_enabled() and query.requires_grad):
             raise ValueError(f"a compiled step through a cache is for inference: torch.no_grad(), no {dropout=}")
+        if kv_step is not None:
+            steps, index = kv_step
+            return steps.attend(index, query, key, value, attention_mask, scaling, softcap, s_aux), None
+        assert kv_ticket is not None
         step = torch.ops.hf_kvattn.step
         rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
         return step(*kv_ticket, query, key, value, *rules), None

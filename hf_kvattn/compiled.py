@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
+from . import append_attend
 from .attention import kvattn_attention
 from .caches.base import KVCache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.tickets import holder
-from .masks import compact_mask, left_padding
+from .graphs import DecodeSteps, compact_masks, new_tokens
+from .masks import left_padding
 
 
 def own_positions(
@@ -129,9 +131,9 @@ def register_ops() -> torch.library.Library:
     """Defines `torch.ops.hf_kvattn.*`, once; they live as long as the library that is returned."""
     library = torch.library.Library("hf_kvattn", "DEF")
     # A CUDA graph repeats what the device did once: what these ops do first is done in Python.
-    tags = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
-    for name, (arguments, run, fake) in _OPS.items():
-        library.define(f"{name}({arguments}) -> Tensor", tags=tags)
+    unsafe = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
+    for name, (arguments, run, fake) in {**_OPS, **append_attend.OPS}.items():
+        library.define(f"{name}({arguments}) -> Tensor", tags=unsafe if name in _OPS else ())
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hf_kvattn::{name}", fake, lib=library)
     return library
@@ -142,24 +144,18 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
 
     Masks that are 4-D already (`generate()` makes them before each step) stay; others become compact.
     """
-    tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    tokens = new_tokens(kwargs)
     mask, asked = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    config: Any = decoder.config
     plain = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     positions = torch.ops.hf_kvattn.begin(cache.ticket, tokens, asked, plain)
     if mask is None or plain is not None:
 
-        def compact(sliding: bool) -> torch.Tensor:
-            first = plain
-            if plain is not None:
-                first = torch.ops.hf_kvattn.first_visible(cache.ticket, plain, tokens.shape[1], sliding)
-            return compact_mask(first, config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+        def first_visible(sliding: bool) -> torch.Tensor | None:
+            if plain is None:
+                return None
+            return torch.ops.hf_kvattn.first_visible(cache.ticket, plain, tokens.shape[1], sliding)
 
-        # As transformers decides in create_masks_for_generate: one mask for each kind of layer, or one for all.
-        if hasattr(config, "layer_types"):
-            mask = {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}
-        else:
-            mask = compact(getattr(config, "sliding_window", None) is not None)
+        mask = compact_masks(decoder.config, tokens, first_visible)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}
 
 
@@ -168,24 +164,39 @@ def default_config() -> CompileConfig:
     return CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch.compile takes None
 
 
-def checked_config(config: CompileConfig, device: torch.device) -> CompileConfig:
-    """A copy of `config` that compiles on every device.
+def checked_config(
+    config: CompileConfig, device: torch.device, cache: KVCache
+) -> tuple[CompileConfig, DecodeSteps | None]:
+    """A copy of `config` that compiles on every device, and the steps of `cache` where it records CUDA graphs.
 
     Raises:
-        ValueError: a mode that records CUDA graphs, on a GPU: they cannot hold a cache that grows.
+        ValueError: a mode that records CUDA graphs, on a GPU, with a cache that they cannot hold.
     """
-    if device.type == "cuda" and config.mode in ("reduce-overhead", "max-autotune"):
-        raise ValueError(
-            f"compile_config has mode={config.mode!r}, which records CUDA graphs: they cannot hold a cache whose "
-            "length is known to the host only; mode='default' and 'max-autotune-no-cudagraphs' work"
-        )
+    steps = None
+    if device.type == "cuda" and records_graphs(config):
+        try:
+            steps = DecodeSteps(cache)
+        except ValueError as error:
+            asked = f"options={config.options!r}" if config.mode is None else f"mode={config.mode!r}"
+            raise ValueError(
+                f"compile_config has {asked}, which records CUDA graphs: {error}. Without them, as with "
+                "mode='default' or 'max-autotune-no-cudagraphs', every cache is served"
+            ) from error
     config = copy.copy(config)
     config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
-    return config
+    return config, steps
+
+
+def records_graphs(config: CompileConfig) -> bool:
+    """Whether a GPU's steps compiled like this are recorded as CUDA graphs."""
+    return config.mode in ("reduce-overhead", "max-autotune") or bool((config.options or {}).get("triton.cudagraphs"))
 
 
 def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
-    """`model` as a callable whose steps of one token are compiled as `config` says; longer ones (prompts) are not."""
+    """`model` as a callable whose steps of one token are compiled as `config` says; longer ones (prompts) are not.
+
+    Where the cache has `steps`, their tensors stand for it.
+    """
 
     def step(**kwargs):
         return model(**kwargs)
@@ -196,7 +207,9 @@ def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
     compiled = torch.compile(step, **fields)
 
     def call(**kwargs):
-        tokens = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        return (compiled if tokens.shape[1] == 1 else model)(**kwargs)
+        steps = getattr(kwargs.get("past_key_values"), "steps", None)  # transformers' StaticCache has none
+        if new_tokens(kwargs).shape[1] > 1:
+            return model(**kwargs)
+        return compiled(**kwargs) if steps is None else steps.run(compiled, model, kwargs)
 
     return call

@@ -74,14 +74,19 @@ def chosen_backend() -> str:
 
 def attend(call: AttendCall) -> torch.Tensor:
     """Computes `call` with the chosen backend: `(B, Tq, Hq, D)` in the dtype of `q`."""
+    return serving(call).attend(call)
+
+
+def serving(call: AttendCall) -> ModuleType:
+    """The backend that `call` is computed with; ValueError where the chosen one cannot serve it."""
     name = chosen_backend()
     if name == "auto":
-        return auto_choice(call)[0].attend(call)
+        return auto_choice(call)[0]
     module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
     reason = unsupported(module, call)
     if reason:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
-    return module.attend(call)
+    return module
 
 
 def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:

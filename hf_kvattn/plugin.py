@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.masking_utils import create_masks_for_generate
 
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache
@@ -43,6 +44,7 @@ from .compiled import (
     register_ops,
     trace_inputs,
 )
+from .graphs import DecodeSteps
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
 
@@ -118,6 +120,7 @@ def enable(
         ours["generate"] = _generate
     if compile:
         ours["get_compiled_call"] = _get_compiled_call
+        ours["create_masks_for_generate"] = _create_masks_for_generate
     before = {name: model.__dict__[name] for name in ours if name in model.__dict__}
     setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, ours, before))
     model.__dict__.update({name: types.MethodType(function, model) for name, function in ours.items()})
@@ -160,7 +163,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
 def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict):
     cache = kwargs.get("past_key_values")
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
-    if not isinstance(cache, KVCache) or _implementation(module) != NAME:
+    if not isinstance(cache, (KVCache, DecodeSteps)) or _implementation(module) != NAME:
         return None
     n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
     if len(cache.layers) != n_layers:
@@ -168,6 +171,8 @@ def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
+    if isinstance(cache, DecodeSteps):
+        return args, {**kwargs, "past_key_values": None, "kv_step": (cache, index)}
     if torch.compiler.is_compiling():
         return args, {**kwargs, "past_key_values": None, "kv_ticket": (cache.ticket, index)}
     return args, {**kwargs, "past_key_values": cache.writer(index), "kv_layer": cache.layers[index]}
@@ -179,6 +184,13 @@ def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         kwargs, args = {**inspect.signature(decoder.forward).bind(*args, **kwargs).arguments}, ()
         kwargs |= kwargs.pop("kwargs", {})
     cache = kwargs.get("past_key_values")
+    if isinstance(cache, DecodeSteps):
+        if _implementation(decoder) != NAME:
+            raise ValueError(
+                f"attention implementation {_implementation(decoder)!r}, set after enable(), has no steps for a CUDA "
+                f"graph, as {NAME!r} has; generate(disable_compile=True) does without them"
+            )
+        return args, cache.inputs(decoder, kwargs)
     if not isinstance(cache, KVCache) or _implementation(decoder) != NAME:
         return None
     if torch.compiler.is_compiling():
@@ -207,12 +219,24 @@ def _generate(self, *args, **kwargs):
     if "get_compiled_call" not in state.ours or not isinstance(cache, KVCache):
         return type(self).generate(self, *args, **kwargs)
     wish = kwargs.get("compile_config") or getattr(config, "compile_config", None) or default_config()
-    kwargs["compile_config"] = checked_config(wish, self.device)
+    kwargs["compile_config"], cache.steps = checked_config(wish, self.device, cache)
     cache.is_compileable = True
     try:
         return type(self).generate(self, *args, **kwargs)
     finally:
-        cache.is_compileable = False
+        cache.is_compileable, cache.steps = False, None
+
+
+def _create_masks_for_generate(self, *args, **kwargs):
+    """What `generate()` asks before each forward: steps in a CUDA graph make their masks of what they know."""
+    steps = getattr(kwargs.get("past_key_values"), "steps", None)
+    if steps is not None and kwargs["inputs_embeds"].shape[1] == 1:
+        if kwargs.get("is_first_iteration"):  # a part of a prompt: what comes may be padded otherwise
+            steps.looked = False
+        return kwargs["attention_mask"]
+    own = inspect.getattr_static(type(self), "create_masks_for_generate", None)
+    make_masks = create_masks_for_generate if own is None else own.__get__(self)
+    return make_masks(*args, **kwargs)
 
 
 def _get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:

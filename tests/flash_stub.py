@@ -32,11 +32,17 @@ def fwd_kvcache(
     softcap, interleaved, num_splits,
 ):  # fmt: skip
     """FA2's decoding entry: q `(B, Sq, Hq, D)`, k and v `(B, Sk, Hkv, D)`, to `[out, lse (B, Hq, Sq)]`."""
-    _never_given(k_new, v_new, cos, sin, batch_idx, block_table, alibi, out)
+    _never_given(cos, sin, batch_idx, block_table, alibi, out)
     assert 0 <= num_splits <= 128, "num_splits > 128 not supported"
     if q.shape[-1] % 8:
         raise AssertionError("the library pads heads of this size by copying the whole cache")
-    return list(_forward("fa2", q, k, v, lengths, leftpad, scale, causal, left, right, softcap))
+    if k_new is not None:
+        swapped = q.shape[1] == 1 and q.shape[2] > k.shape[2] and left < 0 and right < 0
+        rows = q.shape[2] // k.shape[2] if swapped else q.shape[1]
+        assert rows <= k.shape[1], "If key is supplied, it must have seqlen <= the seqlen of the KV cache"
+        lengths = _append(q, k, v, k_new, v_new, lengths, leftpad)
+    new = 0 if k_new is None else k_new.shape[1]
+    return list(_forward("fa2", q, k, v, lengths, leftpad, scale, causal, left, right, softcap, new))
 
 
 def fwd(
@@ -45,12 +51,36 @@ def fwd(
     scheduler, num_splits, pack_gqa, sm_margin,
 ):  # fmt: skip
     """FA3's only entry; as `fwd_kvcache`."""
-    _never_given(k_new, v_new, qv, out, cu_q, cu_k, cu_k_new, used_q, page_table, batch_idx, cos, sin, rotary_lengths)
+    _never_given(qv, out, cu_q, cu_k, cu_k_new, used_q, page_table, batch_idx, cos, sin, rotary_lengths)
     _never_given(max_q, max_k, q_scale, k_scale, v_scale, scheduler)
     assert chunk == 0 and 0 <= num_splits <= 256
     assert q.shape[-1] % 8 == 0, "head_size should be a multiple of 8"
     assert k.shape[0] == q.shape[0], "batch_size must be equal to batch_size_k"
-    return _forward("fa3", q, k, v, lengths, leftpad, scale, causal, left, right, softcap)
+    if k_new is not None:
+        assert q.shape[1] <= k.shape[1], "If k_new is supplied, seqlen must be <= the seqlen of the KV cache"
+        lengths = _append(q, k, v, k_new, v_new, lengths, leftpad)
+    new = 0 if k_new is None else k_new.shape[1]
+    return _forward("fa3", q, k, v, lengths, leftpad, scale, causal, left, right, softcap, new)
+
+
+def _append(q, k, v, k_new, v_new, lengths, leftpad):
+    """Writes the new tokens `(B, new, Hkv, D)` at `lengths`, in place; the lengths after that."""
+    assert v_new is not None, "If key is supplied, value must also be passed in"
+    assert lengths is not None, "If key is supplied, seqlens_k must also be passed in"
+    shape = (k.shape[0], k_new.shape[1], *k.shape[2:])
+    for tensor in (k_new, v_new):
+        assert tensor.shape == shape and tensor.dtype == q.dtype and tensor.device == q.device
+        assert tensor.stride(-1) == 1, "Key tensor must have contiguous last dimension"
+        # Not in the C++ checks, as in `_forward`.
+        assert all(tensor.stride(i) % 8 == 0 for i in (0, 1, 2)) and tensor.data_on_cpu.data_ptr() % 16 == 0
+    new = torch.arange(shape[1])
+    slots = lengths.data_on_cpu.long()[:, None] + new
+    if bool((slots >= k.shape[1]).any()) or bool((slots < new).any()):
+        raise AssertionError(f"out of bounds: tokens appended at {slots[:, 0].tolist()} of {k.shape[1]}")
+    assert leftpad is None or bool((leftpad.data_on_cpu <= lengths.data_on_cpu).all()), "padding beyond the length"
+    for buffer, tokens in ((k, k_new), (v, v_new)):
+        buffer.data_on_cpu[torch.arange(shape[0])[:, None], slots] = tokens.data_on_cpu
+    return Impostor((lengths.data_on_cpu + shape[1]).int(), q.device)
 
 
 def _never_given(*arguments) -> None:
@@ -58,7 +88,7 @@ def _never_given(*arguments) -> None:
         raise NotImplementedError("the stand-in does not compute this; nothing here calls for it")
 
 
-def _forward(library, q, k, v, lengths, leftpad, scale, causal, left, right, softcap):
+def _forward(library, q, k, v, lengths, leftpad, scale, causal, left, right, softcap, new):
     batch, q_len, q_heads, dim = q.shape
     capacity, kv_heads = k.shape[1:3]
     assert q.device.type == "cuda" and {k.device, v.device} == {q.device}, "Input tensor must be on CUDA device"
@@ -75,7 +105,8 @@ def _forward(library, q, k, v, lengths, leftpad, scale, causal, left, right, sof
     # Not in the C++ checks. Vectors of 16 bytes are read; and lengths must come with padding, see `attend`.
     assert all(t.stride(i) % 8 == 0 and t.data_on_cpu.data_ptr() % 16 == 0 for t in (q, k, v) for i in (0, 1, 2))
     assert leftpad is None or lengths is not None, "cache_leftpad without cache_seqlens: wrong where tiles are even"
-    calls.append({"library": library, "q": q, "k": k, "v": v, "leftpad": leftpad, "window": (left, right)})
+    window = (left, right)
+    calls.append({"library": library, "q": q, "k": k, "v": v, "leftpad": leftpad, "window": window, "new": new})
 
     q_, k_, v_ = (t.data_on_cpu.float() for t in (q, k, v))
     end = torch.full((batch,), capacity) if lengths is None else lengths.data_on_cpu.long()

@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
+from hf_kvattn.append_attend import OPS
+
 aten = torch.ops.aten
 _READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
 # These ask for a device guard, which a PyTorch without CUDA has not, before they dispatch.
@@ -152,6 +154,9 @@ class _Calls(TorchFunctionMode):
         if name == "copy_" and (queue := torch.cuda.current_stream().queue) is not None:
             queue.append(functools.partial(func, *map(_unwrap, args), **kwargs))
             return args[0]
+        if name in OPS:  # what is in it runs as on the GPU
+            with self:
+                return OPS[name][1](*args, **kwargs)
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
         if name in _GUARDED and isinstance(args[0], Impostor):

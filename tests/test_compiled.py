@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from models import FAMILIES, generate, prompt, tiny_model
+from models import FAMILIES, generate, prompt, tiny_config, tiny_model
 from torch._dynamo.exc import TorchDynamoException
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -221,11 +221,25 @@ def test_what_compiles_and_what_does_not():
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_cuda_graphs_are_refused_where_they_would_be_recorded(mode):
-    with pytest.raises(ValueError, match=f"mode='{mode}', which records CUDA graphs"):
-        checked_config(CompileConfig(mode=mode), torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (StaticKVCache, "no cache that grows: give StaticKVCache a max_cache_len"),
+        (functools.partial(StaticKVCache, max_cache_len=9, offload=True), "StaticKVCache without offload=True"),
+        (CACHES["sliding"], "a StaticKVCache or QuantizedKVCache with max_cache_len, not a SlidingWindow"),
+        (CACHES["int8"], "no cache that grows: give QuantizedKVCache a max_cache_len"),
+        (lambda config: QuantizedKVCache(tiny_config("mistral"), 8, group_size=16, max_cache_len=9), "rings of blocks"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_would_be_recorded(mode, make, message):
+    cache = make(tiny_model().config)
+    with pytest.raises(ValueError, match=f"mode='{mode}', which records CUDA graphs: .*{message}"):
+        checked_config(CompileConfig(mode=mode), torch.device("cuda"), cache)
     asked = CompileConfig(mode=mode)
-    assert checked_config(asked, torch.device("cpu")) == asked and asked._compile_all_devices is None
+    assert checked_config(asked, torch.device("cpu"), cache) == (asked, None) and asked._compile_all_devices is None
+    options = {"triton.cudagraphs": True}
+    with pytest.raises(ValueError, match=f"options={options}, which records CUDA graphs"):
+        checked_config(CompileConfig(mode=None, options=options), torch.device("cuda"), cache)
 
 
 def test_disable_forgets_what_was_compiled():

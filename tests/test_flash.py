@@ -381,7 +381,19 @@ def test_the_stand_in_notices_what_the_library_does_not():
         with pytest.raises(AssertionError, match="without cache_seqlens"):
             attend(q, k, v, cache_leftpad=call.first)
         with pytest.raises(NotImplementedError):
-            attend(q, k, v, k=k[:, :1], v=v[:, :1], cache_seqlens=3)
+            attend(q, k, v, rotary_cos=k, cache_seqlens=3)
+        new = {"k": k[:, :1].contiguous(), "v": v[:, :1].contiguous()}
+        for wrong, message in (
+            ({"cache_seqlens": 100}, "out of bounds: tokens appended"),
+            ({"cache_seqlens": -1}, "out of bounds: tokens appended"),
+            ({"cache_seqlens": 3, "cache_leftpad": call.first}, "padding beyond the length"),
+            ({}, "seqlens_k must also be passed in"),
+            ({"cache_seqlens": 3, "v": None}, "value must also be passed in"),
+        ):
+            before = k.data_on_cpu.clone()
+            with pytest.raises(AssertionError, match=message):
+                attend(q, k, v, **{**new, **wrong})
+            assert torch.equal(k.data_on_cpu, before)
         with pytest.raises(RuntimeError, match="same device"):
             call.k + torch.ones(64)
         assert isinstance(reference.attend(call), Impostor)

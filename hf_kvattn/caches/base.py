@@ -60,6 +60,7 @@ class KVCache(Cache):
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
     is_compileable = False  # True during a `generate()` that compiles; transformers compiles by itself where it is
+    steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):

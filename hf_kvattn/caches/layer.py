@@ -76,6 +76,9 @@ class KVLayer(CacheLayerMixin):
         """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/ring.py`."""
         return None
 
+    def claim(self) -> None:
+        """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
+
     def settle(self) -> None:
         """Called when the attention over what was appended is done: the time to compress it."""
 

@@ -87,25 +87,30 @@ class KVQuantizedLayer(KVLayer):
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
-        settings, arrays, before = self.settings, self._packed, self._read_before
+        arrays, before = self._packed, self._read_before
         slot = self.dropped // BLOCK % arrays["k_codes"].shape[2]
         if before is None or before[0] is not arrays or before[1:3] != (self.packed_tokens, slot):
-            packed = PackedKV(
-                settings.sinks,
-                self.packed_tokens,
-                settings.k_bits,
-                settings.v_bits,
-                arrays["k_codes"],
-                arrays["k_scale"],
-                arrays.get("k_zero"),
-                arrays["k_mean"],
-                arrays["v_codes"],
-                arrays["v_scale"],
-                arrays.get("v_zero"),
-                slot,
-            )
+            packed = self.packed(self.packed_tokens, slot)
             before = self._read_before = (arrays, self.packed_tokens, slot, packed)
         return Stored(k, v, before[3])
+
+    def packed(self, tokens: int, slot: int = 0) -> PackedKV:
+        """`tokens` in blocks from `slot` on; the tensors themselves."""
+        settings, arrays = self.settings, self._packed
+        return PackedKV(
+            settings.sinks,
+            tokens,
+            settings.k_bits,
+            settings.v_bits,
+            arrays["k_codes"],
+            arrays["k_scale"],
+            arrays.get("k_zero"),
+            arrays["k_mean"],
+            arrays["v_codes"],
+            arrays["v_scale"],
+            arrays.get("v_zero"),
+            slot,
+        )
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything dequantized, in the model's dtype: a copy."""

@@ -97,6 +97,10 @@ class KVSlidingLayer(KVLayer):
         self.seen += new  # last: an interrupt must not leave tokens counted that are not there
         self.torn = None
 
+    def claim(self) -> None:
+        self.begin = self.seen - min(self.seen, self.sliding_window - 1)
+        self.oldest = max(self.oldest, self.seen + 1 - self._k.shape[2])
+
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape

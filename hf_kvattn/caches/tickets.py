@@ -18,7 +18,7 @@ def issue(cache: Any) -> torch.Tensor:
     """A new ticket for `cache`: int64 `(1,)` on the CPU."""
     number = next(_numbers)
     _holders[number] = cache
-    return torch.tensor([number])
+    return torch.tensor([number], device="cpu")  # whatever the default device is
 
 
 def holder(ticket: torch.Tensor) -> Any:

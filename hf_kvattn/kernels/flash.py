@@ -4,14 +4,17 @@ One library function serves everything, `flash_attn_with_kvcache`, on views of t
 nothing is copied. A decode step is split over the tokens, with the query heads of a group as rows of their KV head; for
 a prompt it launches the kernel of `flash_attn_func`. Left padding is `cache_leftpad`: nothing is unpadded, which would
 copy keys and values and read lengths back from the GPU. For one query a ring buffer that wraps is read in two pieces,
-and sinks are a piece of their own; the log-sum-exps join them. The library could append the new tokens in the same
-call; here the cache has written them before, as it does for every backend, with two small copies a layer.
+and sinks are a piece of their own; the log-sum-exps join them.
+
+`append_attend` is a decode step whose lengths are on the GPU: the library appends the new tokens in the same call.
+`attend` finds them written by the cache, as every backend does, with two small copies a layer.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -98,15 +101,7 @@ def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
 
 def attend(call: AttendCall) -> torch.Tensor:
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU."""
-    library, reason = _library(call.q.device)
-    if library is None:
-        raise ValueError(f"backend 'flash' cannot be used here: {reason}")
-    launch = functools.partial(
-        library.flash_attn_with_kvcache,
-        softmax_scale=call.scale,
-        softcap=call.softcap or 0.0,
-        return_softmax_lse=True,
-    )
+    launch = _launcher(call)
     q, window, begin = call.q.transpose(1, 2), call.window, 0
     if window is not None and call.q.shape[2] == 1:  # one query: the window is a slice
         begin, window = max(0, call.kv_len - window), None
@@ -127,6 +122,45 @@ def attend(call: AttendCall) -> torch.Tensor:
         own_q, k, v = (t.transpose(1, 2) for t in (call.sinks.q, call.sinks.k, call.sinks.v))
         parts.append(launch(own_q, k, v, cache_seqlens=seen))
     return _joined(parts, call)
+
+
+def append_attend(
+    call: AttendCall, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, reach: torch.Tensor, wraps: bool
+) -> torch.Tensor:
+    """Writes the new token of each row into the whole buffers of `call`, in place, and attends to it and those before.
+
+    Args:
+        call: one query a row over buffers of all slots; `window` and `first` are in `reach` already.
+        k, v: `(B, Hkv, 1, D)`, the new tokens.
+        slot: `(B,)` int32 on the GPU, where each row's token goes.
+        reach: `(B,)` int32 on the GPU, how many tokens before it each query sees.
+        wraps: whether the buffers are rings, in which the slot before the first is the last.
+
+    Returns:
+        `(B, 1, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU.
+    """
+    launch = _launcher(call)
+    q, k, v, k_buffer, v_buffer = (t.transpose(1, 2) for t in (call.q, k, v, call.k, call.v))
+    begin = (slot - reach).clamp(min=0)
+    parts = [launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=slot, cache_leftpad=begin)]
+    if wraps:
+        slots = call.k.shape[2]
+        begin = slots - (reach - slot).clamp(min=0)
+        parts.append(launch(q, k_buffer, v_buffer, cache_seqlens=torch.full_like(slot, slots), cache_leftpad=begin))
+    return _joined(parts, call)
+
+
+def _launcher(call: AttendCall) -> Callable[..., tuple]:
+    """The library's function with what all pieces of `call` have in common: it returns results and log-sum-exps."""
+    library, reason = _library(call.q.device)
+    if library is None:
+        raise ValueError(f"backend 'flash' cannot be used here: {reason}")
+    return functools.partial(
+        library.flash_attn_with_kvcache,
+        softmax_scale=call.scale,
+        softcap=call.softcap or 0.0,
+        return_softmax_lse=True,
+    )
 
 
 def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:

@@ -59,13 +59,17 @@ def unsupported(call: AttendCall) -> str | None:
     return None
 
 
-def attend(call: AttendCall) -> torch.Tensor:
-    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU."""
+def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tensor:
+    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU.
+
+    Args:
+        lengths: of a launch that is captured once for all lengths; see `triton_attention.launch`.
+    """
     from . import triton_attention  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):
         out, _ = triton_attention.decode_attention(
-            *triton_attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device)
+            *triton_attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device), lengths=lengths
         )
     return out
 

@@ -1,0 +1,167 @@
+"""The ops of `graphs.py`: a new token of each row is stored, and its query attends; numbers that change are tensors.
+
+They are pure functions of tensors and constants but for the buffers, which they declare to mutate. With flash-attn and
+Triton the kernels read the lengths themselves; elsewhere PyTorch's SDPA runs over the whole buffers under a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch
+from .kernels import flash, triton_decode
+from .kernels.call import AttendCall
+from .quant.packed import PackedKV
+
+
+def _append_attend(
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+    window: int | None,
+    wraps: bool,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """Stores one new token of each row and gives the attention of its query, `(B, 1, Hq, D)`.
+
+    Args:
+        k_buffer, v_buffer: `(B, Hkv, slots, D)`, mutated; slots that were never written hold finite numbers.
+        q: `(B, Hq, 1, D)`.
+        k, v: `(B, Hkv, 1, D)`.
+        lengths: `(B,)` int32, tokens stored before, the same for all rows.
+        first: `(B,)` int32, the position of each row's first token (left padding).
+        window: visible keys including the query's own, or None for all.
+        wraps: whether the buffers are rings: token `t` lies in slot `t % slots`.
+        backend: `dispatch.chosen_backend()` at the time of the step.
+    """
+    _check(k_buffer, k, lengths)
+    slots = k_buffer.shape[2]
+    slot = lengths % slots if wraps else lengths
+    reach = (lengths - first).clamp(0, None if window is None else window - 1)
+    call = AttendCall(q, k_buffer, v_buffer, scale, softcap=softcap, s_aux=s_aux)
+    with dispatch.backend(backend):
+        # Where it appends, the library wants a slot for each query head of a group.
+        if dispatch.serving(call) is flash and q.shape[1] <= slots * k.shape[1]:
+            return flash.append_attend(call, k, v, slot, reach, wraps)
+        k_buffer.index_copy_(2, slot[:1].long(), k)
+        v_buffer.index_copy_(2, slot[:1].long(), v)
+        ages = (slot[:, None] - torch.arange(slots, device=slot.device)) % slots
+        call.mask = (ages <= reach[:, None])[:, None, None]
+        return dispatch.attend(call).contiguous()
+
+
+def _check(k_buffer: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor) -> None:
+    """What the host has not seen before the step."""
+    shape = (*k_buffer.shape[:2], 1, k_buffer.shape[3])
+    if (k.shape, k.dtype, k.device) != (shape, k_buffer.dtype, k_buffer.device) or lengths.device != k.device:
+        raise ValueError(
+            f"a step stores keys {shape} of {k_buffer.dtype} on {k_buffer.device}, got {tuple(k.shape)} of {k.dtype} "
+            f"on {k.device}, and lengths on {lengths.device}"
+        )
+
+
+def _append_attend_fake(
+    k_buffer, v_buffer, q, k, v, lengths, first, scale, window, wraps, softcap, s_aux, backend
+) -> torch.Tensor:
+    _check(k_buffer, k, lengths)
+    return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
+
+
+def _append_attend_packed(
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    counts: torch.Tensor,
+    first: torch.Tensor,
+    packed: list[torch.Tensor | None],
+    layout: list[int],
+    scale: float,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """`append_attend` for a layer of a `QuantizedKVCache`, whose new tokens are exact.
+
+    Args:
+        k_exact, v_exact: `(B, Hkv, slots, D)`, mutated: the exact tokens before the blocks, then those after.
+        counts: `(2,)` int32, tokens in blocks and exact ones, the new one included.
+        packed: the arrays of a `PackedKV`, in its order.
+        layout: its `start`, `tokens` (as many as there is room for), `k_bits` and `v_bits`.
+    """
+    _check(k_exact, k, counts)
+    slot = counts[1:].long() - 1
+    k_exact.index_copy_(2, slot, k)
+    v_exact.index_copy_(2, slot, v)
+    call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, first=first)
+    call.packed = PackedKV(*layout, *packed)  # type: ignore[arg-type]  # None are the zeros that 8 bits do not have
+    with dispatch.backend(backend):
+        if dispatch.serving(call) is triton_decode:
+            return triton_decode.attend(call, counts)
+        call.mask = _there(call, counts)
+        return dispatch.attend(call).contiguous()
+
+
+def _there(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
+    """The mask `(B, 1, 1, Tk)` of the tokens that are there, where `call` has room for more."""
+    assert call.packed is not None and call.first is not None
+    start, room = call.packed.start, call.packed.tokens
+    key = torch.arange(call.kv_len, device=counts.device)
+    in_blocks = (key >= start) & (key < start + room)
+    exact = torch.where(key < start, key, key - room)  # where among the exact ones
+    there = torch.where(in_blocks, key < start + counts[0], exact < counts[1])
+    position = torch.where(key < start + room, key, exact + counts[0])
+    return (there & (position >= call.first[:, None]))[:, None, None]
+
+
+def _append_attend_packed_fake(
+    k_exact, v_exact, q, k, v, counts, first, packed, layout, scale, softcap, s_aux, backend
+) -> torch.Tensor:
+    _check(k_exact, k, counts)
+    return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
+
+
+_NEW = "Tensor q, Tensor k, Tensor v"
+# Of `torch.ops.hf_kvattn`: arguments, implementation, fake implementation.
+OPS: dict[str, tuple[str, Callable, Callable]] = {
+    "append_attend": (
+        f"Tensor(a!) k_buffer, Tensor(b!) v_buffer, {_NEW}, Tensor lengths, Tensor first, float scale, int? window, "
+        "bool wraps, float? softcap, Tensor? s_aux, str backend",
+        _append_attend,
+        _append_attend_fake,
+    ),
+    "append_attend_packed": (
+        f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor first, Tensor?[] packed, int[] layout, "
+        "float scale, float? softcap, Tensor? s_aux, str backend",
+        _append_attend_packed,
+        _append_attend_packed_fake,
+    ),
+}
+
+
+class ExactPart(NamedTuple):
+    """One layer's arguments of `append_attend`: buffers, and whether they are rings that will wrap."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    wraps: bool
+
+
+class PackedPart(NamedTuple):
+    """One layer's arguments of `append_attend_packed`."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    packed: list[torch.Tensor | None]
+    layout: list[int]

@@ -1,0 +1,195 @@
+"""Decode steps that a CUDA graph can hold: whatever changes from one step to the next lies in tensors on the GPU.
+
+A graph repeats what the device did once, without Python. So nothing in such a step depends on a number of the host:
+each layer's attention is one op (`append_attend.py`), which is given the cache's buffers and, as a tensor, the number
+of tokens in them. What remains for the host is done before the graph runs and after it (`DecodeSteps.run`): the checks,
+a fill of the lengths, counting, and quantizing blocks that are full; nothing is read back from the GPU.
+
+Buffers must keep their addresses: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`. A `StaticKVCache` keeps
+layers with a window of the model's own in rings (`caches/ring.py`), which have fixed addresses too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import dispatch
+from .append_attend import ExactPart, PackedPart
+from .caches.base import KVCache
+from .caches.layer import KVLayer
+from .caches.quantized import KVQuantizedLayer, QuantizedKVCache
+from .caches.static import StaticKVCache
+from .masks import compact_mask, left_padding, read_compact_mask
+from .quant.layout import BLOCK
+
+
+class DecodeSteps:
+    """Stands in for a cache in the forward of one token a row, traced or not, and keeps the cache's books around it.
+
+    Args:
+        cache: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`.
+
+    Raises:
+        ValueError: any other cache, with what to give instead.
+
+    Attributes:
+        lengths: `(B,)` int32 on the GPU, tokens stored before the step.
+        counts: `(2,)` int32 there, of quantized layers: tokens in blocks, and exact ones, the new one included.
+        first: `(B,)` int32 there, left padding.
+        looked: whether `first` is that of the mask; looking at it waits for the GPU, once.
+        layers: each layer's part.
+        backend: the choice in force at the step.
+    """
+
+    def __init__(self, cache: KVCache):
+        name = type(cache).__name__
+        if not isinstance(cache, (StaticKVCache, QuantizedKVCache)):
+            raise ValueError(f"they hold a StaticKVCache or QuantizedKVCache with max_cache_len, not a {name}")
+        if isinstance(cache, StaticKVCache) and cache.offloads:
+            raise ValueError("they hold layers that stay on the GPU: StaticKVCache without offload=True")
+        if cache.settings["max_cache_len"] is None:
+            raise ValueError(f"they hold no cache that grows: give {name} a max_cache_len")
+        if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in cache.layers):
+            raise ValueError("they hold no rings of blocks, as in a QuantizedKVCache of a model with sliding windows")
+        self.cache = cache
+        self.lengths = self.first = self.counts = torch.empty(0)
+        self.looked = False
+        self.layers: list[ExactPart | PackedPart] = []
+        self.backend = "auto"
+        self._buffers: list[torch.Tensor] = []  # those of `layers`, ready for graphs
+
+    def run(self, compiled: Callable, model: Callable, kwargs: dict[str, Any]) -> Any:
+        """The output of `compiled`, or of `model` where the cache is empty still, for `kwargs` with this cache.
+
+        Raises:
+            ValueError: a full or torn cache, another batch size, a mask that says more than left padding; nothing has
+                changed then.
+        """
+        if not self.cache.get_seq_length():
+            return model(**kwargs)
+        self._begin(new_tokens(kwargs), kwargs.get("attention_mask"))
+        out = compiled(**{**kwargs, "past_key_values": self, "attention_mask": None})
+        for layer in self.cache.layers:
+            layer.seen += 1
+        for layer in self.cache.layers:
+            layer.settle()
+        out.past_key_values = self.cache
+        return out
+
+    def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """What the host does before a step."""
+        self.cache.check_whole()
+        for layer in self.cache.layers:
+            buffer, _ = next(iter(layer.buffers().values()))
+            new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
+            layer.check(new, new)
+        if not self.looked:
+            self._look_at(mask, tokens.shape[0], self.cache.layers[0])
+        for layer in self.cache.layers:
+            layer.settle()  # where an interrupt came between a step and this
+        self.backend = dispatch.chosen_backend()
+        self._look_at_buffers()
+        for layer in self.cache.layers:
+            layer.claim()
+        self.lengths.fill_(self.cache.get_seq_length())
+        quantized = next((layer for layer in self.cache.layers if isinstance(layer, KVQuantizedLayer)), None)
+        if quantized is not None:  # all of them hold the same tokens in blocks
+            self.counts[0] = quantized.packed_tokens
+            self.counts[1] = quantized.stored - quantized.packed_tokens + 1
+
+    def _look_at(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
+        """Writes `first`, of a mask `(B, tokens)` or None."""
+        first: torch.Tensor | bool | None = None
+        if mask is not None:
+            fits = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch
+            first = fits and left_padding(mask.bool(), layer.seen + 1, 0)
+        if isinstance(first, bool):
+            raise ValueError(
+                f"attention_mask {getattr(mask, 'shape', type(mask))}: steps in a CUDA graph take padding at the left, "
+                "in a mask (B, tokens); compile_config with mode='default' takes others"
+            )
+        if self.first.shape != (batch,):
+            made = (torch.empty(n, dtype=torch.int32, device=layer.device) for n in (batch, batch, 2))
+            self.lengths, self.first, self.counts = made
+        self.first.copy_(first) if first is not None else self.first.zero_()
+        self.looked = True
+
+    @torch.inference_mode(False)
+    def _look_at_buffers(self) -> None:
+        """Makes new buffers ready for graphs: at a fixed address, as compilers are told, and finite everywhere."""
+        found = [pair for layer in self.cache.layers for pair in layer.buffers().values()]
+        if self._buffers and all(one is other for one, (other, _) in zip(self._buffers, found, strict=True)):
+            return
+        devices = {str(tensor.device) for tensor, _ in found}
+        if len(devices) > 1:
+            raise ValueError(f"CUDA graphs hold the work of one GPU, the cache lies on {', '.join(sorted(devices))}")
+        for tensor, filled in found:
+            tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
+            torch._dynamo.mark_static_address(tensor, guard=False)
+        self.layers = [self._part(layer) for layer in self.cache.layers]
+        self._buffers = [tensor for tensor, _ in found]
+
+    def _part(self, layer: KVLayer) -> ExactPart | PackedPart:
+        if not isinstance(layer, KVQuantizedLayer):
+            k, v = (layer.buffers()[name][0] for name in "kv")
+            return ExactPart(k, v, k.shape[2] < self.cache.settings["max_cache_len"])
+        buffers = {name: tensor for name, (tensor, _) in layer.buffers().items()}
+        packed = layer.packed(buffers["k_codes"].shape[2] * BLOCK)  # as many as there is room for
+        arrays = [packed.k_codes, packed.k_scale, packed.k_zero, packed.k_mean]
+        arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
+        layout = [packed.start, packed.tokens, packed.k_bits, packed.v_bits]
+        return PackedPart(buffers["exact_k"], buffers["exact_v"], arrays, layout)
+
+    def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the decoder is called with: positions and masks of tensors alone."""
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = self.lengths[:1, None].long()
+        masks = compact_masks(decoder.config, new_tokens(kwargs), lambda sliding: self.first)
+        return {**kwargs, "position_ids": positions, "attention_mask": masks}
+
+    def attend(
+        self,
+        index: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor,
+        scaling: float | None,
+        softcap: float | None,
+        s_aux: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The op of layer `index`: arguments as in `kvattn_attention`, `mask` one that `inputs` made."""
+        layer, window = self.layers[index], read_compact_mask(mask)[1]
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        tensors, rules = (layer.k, layer.v, q, k, v), (softcap, s_aux, self.backend)
+        if isinstance(layer, PackedPart):
+            stored = (self.counts, self.first, layer.packed, layer.layout)
+            return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *rules)
+        numbers = (self.lengths, self.first, scale, window, layer.wraps)
+        return torch.ops.hf_kvattn.append_attend(*tensors, *numbers, *rules)
+
+
+def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:
+    """The new tokens of a forward, `(B, T)` or `(B, T, hidden)`."""
+    return kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+
+
+def compact_masks(
+    config: Any, tokens: torch.Tensor, first: Callable[[bool], torch.Tensor | None]
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Compact masks for a decoder of `config`, as transformers would hand them to it in `create_masks_for_generate`.
+
+    Args:
+        first: what `compact_mask` takes, for layers with a sliding window or without.
+    """
+
+    def compact(sliding: bool) -> torch.Tensor:
+        return compact_mask(first(sliding), config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+
+    if hasattr(config, "layer_types"):  # one mask for each kind of layer, or one for all
+        return {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}
+    return compact(getattr(config, "sliding_window", None) is not None)
