@@ -111,7 +111,11 @@ def unsupported(module: ModuleType, call: AttendCall) -> str | None:
 
 def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     if call.q.device.type == "cuda":
-        return (triton_decode, sdpa, reference) if call.packed is not None else (flash, sdpa, reference)
+        if call.packed is not None:
+            return triton_decode, sdpa, reference
+        # Pieces that must be joined: flash does so for one query, Triton reads them in place.
+        joined = call.sinks is not None or call.slot > 0
+        return (flash, triton_decode, sdpa, reference) if joined else (flash, sdpa, reference)
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
     local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
     few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)

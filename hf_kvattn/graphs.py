@@ -20,7 +20,8 @@ from . import dispatch
 from .append_attend import ExactPart, PackedPart
 from .caches.base import KVCache
 from .caches.layer import KVLayer
-from .caches.quantized import KVQuantizedLayer, QuantizedKVCache
+from .caches.quantized import QuantizedKVCache
+from .caches.quantized_layer import KVQuantizedLayer
 from .caches.static import StaticKVCache
 from .masks import compact_mask, left_padding, read_compact_mask
 from .quant.layout import BLOCK
@@ -138,10 +139,8 @@ class DecodeSteps:
             return ExactPart(k, v, k.shape[2] < self.cache.settings["max_cache_len"])
         buffers = {name: tensor for name, (tensor, _) in layer.buffers().items()}
         packed = layer.packed(buffers["k_codes"].shape[2] * BLOCK)  # as many as there is room for
-        arrays = [packed.k_codes, packed.k_scale, packed.k_zero, packed.k_mean]
-        arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
         layout = [packed.start, packed.tokens, packed.k_bits, packed.v_bits]
-        return PackedPart(buffers["exact_k"], buffers["exact_v"], arrays, layout)
+        return PackedPart(buffers["exact_k"], buffers["exact_v"], list(packed.arrays()), layout)
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the decoder is called with: positions and masks of tensors alone."""

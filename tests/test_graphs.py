@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, compiled, dispatch, plugin
-from hf_kvattn.caches.quantized import KVQuantizedLayer
+from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.graphs import DecodeSteps
 from hf_kvattn.kernels import reference, sdpa, triton_decode
 from hf_kvattn.kernels.call import AttendCall

@@ -507,15 +507,14 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         twin.examine(wait=True)
 
 
-def blank_arrays(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> dict:
-    """The arrays of a `PackedKV` with room for `slots` blocks, filled with what must stay where nothing is written."""
-    shapes = {"k": (*lead, slots, dim), "v": (*lead, slots, dim // group, BLOCK)}
-    arrays = {"k_mean": torch.randn(*lead, dim)}
-    for x, b in zip("kv", bits, strict=True):
-        arrays[f"{x}_codes"] = torch.full((*lead, slots, 4 * b * dim), 9, dtype=torch.uint8)
-        arrays[f"{x}_scale"] = torch.full(shapes[x], 7.0, dtype=torch.bfloat16)
-        arrays[f"{x}_zero"] = torch.full(shapes[x], 7.0, dtype=torch.bfloat16) if has_zero(b) else None
-    return arrays
+def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> PackedKV:
+    """Arrays with room for `slots` blocks, filled with what must stay where nothing is written."""
+    made: dict[str, torch.Tensor | None] = {}
+    for x, b, rest in (("k", bits[0], (dim,)), ("v", bits[1], (dim // group, BLOCK))):
+        made[f"{x}_codes"] = torch.full((*lead, slots, 4 * b * dim), 9, dtype=torch.uint8)
+        scale, zero = (torch.full((*lead, slots, *rest), 7.0, dtype=torch.bfloat16) for _ in range(2))
+        made |= {f"{x}_scale": scale, f"{x}_zero": zero if has_zero(b) else None}
+    return PackedKV(0, 0, *bits, k_mean=torch.randn(*lead, dim), **made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -528,14 +527,13 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(variant, bits, dtype):
         k[0, 0, :BLOCK, 3] = k[0, 0, 0, 3]  # a constant channel
         k[1, 2, 7, 5], v[0, 1, 9, 2] = 6e4, -6e4
         k[1, 0, :, :2], v[0, 0, 4] = 0, 0
-        arrays = blank_arrays((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
-        numbers = {"k_bits": bits[0], "v_bits": bits[1], "slot": 2}
-        expected = {name: None if t is None else t.clone() for name, t in arrays.items()}
-        quantize_blocks(k.to(dtype), v.to(dtype), **expected, **numbers)
+        ours = blank((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
+        expected = copy.deepcopy(ours)
+        quantize_blocks(k.to(dtype), v.to(dtype), expected, slot=2)
         assert dispatch.quantizer(k.to(dtype), *bits) is native.quantize_blocks
-        native.quantize_blocks(k.to(dtype), v.to(dtype), **arrays, **numbers)
-        for name, array in arrays.items():
-            assert array is None or torch.equal(array, expected[name]), (name, dim, blocks)
+        native.quantize_blocks(k.to(dtype), v.to(dtype), ours, slot=2)
+        for i, (array, other) in enumerate(zip(ours.arrays(), expected.arrays(), strict=True)):
+            assert array is None or torch.equal(array, other), (i, dim, blocks)
 
 
 @pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528)])

@@ -9,7 +9,7 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, OPTCon
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.caches.sliding import SLACK
+from hf_kvattn.caches.ring import SLACK
 
 BACKENDS = ["reference", "sdpa", "native"]
 NATIVE = ["mistral", "gemma2", "gemma3", "qwen2-sliding"]  # families with a window of their own

@@ -18,7 +18,7 @@ from models import tiny_config
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
-from hf_kvattn.caches.quantized import KVQuantizedLayer
+from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.kernels import native, reference
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.layout import BLOCK

@@ -18,7 +18,7 @@ from models import tiny_config
 
 import hf_kvattn
 from hf_kvattn import SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.caches.sliding import SLACK
+from hf_kvattn.caches.ring import SLACK
 from hf_kvattn.kernels import native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 

@@ -26,7 +26,7 @@ from triton.runtime.errors import InterpreterError
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
-from hf_kvattn.caches import quantized
+from hf_kvattn.caches import quantized_layer
 from hf_kvattn.evaluation.codegen import traffic_bytes
 from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_kernels, triton_quantize
 from hf_kvattn.kernels.call import AttendCall
@@ -595,11 +595,11 @@ def test_what_quantizing_refuses(changes, message):
 @pytest.mark.parametrize(("bits", "window"), [((4, 8), None), ((8, 4), 50), ((4, 4), None)], ids=str)
 def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
     """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
-    monkeypatch.setattr(quantized, "_CHUNK_BLOCKS", 2)
+    monkeypatch.setattr(quantized_layer, "_CHUNK_BLOCKS", 2)
     launched, queue = [], triton_decode.quantize_blocks
     monkeypatch.setattr(triton_decode, "quantize_blocks", lambda k, v, **rest: launched.append(queue(k, v, **rest)))
-    settings = quantized.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
-    here, there = (quantized.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
+    settings = quantized_layer.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
+    here, there = (quantized_layer.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
         for count in (150, 1, 40, 33, 100):
             k, v = torch.randn(2, 1, 2, count, 64).bfloat16()

@@ -11,13 +11,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .configs import check_config, fingerprint, kv_shape, native_windows
-from .layer import KVLayer, Stored, check_rows, ring_spans, twin_of
+from .layer import KVLayer, check_rows, twin_of
 from .rows import choose_rows
 from .shared import Frozen, can_share
 from .tickets import issue
 from .whole import changing, check_whole, crop
-
-__all__ = ["KVCache", "KVLayer", "LayerWriter", "Stored", "check_max_cache_len", "kv_shape", "ring_spans"]
 
 
 def check_max_cache_len(max_cache_len: int | None) -> None:

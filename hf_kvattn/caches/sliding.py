@@ -8,11 +8,9 @@ from transformers import PreTrainedConfig
 from .base import KVCache
 from .layer import KVLayer
 from .positions import Stand, go_on, limit_of
-from .ring import SLACK, KVSlidingLayer, overwritten
+from .ring import SLACK, KVSlidingLayer
 from .rope import TURNING, ropes
 from .whole import changing
-
-__all__ = ["MAX_SINKS", "SLACK", "SlidingWindowKVCache", "overwritten"]
 
 MAX_SINKS = 64
 

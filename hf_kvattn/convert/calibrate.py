@@ -25,7 +25,8 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.caches.configs import kv_shape
-from hf_kvattn.caches.quantized import KVQuantizedLayer, QuantizedKVCache, QuantSettings
+from hf_kvattn.caches.quantized import QuantizedKVCache
+from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
 from hf_kvattn.evaluation import perplexity, report
 from hf_kvattn.evaluation.variants import BASELINE, MakeCache, Variant
 from hf_kvattn.plugin import attention_modules

@@ -188,16 +188,6 @@ def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
 
 def _packed_args(packed: PackedKV) -> bytes:
     """The last fields of the struct, from `packed_start` on."""
-    arrays = (
-        packed.k_codes,
-        packed.k_scale,
-        packed.k_zero,
-        packed.k_mean,
-        packed.v_codes,
-        packed.v_scale,
-        packed.v_zero,
-    )
-    assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
     dim = packed.k_scale.shape[-1]
     packed.as_arguments = _PACKED_ARGS.pack(
         packed.start,
@@ -208,9 +198,13 @@ def _packed_args(packed: PackedKV) -> bytes:
         rotation.size_for(dim),
         packed.k_bits,
         packed.v_bits,
-        *(0 if t is None else t.data_ptr() for t in arrays),
+        *_addresses(packed),
     )
     return packed.as_arguments
+
+
+def _addresses(packed: PackedKV) -> tuple[int, ...]:
+    return tuple(0 if t is None else t.data_ptr() for t in packed.arrays())
 
 
 def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
@@ -224,42 +218,27 @@ def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
     return None
 
 
-def quantize_blocks(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_mean: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scale: torch.Tensor,
-    k_zero: torch.Tensor | None,
-    v_codes: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_zero: torch.Tensor | None,
-    k_bits: int,
-    v_bits: int,
-    slot: int,
-) -> None:
+def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     """`quant.blocks.quantize_blocks`, bit for bit, with PyTorch's number of threads."""
     k, v = _side_by_side(k), _side_by_side(v)
-    arrays = (k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero)
-    assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
     dim = k.shape[3]
     args = _QUANTIZE_ARGS.pack(
         _DTYPES[k.dtype],
         torch.get_num_threads(),
-        k_bits,
-        v_bits,
+        into.k_bits,
+        into.v_bits,
         *k.shape[:2],
         k.shape[2] // BLOCK,
         dim,
-        dim // v_scale.shape[3],
+        dim // into.v_scale.shape[3],
         rotation.size_for(dim),
-        k_codes.shape[2],
+        into.k_codes.shape[2],
         slot,
         k.data_ptr(),
         v.data_ptr(),
         *k.stride()[:3],
         *v.stride()[:3],
-        *(0 if t is None else t.data_ptr() for t in arrays),
+        *_addresses(into),
     )
     if status := _library().kvattn_quantize(args):
         raise RuntimeError(f"native quantization failed ({_ERRORS.get(status, status)}) for keys {tuple(k.shape)}")

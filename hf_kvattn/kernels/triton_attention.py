@@ -167,7 +167,7 @@ def _queue_decode(
         v,
         call.first,
         lengths,
-        *((None,) * 7 if packed is None else _arrays(packed)),
+        *((None,) * 7 if packed is None else packed.arrays()),
         partial,
         partial_lse,
         call.scale,
@@ -226,20 +226,6 @@ def _registers() -> dict[str, int]:
     """Lets a thread have the 255 registers that still leave room for two blocks of 4 warps: without this option the
     assembler spills a few bytes here and there to fit a third. Triton has it for NVIDIA alone."""
     return {} if torch.version.hip else {"maxnreg": 255}
-
-
-def _arrays(packed: PackedKV) -> tuple[torch.Tensor | None, ...]:
-    arrays = (
-        packed.k_codes,
-        packed.k_scale,
-        packed.k_zero,
-        packed.k_mean,
-        packed.v_codes,
-        packed.v_scale,
-        packed.v_zero,
-    )
-    assert all(t is None or t.is_contiguous() for t in arrays)  # as caches allocate them
-    return arrays
 
 
 @torch.library.custom_op("hf_kvattn::decode_attention", mutates_args=())
@@ -302,7 +288,7 @@ def op_arguments(call: AttendCall) -> tuple:
         call.k,
         call.v,
         _on_device(call.first, call.q.device),
-        [] if packed is None else [t for t in _arrays(packed) if t is not None],
+        [] if packed is None else [t for t in packed.arrays() if t is not None],
         [] if packed is None else [packed.start, packed.tokens, packed.k_bits, packed.v_bits, packed.slot],
         call.tokens,
         call.slot,

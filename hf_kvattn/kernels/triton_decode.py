@@ -12,6 +12,7 @@ import importlib.util
 
 import torch
 
+from ..quant.packed import PackedKV
 from .call import AttendCall
 
 MAX_QUERIES = 16
@@ -85,12 +86,14 @@ def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
     return None
 
 
-def quantize_blocks(k: torch.Tensor, v: torch.Tensor, **arguments) -> None:
-    """`triton_quantize.quantize_blocks` on the GPU of `k`; what it takes is said there. Queued."""
+def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
+    """`quant.blocks.quantize_blocks` on the GPU of `k`. Queued."""
     from . import triton_quantize  # triton is an optional dependency
 
+    k_codes, k_scale, k_zero, k_mean, *values = into.arrays()
+    arrays = (k_mean, k_codes, k_scale, k_zero, *values)
     with torch.cuda.device(k.device):
-        triton_quantize.quantize_blocks(k, v, **arguments)
+        triton_quantize.quantize_blocks(k, v, *arrays, into.k_bits, into.v_bits, slot)
 
 
 @functools.lru_cache

@@ -44,6 +44,13 @@ class PackedKV:
     slot: int = 0
     as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
+    def arrays(self) -> tuple[torch.Tensor | None, ...]:
+        """Its tensors, in the order of the attributes above; contiguous, as caches allocate them."""
+        keys = (self.k_codes, self.k_scale, self.k_zero, self.k_mean)
+        arrays = (*keys, self.v_codes, self.v_scale, self.v_zero)
+        assert all(t is None or t.is_contiguous() for t in arrays)
+        return arrays
+
     def dense(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 keys and values of the blocks [first, end): `(B, Hkv, (end - first) * 32, D)` each."""
         slots = self.k_codes.shape[2]

@@ -1,0 +1,374 @@
+"""The layers of `QuantizedKVCache`: first and newest tokens exact, the others as codes that are written once."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..dispatch import quantizer
+from ..quant.codecs import has_zero
+from ..quant.layout import BLOCK
+from ..quant.packed import PackedKV
+from .layer import KVLayer, Stored, ring_spans
+from .ring import SLACK, overwritten
+
+logger = logging.getLogger("hf_kvattn")
+
+_GROWTH = 1.5
+_CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
+
+
+@dataclass(frozen=True)
+class QuantSettings:
+    """What `QuantizedKVCache` was asked for; see there."""
+
+    k_bits: int
+    v_bits: int
+    group_size: int
+    residual_length: int
+    sinks: int
+
+
+class KVQuantizedLayer(KVLayer):
+    """One layer: the first `sinks` tokens exact, then blocks of 32 tokens as packed codes, then the newest ones exact.
+
+    `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once, when
+    attention over its tokens is done (`settle`) and `residual_length` newer tokens follow it; its codes never change
+    again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
+
+    With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
+    """
+
+    counts = ("seen", "packed_tokens", "dropped")
+
+    def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
+        super().__init__(max_cache_len, layer_idx, *shape)
+        self.settings = settings
+        self.packed_tokens = self.dropped = 0
+        self._exact_k = self._exact_v = torch.empty(0)
+        self._packed: dict[str, torch.Tensor] = {}
+        # What `kv` said last, and of which arrays, blocks and slot: most steps change none of them.
+        self._read_before: tuple[dict[str, torch.Tensor], int, int, PackedKV] | None = None
+        # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
+        self._asked: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
+
+    @property
+    def stored(self) -> int:
+        return self.seen - self.dropped
+
+    @property
+    def _exact(self) -> int:
+        return self.stored - self.packed_tokens
+
+    def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
+        blocks = (self.dropped + self.packed_tokens) // BLOCK
+        packed = {
+            name: (t, t.shape[2] if name == "k_mean" else min(blocks, t.shape[2])) for name, t in self._packed.items()
+        }
+        return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
+
+    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._packed, self._read_before = {name: buffers[name] for name in self._packed}, None
+        self._exact_k, self._exact_v = buffers["exact_k"], buffers["exact_v"]
+
+    def kv(self) -> Stored:
+        exact = slice(0, self._exact)
+        k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
+        if not self.packed_tokens:
+            return Stored(k, v)
+        arrays, before = self._packed, self._read_before
+        slot = self.dropped // BLOCK % arrays["k_codes"].shape[2]
+        if before is None or before[0] is not arrays or before[1:3] != (self.packed_tokens, slot):
+            packed = self.packed(self.packed_tokens, slot)
+            before = self._read_before = (arrays, self.packed_tokens, slot, packed)
+        return Stored(k, v, before[3])
+
+    def packed(self, tokens: int, slot: int = 0) -> PackedKV:
+        """`tokens` in blocks from `slot` on; the tensors themselves."""
+        settings, arrays = self.settings, self._packed
+        return PackedKV(
+            settings.sinks,
+            tokens,
+            settings.k_bits,
+            settings.v_bits,
+            arrays["k_codes"],
+            arrays["k_scale"],
+            arrays.get("k_zero"),
+            arrays["k_mean"],
+            arrays["v_codes"],
+            arrays["v_scale"],
+            arrays.get("v_zero"),
+            slot,
+        )
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Everything dequantized, in the model's dtype: a copy."""
+        k, v, packed, *_ = self.kv()
+        if packed is None:
+            return k, v
+        sinks, newest = slice(0, packed.start), slice(packed.start, None)
+        packed_k, packed_v = packed.dense(0, packed.tokens // BLOCK)
+        return (
+            torch.cat([k[:, :, sinks], packed_k.to(k.dtype), k[:, :, newest]], 2),
+            torch.cat([v[:, :, sinks], packed_v.to(v.dtype), v[:, :, newest]], 2),
+        )
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        _warn_dense()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().check(k, v)
+        self.examine(wait=False)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.ready(k, v)
+        end = self.seen + k.shape[2]
+        exact, new_exact = self._exact, self._exact + k.shape[2]
+        if new_exact <= self._exact_k.shape[2]:
+            self._exact_k[:, :, exact:new_exact].copy_(k.detach())
+            self._exact_v[:, :, exact:new_exact].copy_(v.detach())
+        elif exact:  # a prompt: all of it is exact until `settle`
+            self._resize_exact(new_exact, exact)
+            self._exact_k[:, :, exact:].copy_(k.detach())
+            self._exact_v[:, :, exact:].copy_(v.detach())
+        else:  # the first prompt: the caller's own tensors, for as long as one attention takes
+            self._exact_k, self._exact_v = k.detach(), v.detach()
+        self.seen = end
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        group_size = self.settings.group_size
+        if self.head_dim % group_size:
+            raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
+        blocks = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self._least_exact) // BLOCK
+        if self.sliding_window is not None:
+            ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` wants it
+            blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
+        self._packed = {}
+        self._allocate(blocks)
+        self._resize_exact(self._least_exact + BLOCK, 0)
+        self.is_initialized = True
+
+    @property
+    def _least_exact(self) -> int:
+        return self.settings.sinks + self.settings.residual_length
+
+    def settle(self) -> None:
+        """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
+
+        On a GPU nothing waits to hear whether they are finite: `examine` says so later.
+
+        Raises:
+            ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
+        """
+        exact, sinks = self._exact, self.settings.sinks
+        count = max(0, exact - self._least_exact) // BLOCK
+        if not count:
+            return
+        done = sinks + count * BLOCK
+        finite = torch.stack([tensor[:, :, sinks:done].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
+        if self.device.type == "cuda":
+            answer, answered = finite.to("cpu", non_blocking=True), torch.cuda.Event()
+            answered.record(torch.cuda.current_stream(self.device))
+            self._asked += ((answer, answered),)
+        elif name := _not_finite(finite):
+            raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
+        first = (self.dropped + self.packed_tokens) // BLOCK
+        slots, dropped = self._packed["k_codes"].shape[2], self.dropped // BLOCK
+        if self.sliding_window is not None:
+            dropped = max(dropped, first + count - slots)
+            dropped += dropped % 2
+        elif first + count > slots:
+            slots = max(first + count, int((first + count) * _GROWTH))
+            self._allocate(slots)
+        self.torn = "quantization"  # from here on a ring's old blocks are overwritten
+        self.untouched = min(self.untouched, self.dropped + sinks + self.packed_tokens)
+        start = max(0, dropped - first)  # what no later token sees is not quantized at all
+        if not self.packed_tokens:  # offsets that no block must spend its range on: means of the first tokens
+            part = slice(sinks + start * BLOCK, min(done, sinks + (start + _CHUNK_BLOCKS) * BLOCK))
+            self._packed["k_mean"].copy_(self._exact_k[:, :, part].float().mean(2))
+        while start < count:
+            slot = (first + start) % slots
+            stop = min(start + _CHUNK_BLOCKS, count, start + slots - slot)
+            part = slice(sinks + start * BLOCK, sinks + stop * BLOCK)
+            self._write_blocks(slot, self._exact_k[:, :, part], self._exact_v[:, :, part])
+            start = stop
+        rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
+        self._own_exact(sinks)
+        after = slice(sinks, sinks + exact - done)
+        self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
+        self.packed_tokens = (first + count - dropped) * BLOCK
+        self.dropped = dropped * BLOCK
+        self.torn = None
+
+    def examine(self, wait: bool) -> None:
+        """Raises ValueError, until `reset`, where a GPU has answered that what it quantized was NaN or infinite.
+
+        Args:
+            wait: for answers that are still to come; without, those are looked at another time.
+        """
+        pending = []
+        for answer, answered in self._asked:
+            if wait:
+                answered.synchronize()
+            elif not answered.query():
+                pending.append((answer, answered))
+                continue
+            if name := _not_finite(answer):
+                raise ValueError(
+                    f"layer {self.layer_idx}: {name} were NaN or infinite when they were quantized; only reset() makes "
+                    "the cache usable again"
+                )
+        self._asked = tuple(pending)
+
+    def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
+        into = self.packed(0)
+        quantizer(k, into.k_bits, into.v_bits)(k, v, into, first)
+
+    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
+    def _allocate(self, blocks: int) -> None:
+        """Room for `blocks` blocks; codes that are there move, they are not made again."""
+        lead, dim = (self.batch_size, self.kv_heads), self.head_dim
+        bits, groups = {"k": self.settings.k_bits, "v": self.settings.v_bits}, dim // self.settings.group_size
+        scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
+        shapes: dict[str, tuple[int, ...]] = {f"{x}_codes": (*lead, blocks, 4 * bits[x] * dim) for x in "kv"}
+        shapes |= {f"{x}_scale": scales[x] for x in "kv"}
+        shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
+        used = self.packed_tokens // BLOCK
+        self._read_before = None  # else it would keep the old arrays
+        grown = {}
+        for name, shape in shapes.items():
+            dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
+            grown[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            if used:
+                grown[name][:, :, :used] = self._packed[name][:, :, :used]
+        empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
+        self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
+        room = blocks * BLOCK + self._least_exact + BLOCK
+        self.capacity = room if self.max_cache_len is None else min(room, self.max_cache_len)
+
+    @torch.inference_mode(False)
+    def _resize_exact(self, capacity: int, keep: int) -> None:
+        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
+        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        if keep:
+            k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
+        self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
+
+    def _own_exact(self, keep: int) -> None:
+        """Where the exact tokens are those of a prompt, perhaps the caller's own tensors: moves `keep` of them."""
+        usual = self._least_exact + BLOCK
+        if self.is_initialized and self._exact_k.shape[2] != usual:
+            self._resize_exact(max(keep, usual), keep)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        super().check_crop(tokens_to_remove)
+        self.examine(wait=True)
+        kept, window = self.seen + tokens_to_remove, self.sliding_window
+        if window is not None and tokens_to_remove and kept and max(0, kept - window + 1) < self.dropped:
+            raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` tokens. A block that is cut becomes exact tokens again, dequantized."""
+        self.check_crop(tokens_to_remove)
+        kept, sinks = self.seen + tokens_to_remove, self.settings.sinks
+        if not kept:
+            return self.reset()
+        kept_here = kept - self.dropped
+        self.untouched = min(self.untouched, kept)
+        self._own_exact(max(sinks, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
+        if kept_here < sinks + self.packed_tokens:
+            block, cut = divmod(max(0, kept_here - sinks), BLOCK)
+            if cut:
+                packed = self.kv().packed
+                assert packed is not None
+                slots = slice(sinks, sinks + BLOCK)
+                self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
+                self.untouched = min(self.untouched, self.dropped + sinks + block * BLOCK)
+            self.packed_tokens = block * BLOCK
+        self.seen = kept
+
+    def reset(self) -> None:
+        self._own_exact(0)
+        self.seen = self.packed_tokens = self.dropped = 0
+        self._asked = ()
+        super().reset()
+
+    def __deepcopy__(self, memo: dict) -> KVLayer:
+        self.examine(wait=True)
+        return super().__deepcopy__(memo)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._packed, self._read_before = {name: tensor[rows] for name, tensor in self._packed.items()}, None
+        self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
+        self.batch_size = self._exact_k.shape[0]
+        self.untouched = 0
+
+    def filled(self) -> dict[str, torch.Tensor]:
+        self.examine(wait=True)
+        exact, blocks = self._exact, self.packed_tokens // BLOCK
+        tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
+        if blocks:
+            slot = self.dropped // BLOCK % self._packed["k_codes"].shape[2]
+            for name, array in self._packed.items():
+                tensors |= {name: array} if name == "k_mean" else ring_spans(name, array, slot, blocks)
+        return tensors
+
+    def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
+        if self.sliding_window is not None:
+            return super().copy_rows(target, source, start)
+        blocks = self.packed_tokens // BLOCK
+        first = max(0, start - self.settings.sinks) // BLOCK
+        for name, array in self._packed.items() if first < blocks else ():
+            changed = slice(None) if name == "k_mean" else slice(first, blocks)
+            array[target, :, changed] = array[source, :, changed]
+        beyond = start - self.packed_tokens  # all that differs may be among the newest tokens
+        exact = slice(beyond if beyond > self.settings.sinks else 0, self._exact)
+        for buffer in (self._exact_k, self._exact_v):
+            buffer[target, :, exact] = buffer[source, :, exact]
+
+    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+        seen, packed, dropped = (counts[name] for name in self.counts)
+        sinks, window = self.settings.sinks, self.sliding_window
+        outside = max(0, seen - window + 1) if window is not None else 0
+        if packed % BLOCK or dropped % (2 * BLOCK) or (packed and dropped + packed > seen - sinks) or dropped > outside:
+            raise ValueError(
+                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {dropped} dropped and {sinks} "
+                f"exact ones do not fit into {seen} tokens"
+            )
+        super().prepare(like, counts)
+        slots = self._packed["k_codes"].shape[2]
+        if packed // BLOCK > slots:
+            if window is not None:
+                raise ValueError(f"layer {self.layer_idx}: {packed} tokens do not fit into a window of {window}")
+            self._allocate(packed // BLOCK)
+        if seen - dropped - packed > self._exact_k.shape[2]:
+            self._resize_exact(seen - dropped - packed, 0)
+        self.packed_tokens, self.dropped = packed, dropped
+
+    def verify(self) -> None:
+        for name, tensor in self.filled().items():
+            name = name.removesuffix("_wrapped")
+            if name in ("k_mean", "k_zero", "v_zero", "k_scale", "v_scale") and not bool(tensor.isfinite().all()):
+                raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
+            if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
+                raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
+
+
+def _not_finite(finite: torch.Tensor) -> str | None:
+    """Which of keys and values is not, where `finite` `(2,)` bool says of each whether it is."""
+    return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
+
+
+@functools.lru_cache(maxsize=1)
+def _warn_dense() -> None:
+    logger.warning(
+        "a quantized cache is read through update(), which dequantizes all of it in every layer at every step: "
+        "call hf_kvattn.enable(model) to have it read packed"
+    )
