@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_kvattn.kernels import native
+from hf_kvattn.kernels import native, triton_decode
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,12 @@ def variant(request):
         pytest.skip(str(error))  # the CPU lacks it
     yield request.param
     native.select_variant(None)
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    """On GPUs that are none its kernels cannot run; `triton_interpreter.py` has them."""
+    monkeypatch.setattr(triton_decode, "unavailable", lambda: "there is none")
 
 
 @pytest.fixture(scope="module")

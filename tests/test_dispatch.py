@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import torch
+from flash_stub import FA2, flash_libraries
+from impostor import fake_cuda, on_gpu
 from models import generate, prompt, tiny_model
 from problems import problem
 from tolerance import assert_close_to_reference
@@ -14,6 +16,7 @@ from tolerance import assert_close_to_reference
 import hf_kvattn
 from hf_kvattn import StaticKVCache, dispatch
 from hf_kvattn.kernels import flash, native, triton_decode
+from hf_kvattn.kernels.call import AttendCall, SinkKV
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +28,30 @@ def fresh_choice(monkeypatch):
 
 def taken(call) -> str:
     return dispatch.auto_choice(call)[0].__name__.rsplit(".")[-1]
+
+
+@pytest.mark.parametrize(
+    ("queries", "slot", "sinks", "expected"),
+    [
+        (1, 0, False, "flash"),
+        (1, 3, False, "flash"),
+        (1, 3, True, "flash"),
+        (2, 0, False, "flash"),
+        (2, 3, False, "triton_decode"),
+        (2, 0, True, "triton_decode"),
+        (16, 3, True, "triton_decode"),
+        (17, 3, False, "sdpa"),
+        (17, 0, True, "sdpa"),
+    ],
+)
+def test_on_a_gpu_triton_joins_what_flash_cannot(queries, slot, sinks, expected, monkeypatch):
+    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
+    q, k, first = (torch.randn(1, heads, n, 16).half() for heads, n in ((4, queries), (2, 32), (2, 4)))
+    with flash_libraries(FA2), fake_cuda():
+        q, k, first = on_gpu((q, k, first))
+        call = AttendCall(q, k, k, 0.25, window=32, tokens=32, slot=slot)
+        call.sinks = SinkKV(first, first, q, evicted=3) if sinks else None
+        assert taken(call) == expected
 
 
 def test_auto_takes_the_fast_one_for_each_case():

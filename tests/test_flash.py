@@ -278,7 +278,7 @@ def test_gpt_oss_with_its_learned_sinks():
 
 
 @pytest.mark.parametrize("sinks", [None, 2])
-def test_a_long_sliding_generation_reads_rings_that_wrap(sinks):
+def test_a_long_sliding_generation_reads_rings_that_wrap(sinks, without_triton):
     family = "mistral" if sinks is None else "llama"
     model, inputs = tiny_model(family, num_hidden_layers=1).half(), prompt(left_padding=5)
     cache = StaticKVCache if sinks is None else functools.partial(SlidingWindowKVCache, window=8, sinks=sinks)

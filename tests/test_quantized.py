@@ -411,12 +411,6 @@ def test_nan_and_inf_are_named_and_no_block_is_written(bad):
         fill(cache, 40, 40, layer=1)
 
 
-@pytest.fixture
-def without_triton(monkeypatch):
-    """On GPUs that are none its kernels cannot run; `triton_interpreter.py` has them."""
-    monkeypatch.setattr(triton_decode, "unavailable", lambda: "there is none")
-
-
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.parametrize("bits", [8, 3])
 def test_on_a_gpu_nothing_is_read_back_while_tokens_are_stored_and_quantized(bits, family, without_triton):

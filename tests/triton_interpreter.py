@@ -597,7 +597,7 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
     """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
     monkeypatch.setattr(quantized_layer, "_CHUNK_BLOCKS", 2)
     launched, queue = [], triton_decode.quantize_blocks
-    monkeypatch.setattr(triton_decode, "quantize_blocks", lambda k, v, **rest: launched.append(queue(k, v, **rest)))
+    monkeypatch.setattr(triton_decode, "quantize_blocks", lambda *args: launched.append(queue(*args)))
     settings = quantized_layer.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
     here, there = (quantized_layer.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
