@@ -50,8 +50,7 @@ class KVQuantizedLayer(KVLayer):
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
-        # What `kv` said last, and of which arrays, blocks and slot: most steps change none of them.
-        self._read_before: tuple[dict[str, torch.Tensor], int, int, PackedKV] | None = None
+        self._read_before: PackedKV | None = None  # what `kv` said last: most steps change nothing of it
         # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
         self._asked: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
@@ -79,12 +78,11 @@ class KVQuantizedLayer(KVLayer):
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
-        arrays, before = self._packed, self._read_before
-        slot = self.dropped // BLOCK % arrays["k_codes"].shape[2]
-        if before is None or before[0] is not arrays or before[1:3] != (self.packed_tokens, slot):
-            packed = self.packed(self.packed_tokens, slot)
-            before = self._read_before = (arrays, self.packed_tokens, slot, packed)
-        return Stored(k, v, before[3])
+        packed, codes = self._read_before, self._packed["k_codes"]
+        slot = self.dropped // BLOCK % codes.shape[2]
+        if packed is None or packed.k_codes is not codes or (packed.tokens, packed.slot) != (self.packed_tokens, slot):
+            packed = self._read_before = self.packed(self.packed_tokens, slot)
+        return Stored(k, v, packed)
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """`tokens` in blocks from `slot` on; the tensors themselves."""
@@ -122,7 +120,8 @@ class KVQuantizedLayer(KVLayer):
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         super().check(k, v)
-        self.examine(wait=False)
+        if self._asked:
+            self.examine(wait=False)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.ready(k, v)
