@@ -16,6 +16,7 @@ EXACT = {
 # Rounded: due are the tokens of the reference backend, from the same contents.
 ROUNDED = {
     "int8": functools.partial(QuantizedKVCache, bits=8, group_size=16),
+    "fp8": functools.partial(QuantizedKVCache, bits="fp8", group_size=16),
     "int4-sized": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=200),
 }
 ALL = EXACT | ROUNDED

@@ -25,6 +25,7 @@ SAMPLE = CASES if ALL else [
     codegen.Case("decode", "sm_80", 256, 16, 4, 4),
     codegen.Case("decode", "sm_90", 128, 16, 4, 4),
     codegen.Case("decode", "sm_90", 80, 32, 8, 4),
+    codegen.Case("decode", "sm_90", 128, 32, "fp8", "fp8"),
     codegen.Case("decode", "sm_100", 64, 32, 2, 2),
     codegen.Case("decode", "gfx942", 128, 16, 4, 4),
     codegen.Case("decode", "sm_90", 128, 32, 3, 3),
