@@ -50,7 +50,7 @@ def test_everything_that_is_shipped_is_recorded():
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_no_spills_tensor_cores_and_two_blocks_a_multiprocessor(target):
     rows = [row for row in RECORDED["kernels"] if row["case"]["target"] == target]
-    assert len(rows) == (86 if target == "gfx942" else 89)
+    assert len(rows) == {"sm_80": 89, "gfx942": 86}.get(target, 107)  # fp8 where hardware converts it
     for row in rows:
         case, found = codegen.Case(**row["case"]), row["resources"]
         assert found["spilled_bytes"] == found["spill_instructions"] == 0, case
