@@ -100,8 +100,8 @@ def test_fp8(name, bits):
     check(packed_problem(name, *bits, torch.float32, start=4))
 
 
-EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "sinks",
-         "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
+EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "s-aux",
+         "s-aux-empty-row", "sinks", "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if served(name)] if ALL else EXACT)
@@ -267,6 +267,8 @@ BUGS = {
                                          "None, :]\n    if BITS == 0:", "fp8"),
     "fp8 values taken for whole numbers": ("3)\n    if codes.dtype.element_ty == tl.float8e4nv:",
                                            "3)\n    if BITS == 0:", "fp8"),
+    "learned sinks left out": ("total += tl.exp2(own - finite)", "total += 0", "s_aux"),
+    "learned sinks of another head": ("tl.load(s_aux_ptr + head)", "tl.load(s_aux_ptr + query)", "s_aux"),
     "padding of sinks left out": ("key += first", "key += 0", "sinks"),
     "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
 }  # fmt: skip
@@ -281,6 +283,8 @@ def call_that_shows(where: str, monkeypatch) -> AttendCall:
         return packed_problem("g5-d80", 3, 3, torch.float32)
     if where == "fp8":
         return packed_problem("g5-d80", FP8, FP8, torch.float32)
+    if where == "s_aux":
+        return packed_problem("s-aux-padded", 4, 8, torch.float32)
     if where == "sinks":
         return problem("sinks-padded")
     if where == "dense ring":

@@ -14,6 +14,7 @@ import os
 import struct
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -125,6 +126,12 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         call: float32, float16 or bfloat16 tensors on the CPU, without mask or dropout.
         lse: `(B, Hq, Tq)` float32, contiguous; filled with each query's log-sum-exp when given.
     """
+    if call.s_aux is not None:
+        own_lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+        out, own_lse = call.after_s_aux(attend(replace(call, s_aux=None), own_lse), own_lse)
+        if lse is not None:
+            lse.copy_(own_lse)
+        return out
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)

@@ -123,6 +123,7 @@ def launch(
     merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
         partial_lse,
+        call.s_aux,
         out,
         lse,
         n_splits,
@@ -243,11 +244,13 @@ def decode_attention(
     softcap: float | None,
     sinks: list[torch.Tensor],
     evicted: int,
+    s_aux: torch.Tensor | None,
     multiprocessors: int,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
     call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
+    call.s_aux = s_aux
     return launch(call, multiprocessors, lengths)
 
 
@@ -267,11 +270,12 @@ def _(
     softcap,
     sinks,
     evicted,
+    s_aux,
     multiprocessors,
     lengths=None,
 ):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, lengths, *packed, *sinks):
+    for tensor in (k, v, first, s_aux, lengths, *packed, *sinks):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 
@@ -299,6 +303,7 @@ def op_arguments(call: AttendCall) -> tuple:
         if sinks is None
         else [sinks.k, sinks.v, sinks.q, *([] if sinks.first is None else [_on_device(sinks.first, call.q.device)])],
         0 if sinks is None else sinks.evicted,
+        call.s_aux,
     )
 
 

@@ -285,6 +285,7 @@ def rotate(x, ROWS: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr):
 def merge_splits_kernel(
     partial_ptr,
     partial_lse_ptr,
+    s_aux_ptr,  # (Hq,) scores without values, or None
     out_ptr,  # (B, Tq, Hq, D)
     lse_ptr,  # (B, Hq, Tq) float32, natural
     splits,
@@ -305,8 +306,13 @@ def merge_splits_kernel(
     every = tl.arange(0, MOST)
     every_lse = tl.load(partial_lse_ptr + row + every * row_count, mask=every < splits, other=-float("inf"))
     top = tl.max(every_lse, 0)
+    if s_aux_ptr is not None:
+        own = tl.load(s_aux_ptr + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, own)
     finite = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.exp2(every_lse - finite), 0)
+    if s_aux_ptr is not None:
+        total += tl.exp2(own - finite)
     d = tl.arange(0, PADDED)
     packed = tl.zeros((PADDED,), tl.float32)
     exact = tl.zeros((PADDED,), tl.float32)
