@@ -29,14 +29,23 @@ def throughput(results: dict[str, Any]) -> str:
         "A step is the time between two tokens inside `generate()`, the median of all timed steps. Every variant had "
         f"{settings['rounds']} turns of {settings['block_steps']} steps, of which the first "
         f'{settings["dropped_steps_per_block"]} carries set-up and was dropped. "Faster than" is the ratio of the '
-        "medians; then the median of the ratios within each round, with p20 to p80. The first token and the prefill "
-        "were timed once. Memory that the prompt takes at its peak, the cache included (prompt MiB), and decoding "
+        f"medians; then the median of the ratios within each round, with p20 to p80. {_prompts(settings)} Memory "
+        "that the prompt takes at its peak, the cache included (prompt MiB), and decoding "
         f"beyond it (extra MiB): {settings['memory_method']}. Tokens are compared with those of "
         f"{BASELINE}, in brackets how many a row; a near tie is {settings['near_tie']}; `differs` is said of lossy "
         "caches.\n"
     )
     cells = [_cell(cell) for cell in results["cells"]]
     return joined(notes, *cells, _price(results["price_of_context"]), skipped_list(results["skipped"]))
+
+
+def _prompts(settings: dict[str, Any]) -> str:
+    if "prompts_s" not in settings:  # results of before they were repeated
+        return "The first token and the prefill were timed once."
+    return (
+        "The first token, the prefill and the memory of a prompt are medians of several prompts, one a round as far as "
+        f"they fit in {settings['prompts_s']:g} s; memory with p20 to p80."
+    )
 
 
 def _cell(cell: dict[str, Any]) -> str:
@@ -48,13 +57,21 @@ def _cell(cell: dict[str, Any]) -> str:
         ("first token ms", "ttft_ms", digits(".0f")),
         ("prefill tok/s", "prefill_tok_s", digits(".0f")),
         ("cache MiB", "cache_bytes", mib),
-        ("prompt MiB", "prompt_peak_bytes", mib),
+        ("prompt MiB", "prompt_peak_bytes", _peak),
         ("extra MiB", "decode_extra_bytes", mib),
         ("tokens", "tokens", "{0[verdict]} ({0[compared]})".format),
     ]
     rows = [{"prompt_peak_bytes": None, **row, **row["speedup"]} for row in cell["rows"]]
     title = f"### Context {cell['context']}, batch {cell['batch']}\n"
-    return joined(title, table_of(columns, rows), _differences(cell))
+    prompts = f"Prompts of each cache: {cell['prompts']}.\n" if "prompts" in cell else ""
+    return joined(title, prompts, table_of(columns, rows), _differences(cell))
+
+
+def _peak(value: dict[str, float] | float | None) -> str:
+    """The memory of prompts; one number in results of before they were repeated."""
+    if not isinstance(value, dict):
+        return mib(value)
+    return mib(value["median"]) if value["p20"] == value["p80"] else spread(value, mib)
 
 
 def _differences(cell: dict[str, Any]) -> str:
