@@ -15,6 +15,7 @@ import torch
 from .kernels import flash, native, reference, sdpa, triton_decode
 from .kernels.call import AttendCall
 from .quant.blocks import quantize_blocks
+from .quant.codecs import Bits
 
 logger = logging.getLogger("hf_kvattn")
 
@@ -122,7 +123,7 @@ def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     return (native, sdpa, reference) if few else (sdpa, native, reference)
 
 
-def quantizer(k: torch.Tensor, k_bits: int, v_bits: int) -> Callable[..., None]:
+def quantizer(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> Callable[..., None]:
     """What turns blocks of such keys (and values) into codes, as `quant.blocks.quantize_blocks` does: equal results."""
     module = triton_decode if k.device.type == "cuda" else native
     reason = module.unavailable() or module.cannot_quantize(k, k_bits, v_bits)

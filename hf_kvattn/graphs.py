@@ -131,8 +131,11 @@ class DecodeSteps:
             raise ValueError(f"CUDA graphs hold the work of one GPU, the cache lies on {', '.join(sorted(devices))}")
         for tensor, filled in found:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
-            torch._dynamo.mark_static_address(tensor, guard=False)
         self.layers = [self._part(layer) for layer in self.cache.layers]
+        for part in self.layers:
+            for each in (part.k, part.v, *(part.packed if isinstance(part, PackedPart) else ())):
+                if each is not None:
+                    torch._dynamo.mark_static_address(each, guard=False)
         self._buffers = [tensor for tensor, _ in found]
 
     def _part(self, layer: KVLayer) -> ExactPart | PackedPart:

@@ -467,12 +467,12 @@ def packed_step(name, bits, start=4):
     arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
     counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
     first = torch.zeros(len(call.q), dtype=torch.int32) if call.first is None else call.first
-    layout = [start, packed.k_codes.shape[2] * 32, bits, bits]
+    layout = [start, packed.k_codes.shape[2] * 32, packed.k_bits, packed.v_bits]
     new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
     return [*exact_buffers, *new, counts, first, arrays, layout, call.scale, call.softcap, None, "auto"], call
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, "fp8", 4, 3, 2])
 @pytest.mark.parametrize("name", ["g3-65", "g5-d80", "padded", "long-split", "empty-row"])
 def test_a_packed_step_computes_what_the_reference_does(name, bits):
     hf_kvattn.enable(tiny_model())
@@ -521,7 +521,9 @@ def test_the_packed_op_does_what_it_declares():
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])
-@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "skip_layers": (0,)}, {"bits": 2, "residual_length": 9}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": 8}, {"bits": "fp8"}, {"bits": 4, "skip_layers": (0,)}, {"bits": 2, "residual_length": 9}]
+)
 def test_replayed_steps_of_a_quantized_cache(settings, left_padding, recordings):
     """90 steps: blocks are quantized between replays, three of them; the last token fits in the last slot."""
     model, inputs = tiny_model(num_hidden_layers=2), prompt(left_padding=left_padding)

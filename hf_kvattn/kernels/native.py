@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..quant import rotation
+from ..quant.codecs import Bits
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall, SinkKV
@@ -104,6 +105,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
     if call.v.shape != call.k.shape:
         return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
+    if call.packed is not None and call.packed.has_fp8:
+        return "native kernels read codes that are whole numbers, not fp8"
     if call.packed is not None and call.q.shape[-1] > 512:
         return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if call.mask is not None:
@@ -207,7 +210,7 @@ def _addresses(packed: PackedKV) -> tuple[int, ...]:
     return tuple(0 if t is None else t.data_ptr() for t in packed.arrays())
 
 
-def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
+def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
     if {k_bits, v_bits} - {8, 4}:
         return f"native kernels quantize to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
