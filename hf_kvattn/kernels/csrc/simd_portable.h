@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
   static constexpr int kVectors = 2;  // vectors of a value row held at once
+  static constexpr int kUnroll = 1;
   static constexpr bool kDotsBf16 = false;
   struct Vec {
     float lane[kLanes];
@@ -39,16 +40,6 @@ struct Simd {
     for (int i = 0; i < n; ++i) r.lane[i] = to_float(p[i]);
     return r;
   }
-  // kLanes 32-bit words, each shifted right and masked, as floats.
-  static Vec codes(const uint8_t *p, int shift) {
-    Vec r;
-    KVATTN_EACH {
-      uint32_t word;
-      memcpy(&word, p + 4 * i, 4);
-      r.lane[i] = static_cast<float>(word >> shift & 0xff);
-    }
-    return r;
-  }
   static Vec add(Vec a, Vec b) {
     KVATTN_EACH a.lane[i] += b.lane[i];
     return a;
@@ -60,6 +51,10 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) {
     KVATTN_EACH c.lane[i] += a.lane[i] * b.lane[i];
     return c;
+  }
+  static Vec abs(Vec a) {
+    KVATTN_EACH a.lane[i] = fabsf(a.lane[i]);
+    return a;
   }
   // A NaN in b is kept.
   static Vec max(Vec a, Vec b) {
@@ -105,6 +100,65 @@ struct Simd {
   static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
   }
+  static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    out[0] = max_lane(a), out[1] = max_lane(b), out[2] = max_lane(c), out[3] = max_lane(d);
+  }
+
+  struct Words {  // 16-bit numbers, two a lane
+    int16_t first[kLanes], second[kLanes];
+  };
+  struct Whole {  // 32-bit numbers, which wrap
+    uint32_t lane[kLanes];
+  };
+  static Words pair(const int16_t *p) {  // two numbers in every lane
+    Words r;
+    KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
+    return r;
+  }
+  // Of each number at p the `width` bits from bit `shift` on.
+  static Words bits(const void *p, int shift, int width) {
+    uint32_t lane[kLanes];
+    memcpy(lane, p, sizeof lane);
+    const uint32_t mask = (1u << width) - 1;
+    Words r;
+    KVATTN_EACH {
+      r.first[i] = static_cast<int16_t>(lane[i] >> shift & mask);
+      r.second[i] = static_cast<int16_t>(lane[i] >> (16 + shift) & mask);
+    }
+    return r;
+  }
+  static Words with_third(Words low, Words third) {
+    KVATTN_EACH {
+      low.first[i] = static_cast<int16_t>(low.first[i] | third.first[i] << 2);
+      low.second[i] = static_cast<int16_t>(low.second[i] | third.second[i] << 2);
+    }
+    return low;
+  }
+  static Whole whole(int x) {
+    Whole r;
+    KVATTN_EACH r.lane[i] = static_cast<uint32_t>(x);
+    return r;
+  }
+  static Whole dot(Words a, Words b, Whole c) {
+    KVATTN_EACH c.lane[i] += static_cast<uint32_t>(a.first[i] * b.first[i] + a.second[i] * b.second[i]);
+    return c;
+  }
+  static Vec to_floats(Whole a) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = static_cast<float>(static_cast<int32_t>(a.lane[i]));
+    return r;
+  }
+  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Words to_words(Vec a, Vec b) {
+    float both[2 * kLanes];
+    store(both, a), store(both + kLanes, b);
+    auto nearest = [&](int i) { return static_cast<int16_t>(both[i] + 12582912.f - 12582912.f); };  // ties to even
+    Words r;
+    KVATTN_EACH r.first[i] = nearest(i / 2 * 4 + i % 2), r.second[i] = nearest(i / 2 * 4 + i % 2 + 2);
+    return r;
+  }
+  static void store_words(int16_t *p, Words a) { KVATTN_EACH p[2 * i] = a.first[i], p[2 * i + 1] = a.second[i]; }
+  static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 #undef KVATTN_EACH
 };
 
