@@ -73,6 +73,7 @@ inline void follow(float greater, float *reference, float *sum_lanes, float *acc
 // n scores, a multiple of the lane count, become weights relative to the reference, and are added to the sums.
 inline void weigh(float *x, int n, float reference, float *sum_lanes) {
   Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-reference);
+#pragma GCC unroll 4
   for (int i = 0; i < n; i += Simd::kLanes) {
     Simd::Vec weight = exp2_vec(Simd::add(Simd::load(x + i), shift));
     Simd::store(x + i, weight);
