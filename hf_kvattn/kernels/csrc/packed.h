@@ -38,7 +38,7 @@ constexpr int kFour = 4;      // rows served together at most, as are their maxi
 constexpr int kAhead = 6;     // blocks that are on their way from memory to the second-level cache
 constexpr int kStretch = 16;  // blocks that share a query's step
 constexpr float kMostSteps = 32512.f;  // of a query: sums of 512 products with -128 to 127 stay below 2^31
-constexpr float kLeast = 1e-30f;       // largest numbers are taken to be at least this, so that steps are not zero
+constexpr float kLeast = 1e-30f;       // what largest numbers start from, so that steps are not zero
 
 // Asks for bytes that are needed some tiles later: hardware prefetching stops at each page, and a page holds one to
 // eight blocks only. A few at a time, between products: more at once than the CPU can have under way would block it.
@@ -48,12 +48,10 @@ inline void prefetch(const void *p, int64_t bytes) {
 
 // Rows' steps of which `count` make the largest number in `top`.
 inline void choose_steps(const Simd::Vec *top, float count, float *step, float *inverse) {
-  using Four = float __attribute__((vector_size(16)));  // one division, not four
-  Four largest;
-  Simd::max4(top[0], top[1], top[2], top[3], reinterpret_cast<float *>(&largest));
-  largest = largest < kLeast ? Four{} + kLeast : largest;
-  const Four steps = largest * (1.f / count), inverses = count / largest;
-  memcpy(step, &steps, sizeof steps), memcpy(inverse, &inverses, sizeof inverses);
+  float largest[kFour];
+  Simd::max4(top[0], top[1], top[2], top[3], largest);
+  for (int r = 0; r < kFour; ++r) inverse[r] = count / largest[r];
+  for (int r = 0; r < kFour; ++r) step[r] = largest[r] * (1.f / count);
 }
 
 // The queries of R rows in steps of their own, which serve all blocks whose scales were looked at.
@@ -67,7 +65,7 @@ template <int R>
 void count_in_steps(PackedKeys keys, int blocks, const float *q, int64_t q_stride, Queries<R> &out) {
   Simd::Vec top[kFour];
 #pragma GCC unroll 4
-  for (int r = 0; r < kFour; ++r) top[r] = Simd::set(0.f);
+  for (int r = 0; r < kFour; ++r) top[r] = Simd::set(kLeast);
   for (int c = 0; c < keys.d; c += Simd::kLanes) {
     Simd::Vec largest = Simd::set(0.f);
     for (int b = 0; b < blocks; ++b)

@@ -163,7 +163,7 @@ inline void fold_weights(PackedValues values, int g, const float *weights, int64
   const float middle = values.bits == 8 ? 0.f : static_cast<float>((1 << values.bits) - 1) / 2;
   __m512 x[R][2 * Blocks], top[kFour], zero_part[kFour];
 #pragma GCC unroll 4
-  for (int r = 0; r < kFour; ++r) top[r] = zero_part[r] = _mm512_setzero_ps();
+  for (int r = 0; r < kFour; ++r) top[r] = _mm512_set1_ps(kLeast), zero_part[r] = _mm512_setzero_ps();
 #pragma GCC unroll 4
   for (int j = 0; j < 2 * Blocks; ++j) {
     const PackedValues block = values.at(j / 2);

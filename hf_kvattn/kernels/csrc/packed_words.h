@@ -145,7 +145,9 @@ inline void fold_weights(PackedValues values, int g, const float *weights, int64
   Simd::Vec top[kFour], zero_part[kFour];
   Simd::Whole total[kFour];
 #pragma GCC unroll kUnroll
-  for (int r = 0; r < kFour; ++r) top[r] = zero_part[r] = Simd::set(0.f), total[r] = Simd::whole(0);
+  for (int r = 0; r < kFour; ++r) {
+    top[r] = Simd::set(kLeast), zero_part[r] = Simd::set(0.f), total[r] = Simd::whole(0);
+  }
 #pragma GCC unroll kUnroll
   for (int b = 0; b < Blocks; ++b) {
     const PackedValues block = values.at(b), later = values.at(b + ahead);
