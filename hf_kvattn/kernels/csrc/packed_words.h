@@ -1,10 +1,10 @@
-// Products of packed codes as 16-bit numbers, summed in pairs into 32 bits (`vpmaddwd` on x86). The codes of a lane need
-// no shuffle for them: the first and third are the low bits of its two halves, the others lie eight bits higher.
+// Products of packed codes as 16-bit numbers, summed in pairs into 32 bits (`vpmaddwd` on x86). The codes of a lane
+// need no shuffle for them: the first and third are the low bits of its two halves, the others lie eight bits higher.
 //
 // All codes count from their middle, by where sums start, so that the rounding of a step is multiplied by little; the
 // zeros contribute with exact numbers, and nothing where there are none (8 bits), since they are the middle then.
 //
-// Rows are unrolled by pragmas: GCC else keeps arrays of vectors in memory.
+// Loops are unrolled by pragmas where vectors are registers: GCC else keeps arrays of them in memory.
 #pragma once
 
 namespace {
@@ -58,14 +58,9 @@ struct Codes {
 template <int Bits>
 __attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
   constexpr int kLow = Bits == 3 ? 2 : Bits, kShared = 8 / kLow;
-  const uint8_t *low = p + i / kShared * kUnit, *thirds = p + 2 * kUnit;
+  const uint8_t *low = p + i / kShared * kUnit, *thirds = Bits == 3 ? p + 2 * kUnit : nullptr;
   const int shift = i % kShared * kLow;
-  Codes codes = {Simd::bits(low, shift, kLow), Simd::bits(low, 8 + shift, kLow)};
-  if (Bits == 3) {
-    codes.even = Simd::with_third(codes.even, Simd::bits(thirds, i, 1));
-    codes.odd = Simd::with_third(codes.odd, Simd::bits(thirds, 8 + i, 1));
-  }
-  return codes;
+  return {Simd::codes(low, shift, kLow, thirds, i), Simd::codes(low, 8 + shift, kLow, thirds, 8 + i)};
 }
 
 // The codes of a unit times the four numbers at `words`, of a token or channel each.

@@ -75,12 +75,14 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm256_set1_epi32(both);
   }
-  // Of each number at p the `width` bits from bit `shift` on.
-  static Words bits(const void *p, int shift, int width) {
-    Words a = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(p)), shift);
-    return shift + width == 16 ? a : _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    Words a = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(low)), shift);
+    if (shift + width < 16) a = _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+    if (!thirds) return a;
+    Words b = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(thirds)), third);
+    return _mm256_or_si256(a, _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(1)), 2));
   }
-  static Words with_third(Words low, Words third) { return _mm256_or_si256(low, _mm256_slli_epi16(third, 2)); }
   static Whole whole(int x) { return _mm256_set1_epi32(x); }
   static Whole dot(Words a, Words b, Whole c) {
     c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);

@@ -52,12 +52,14 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm512_set1_epi32(both);
   }
-  // Of each number at p the `width` bits from bit `shift` on.
-  static Words bits(const void *p, int shift, int width) {
-    Words a = _mm512_srli_epi16(_mm512_loadu_si512(p), shift);
-    return shift + width == 16 ? a : _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    Words a = _mm512_srli_epi16(_mm512_loadu_si512(low), shift);
+    if (shift + width < 16) a = _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+    if (!thirds) return a;
+    Words b = _mm512_srli_epi16(_mm512_loadu_si512(thirds), third);
+    return _mm512_or_si512(a, _mm512_slli_epi16(_mm512_and_si512(b, _mm512_set1_epi16(1)), 2));
   }
-  static Words with_third(Words low, Words third) { return _mm512_or_si512(low, _mm512_slli_epi16(third, 2)); }
   static Whole whole(int x) { return _mm512_set1_epi32(x); }
   static Whole dot(Words a, Words b, Whole c) {
     c = _mm512_add_epi32(_mm512_madd_epi16(a, b), c);

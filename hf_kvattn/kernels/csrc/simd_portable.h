@@ -10,7 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
   static constexpr int kVectors = 2;  // vectors of a value row held at once
-  static constexpr int kUnroll = 1;
+  static constexpr int kUnroll = 1;   // each operation is a loop: unrolled, they take GCC minutes
   static constexpr bool kDotsBf16 = false;
   struct Vec {
     float lane[kLanes];
@@ -115,24 +115,18 @@ struct Simd {
     KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
     return r;
   }
-  // Of each number at p the `width` bits from bit `shift` on.
-  static Words bits(const void *p, int shift, int width) {
-    uint32_t lane[kLanes];
-    memcpy(lane, p, sizeof lane);
-    const uint32_t mask = (1u << width) - 1;
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    uint32_t lane[kLanes], above[kLanes] = {};
+    memcpy(lane, low, sizeof lane);
+    if (thirds) memcpy(above, thirds, sizeof above);
+    const uint32_t mask = ((1u << width) - 1) * 0x10001u;
     Words r;
     KVATTN_EACH {
-      r.first[i] = static_cast<int16_t>(lane[i] >> shift & mask);
-      r.second[i] = static_cast<int16_t>(lane[i] >> (16 + shift) & mask);
+      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> third & 0x10001u) << 2;
+      r.first[i] = static_cast<int16_t>(both & 0xffff), r.second[i] = static_cast<int16_t>(both >> 16);
     }
     return r;
-  }
-  static Words with_third(Words low, Words third) {
-    KVATTN_EACH {
-      low.first[i] = static_cast<int16_t>(low.first[i] | third.first[i] << 2);
-      low.second[i] = static_cast<int16_t>(low.second[i] | third.second[i] << 2);
-    }
-    return low;
   }
   static Whole whole(int x) {
     Whole r;
