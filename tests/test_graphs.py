@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -226,6 +227,36 @@ def test_a_replay_that_fails_leaves_the_cache_as_it_was(recordings):
         rest = {"input_ids": expected[:, :34], "attention_mask": mask}
         tokens, _ = generate(model, rest, 9, past_key_values=cache, compile_config=RECORDING)
     assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("make", [StaticKVCache, functools.partial(QuantizedKVCache, group_size=16)], ids=str)
+def test_every_layer_is_asked_what_layers_may_disagree_in(make, index):
+    model, token = hf_kvattn.enable(tiny_model(num_hidden_layers=3)), torch.ones(2, 1, dtype=torch.long)
+    cache = make(model.config, max_cache_len=14)
+    layer, step = cache.layers[index], {"input_ids": token, "past_key_values": cache}
+    with torch.no_grad():
+        model(**prompt(), past_key_values=cache)
+        before = [tensor.clone() for each in cache.layers for tensor in each.filled().values()]
+
+        def refused(message):
+            with pytest.raises(ValueError, match=message):
+                DecodeSteps(cache).run(model, model, step)
+
+        layer.torn = "crop"
+        refused(f"layer {index}: crop was interrupted half way")
+        layer.torn, layer.seen = None, 12
+        refused("layers hold 12 to 13 tokens")
+        layer.seen = 13
+        if isinstance(layer, KVQuantizedLayer):
+            layer._asked = ((torch.tensor([True, False]), SimpleNamespace(query=lambda: True)),)
+            refused(f"layer {index}: values were NaN or infinite when they were quantized")
+            layer._asked = ()
+        after = [tensor for each in cache.layers for tensor in each.filled().values()]
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        DecodeSteps(cache).run(model, model, step)
+        refused("layer 0: 14 stored tokens and 1 new ones exceed max_cache_len=14")
+    assert [each.seen for each in cache.layers] == [14] * 3
 
 
 def test_an_interrupt_at_any_line_of_a_step_is_noticed_or_harmless():
