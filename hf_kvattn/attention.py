@@ -73,6 +73,9 @@ def kvattn_attention(
         return step(*kv_ticket, query, key, value, *rules), None
     call = AttendCall(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
     call.dropout, call.s_aux = dropout, s_aux
+    if torch.compiler.is_dynamo_compiling() and kv_layer is None and not dropout and not call.needs_grad:
+        rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
+        return torch.ops.hf_kvattn.attend(query, key, value, *rules), None
     if kv_layer is not None:
         call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.kv()
     if attention_mask is None:

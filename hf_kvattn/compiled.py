@@ -4,8 +4,11 @@ While a model is traced, the hooks of `enable` put three ops into the graph: `be
 `first_visible` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
 caches, dispatch and kernels as without it. No length is part of the graph, so it serves all of them.
 
-Each op is given the cache's ticket (`caches/tickets.py`), a tensor that stands for everything the cache stores. It is
-declared to be mutated, so that no compiler reorders, repeats or leaves out what happens to the cache.
+With transformers' own caches, or none, the model's graph keeps what it does with them, and `attend` stands for the
+attention: which backend is in force is asked when the graph runs, not when it is traced.
+
+Each of the three ops is given the cache's ticket (`caches/tickets.py`), a tensor that stands for everything the cache
+stores. It is declared to be mutated, so that no compiler reorders, repeats or leaves out what happens to the cache.
 """
 
 from __future__ import annotations
@@ -110,6 +113,27 @@ def _step_fake(ticket, layer_idx, q, k, v, mask, scaling, is_causal, window, sof
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """The attention of `q` over what another cache, or none, gave: arguments as in `kvattn_attention`."""
+    rules = {"scaling": scaling, "is_causal": is_causal, "sliding_window": window, "softcap": softcap, "s_aux": s_aux}
+    return kvattn_attention(torch.nn.Module(), q, k, v, mask, **rules)[0]  # type: ignore[arg-type]  # of one dict
+
+
+def _attend_fake(q, k, v, mask, scaling, is_causal, window, softcap, s_aux):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+_RULES = "Tensor? mask, float? scaling, bool is_causal, int? window, float? softcap, Tensor? s_aux"
 _OPS: dict[str, tuple[str, Callable, Callable]] = {
     "begin": ("Tensor(a!) ticket, Tensor tokens, Tensor? position_ids, Tensor? mask", _begin, _begin_fake),
     "first_visible": (
@@ -118,11 +142,11 @@ _OPS: dict[str, tuple[str, Callable, Callable]] = {
         _first_visible_fake,
     ),
     "step": (
-        "Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, Tensor? mask, float? scaling, bool is_causal, "
-        "int? window, float? softcap, Tensor? s_aux",
+        f"Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, {_RULES}",
         _step,
         _step_fake,
     ),
+    "attend": (f"Tensor q, Tensor k, Tensor v, {_RULES}", _attend, _attend_fake),
 }
 
 

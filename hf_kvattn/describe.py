@@ -66,7 +66,7 @@ def _taken(call: AttendCall) -> tuple[str, str | None]:
     if chosen == "auto":
         module, reason = dispatch.auto_choice(call)
         return dispatch.name_of(module), reason
-    reason = dispatch.unsupported(dispatch.BACKENDS[chosen], call)
+    reason = dispatch.BACKENDS[chosen].unsupported(call)
     return (chosen, None) if reason is None else ("raises", reason)
 
 

@@ -15,6 +15,7 @@ import torch
 from .kernels import flash, native, reference, sdpa, triton_decode
 from .kernels.call import AttendCall
 from .quant.blocks import quantize_blocks
+from .quant.codecs import Bits
 
 logger = logging.getLogger("hf_kvattn")
 
@@ -27,7 +28,8 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
-# wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys.
+# wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys, or
+# PyTorch's kernel has not all that is asked for (0.1 of the time of what does it with several of PyTorch's).
 NATIVE_MAX_ROWS = 128
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
@@ -83,7 +85,7 @@ def serving(call: AttendCall) -> ModuleType:
     if name == "auto":
         return auto_choice(call)[0]
     module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
-    reason = unsupported(module, call)
+    reason = module.unsupported(call)
     if reason:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
     return module
@@ -93,7 +95,7 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     passed_over = None
     for module in _fastest_first(call):
-        reason = module.unavailable() or unsupported(module, call)
+        reason = module.unavailable() or module.unsupported(call)
         if reason is None:
             break
         passed_over = passed_over or reason
@@ -102,27 +104,20 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
     return module, passed_over
 
 
-def unsupported(module: ModuleType, call: AttendCall) -> str | None:
-    """Why the backend `module` cannot serve `call`, or None."""
-    if call.s_aux is not None and module not in (flash, reference):
-        return f"the {name_of(module)} backend has no learned attention sinks (s_aux)"
-    return module.unsupported(call)
-
-
 def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     if call.q.device.type == "cuda":
         if call.packed is not None:
             return triton_decode, sdpa, reference
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
-        joined = call.sinks is not None or call.slot > 0
-        return (flash, triton_decode, sdpa, reference) if joined else (flash, sdpa, reference)
+        special = call.slot > 0 or not sdpa.is_plain(call)
+        return (flash, triton_decode, sdpa, reference) if special else (flash, sdpa, reference)
     rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
-    local = call.packed is not None or (call.window is not None and call.window < call.kv_len)
-    few = call.q.device.type == "cpu" and (rows <= NATIVE_MAX_ROWS or local)
-    return (native, sdpa, reference) if few else (sdpa, native, reference)
+    local = call.window is not None and call.window < call.kv_len
+    fused = rows <= NATIVE_MAX_ROWS or local or not sdpa.is_plain(call)
+    return (native, sdpa, reference) if fused and call.q.device.type == "cpu" else (sdpa, native, reference)
 
 
-def quantizer(k: torch.Tensor, k_bits: int, v_bits: int) -> Callable[..., None]:
+def quantizer(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> Callable[..., None]:
     """What turns blocks of such keys (and values) into codes, as `quant.blocks.quantize_blocks` does: equal results."""
     module = triton_decode if k.device.type == "cuda" else native
     reason = module.unavailable() or module.cannot_quantize(k, k_bits, v_bits)

@@ -83,23 +83,25 @@ class DecodeSteps:
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
         """What the host does before a step."""
         self.cache.check_whole()
-        for layer in self.cache.layers:
-            buffer, _ = next(iter(layer.buffers().values()))
-            new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
-            layer.check(new, new)
+        layers = self.cache.layers
+        quantized = [layer for layer in layers if isinstance(layer, KVQuantizedLayer)]
+        buffer, _ = next(iter(layers[0].buffers().values()))
+        new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
+        layers[0].check(new, new)  # for all: whole layers of a cache have one batch size, length and capacity
+        for each in quantized:
+            each.examine(wait=False)
         if not self.looked:
-            self._look_at(mask, tokens.shape[0], self.cache.layers[0])
-        for layer in self.cache.layers:
+            self._look_at(mask, tokens.shape[0], layers[0])
+        for layer in layers:
             layer.settle()  # where an interrupt came between a step and this
         self.backend = dispatch.chosen_backend()
         self._look_at_buffers()
-        for layer in self.cache.layers:
+        for layer in layers:
             layer.claim()
         self.lengths.fill_(self.cache.get_seq_length())
-        quantized = next((layer for layer in self.cache.layers if isinstance(layer, KVQuantizedLayer)), None)
-        if quantized is not None:  # all of them hold the same tokens in blocks
-            self.counts[0] = quantized.packed_tokens
-            self.counts[1] = quantized.stored - quantized.packed_tokens + 1
+        if quantized:  # all of them hold the same tokens in blocks
+            self.counts[0] = quantized[0].packed_tokens
+            self.counts[1] = quantized[0].stored - quantized[0].packed_tokens + 1
 
     def _look_at(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
         """Writes `first`, of a mask `(B, tokens)` or None."""
@@ -129,8 +131,11 @@ class DecodeSteps:
             raise ValueError(f"CUDA graphs hold the work of one GPU, the cache lies on {', '.join(sorted(devices))}")
         for tensor, filled in found:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
-            torch._dynamo.mark_static_address(tensor, guard=False)
         self.layers = [self._part(layer) for layer in self.cache.layers]
+        for part in self.layers:
+            for each in (part.k, part.v, *(part.packed if isinstance(part, PackedPart) else ())):
+                if each is not None:
+                    torch._dynamo.mark_static_address(each, guard=False)
         self._buffers = [tensor for tensor, _ in found]
 
     def _part(self, layer: KVLayer) -> ExactPart | PackedPart:

@@ -32,10 +32,9 @@ def kvattn_mask(
 ) -> torch.Tensor | None:
     """The mask of one forward; see the module. Arguments as in `transformers.masking_utils.sdpa_mask`."""
     window = _window_of(mask_function)
-    # A traced offset cannot be compared, and a cache with an unfilled tail (StaticCache) is not bottom-right aligned.
-    aligned = not (isinstance(q_offset, torch.Tensor) and torch.compiler.is_compiling()) and bool(
-        q_offset + q_length == kv_offset + kv_length
-    )
+    # A cache with an unfilled tail (StaticCache) is not bottom-right aligned. It counts in a tensor, which cannot be
+    # compared while traced or without stalling a GPU; and a mask of another kind once it is full is another graph.
+    aligned = not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length
     if window is not None and aligned and not use_vmap:
         first = left_padding(attention_mask, kv_length, kv_offset)
         if first is None and not window:
@@ -80,6 +79,8 @@ def _window_of(mask_function) -> int | None:
     """
     if mask_function is causal_mask_function:
         return 0
+    if torch.compiler.is_dynamo_compiling():  # closures cannot be looked into
+        return None
     model = sliding_window_causal_mask_function(1)
     if getattr(mask_function, "__code__", None) is not model.__code__:
         return None

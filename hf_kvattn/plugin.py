@@ -53,6 +53,7 @@ logger = logging.getLogger("hf_kvattn")
 CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {
     "static": StaticKVCache,
     "int8": functools.partial(QuantizedKVCache, bits=8),
+    "fp8": functools.partial(QuantizedKVCache, bits="fp8"),
     "int4": functools.partial(QuantizedKVCache, bits=4),
     "int2": functools.partial(QuantizedKVCache, bits=2),
 }
@@ -85,9 +86,9 @@ def enable(
     Args:
         model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
         cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`, `"int8"`,
-            `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is. A quantized one
-            takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from, where there
-            is one.
+            `"fp8"`, `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is. A
+            quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from,
+            where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
             package's caches: as its `compile_config` says, else `compiled.default_config()`. The first step of a model
             and batch size then takes a minute or so.

@@ -30,6 +30,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--none-limit-s", type=float, default=4.0, help="skip decoding without a cache when a step takes longer"
     )
+    parser.add_argument(
+        "--prompts-s",
+        type=float,
+        default=10.0,
+        help="seconds for each cache's prompts: one a round, as far as they fit",
+    )
     return parser.parse_args(arguments)
 
 
@@ -49,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             new_tokens=args.new_tokens,
             rounds=args.rounds,
             none_limit_s=args.none_limit_s,
+            prompts_s=args.prompts_s,
             max_batch_tokens=args.max_batch_tokens,
             progress=True,
         )

@@ -18,7 +18,9 @@ ROUNDED = {
     "int8": functools.partial(QuantizedKVCache, bits=8, group_size=16),
     "int4-sized": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=200),
 }
-ALL = EXACT | ROUNDED
+# Not what `native` reads.
+FP8 = {"fp8": functools.partial(QuantizedKVCache, bits="fp8", group_size=16)}
+ALL = EXACT | ROUNDED | FP8
 
 
 def tokens(count: int, batch: int = 2, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -61,7 +61,9 @@ def filled(family, padded=True, bits=None):
 
 
 @pytest.mark.parametrize("positions", [True, False])
-@pytest.mark.parametrize(("family", "bits"), [("llama", None), ("mistral", None), ("gemma2", None), ("phi3", 4)])
+@pytest.mark.parametrize(
+    ("family", "bits"), [("llama", None), ("mistral", None), ("gemma2", None), ("phi3", 4), ("llama", "fp8")]
+)
 def test_nothing_is_read_back_in_a_step(family, bits, positions):
     model, steps, arguments = filled(family, bits=bits)
     if not positions:

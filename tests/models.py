@@ -6,6 +6,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -40,6 +42,11 @@ FAMILIES = {
     "phi3": (Phi3ForCausalLM, Phi3Config, {}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16, "sliding_window": 8}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"head_dim": 16, "sliding_window": 8}),
+    "gpt-oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},
+    ),
     "granite": (GraniteForCausalLM, GraniteConfig, {}),
     "smollm3": (SmolLM3ForCausalLM, SmolLM3Config, {}),
 }
@@ -67,9 +74,15 @@ def tiny_config(family: str = "llama", **changes):
 def tiny_model(family: str = "llama", **changes):
     torch.manual_seed(1)
     model_class = FAMILIES[family][0]
-    # Stock sdpa refuses softcap, so stock Gemma 2 runs eager.
-    implementation = "eager" if family == "gemma2" else "sdpa"
-    return model_class._from_config(tiny_config(family, **changes), attn_implementation=implementation).eval()
+    # Stock sdpa refuses softcap and learned sinks, so stock Gemma 2 and gpt-oss run eager.
+    options = {"attn_implementation": "eager" if family in ("gemma2", "gpt-oss") else "sdpa"}
+    if family == "gpt-oss":
+        options["experts_implementation"] = "batched_mm"  # torch.compile takes it whole
+    model = model_class._from_config(tiny_config(family, **changes), **options).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".sinks"):  # some take most of the softmax
+            torch.nn.init.normal_(parameter, std=2.0)
+    return model
 
 
 def prompt(length: int = 13, batch: int = 2, left_padding: int = 0) -> dict[str, torch.Tensor]:

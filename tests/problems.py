@@ -41,6 +41,10 @@ SHAPES = {
     "empty-row": (2, 1, 40, 64, {"first": [0, 40, 39]}),
     "window-long-prefill": (2, 530, 600, 16, {"window": 40}),
     "padded-window-long-prefill": (1, 300, 320, 16, {"window": 50, "first": [0, 319, 33]}),
+    "s-aux": (3, 1, 90, 64, {"s_aux": True}),
+    "s-aux-padded": (8, 5, 150, 64, {"first": [0, 148, 60], "window": 20, "s_aux": True}),
+    "s-aux-empty-row": (2, 1, 40, 80, {"first": [0, 40, 39], "softcap": 2.0, "s_aux": True}),
+    "s-aux-long-prefill": (2, 530, 600, 16, {"window": 40, "s_aux": True}),
     "sinks": (3, 1, 90, 64, {"window": 90, "sinks": (4, 7)}),
     "sinks-coming-in": (2, 9, 49, 64, {"window": 41, "sinks": (5, -3)}),
     "sinks-one": (3, 1, 40, 80, {"window": 40, "sinks": (1, 1), "softcap": 2.0}),
@@ -63,6 +67,8 @@ RINGS = {
     "padded": [(100, 64), (128, 63)],
     "padded-window": [(160, 70)],
     "empty-row": [(40, 17)],
+    "s-aux": [(90, 60)],
+    "s-aux-padded": [(160, 70)],
     "sinks": [(90, 50), (154, 100)],
     "sinks-padded": [(80, 8)],
 }
@@ -80,6 +86,8 @@ def problem(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) ->
     for buffer in buffers:
         buffer[:, :, :kv_len] = torch.randn(batch, kv_heads, kv_len, dim)
     k, v = (buffer[:, :, :kv_len] for buffer in buffers)
+    if "s_aux" in rules:
+        rules["s_aux"] = 2 * torch.randn(kv_heads * group)
     sinks = rules.pop("sinks", None)
     call = AttendCall(q, k, v, dim**-0.5, **rules)
     if sinks is not None:

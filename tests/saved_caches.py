@@ -22,6 +22,7 @@ KINDS = {
     "static": StaticKVCache,
     "static-fixed": partial(StaticKVCache, max_cache_len=400),
     "int8": partial(QuantizedKVCache, bits=8, group_size=16),
+    "fp8-k": partial(QuantizedKVCache, key_bits="fp8", value_bits=4, group_size=16),
     "int4-skips": partial(QuantizedKVCache, bits=4, group_size=16, skip_layers=(0, -1), residual_length=5),
     "k3v2-fixed": partial(QuantizedKVCache, key_bits=3, value_bits=2, group_size=16, sinks=0, max_cache_len=400),
     "calibrated": partial(QuantizedKVCache, calibration=CALIBRATION, max_cache_len=400),

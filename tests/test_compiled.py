@@ -16,6 +16,7 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches import tickets
 from hf_kvattn.compiled import checked_config
+from hf_kvattn.kernels import reference, sdpa
 
 CACHES = {
     "static": StaticKVCache,
@@ -220,6 +221,74 @@ def test_what_compiles_and_what_does_not():
     assert len(graphs) == 1
 
 
+def compiling_everywhere(**kwargs):
+    """What transformers compiles a StaticCache's steps with on a GPU by itself, on a CPU too."""
+    asked = config(**kwargs)
+    asked._compile_all_devices = True
+    return asked
+
+
+@pytest.mark.parametrize("left_padding", [0, 4])
+@pytest.mark.parametrize("family", ["llama-g4", "mistral", "gemma2"])
+def test_stocks_static_cache_compiles_whole(family, left_padding):
+    """In as many graphs as stock's, the last step into the last slot too."""
+    model, inputs = tiny_model(family, num_hidden_layers=2), prompt(left_padding=left_padding)
+    (graphs, backend), (stocks, stocks_backend) = counting(), counting()
+    run = functools.partial(generate, model, inputs, 20, cache_implementation="static")
+    expected, logits = run(compile_config=compiling_everywhere(backend=stocks_backend))
+    torch._dynamo.reset()
+    with hf_kvattn.enabled(model):
+        tokens, ours = run(compile_config=compiling_everywhere(backend=backend))
+    assert torch.equal(tokens, expected) and len(graphs) == len(stocks)
+    torch.testing.assert_close(ours, logits, **LOGITS)
+    ops = [str(node.target) for node in graphs[0].graph.nodes if "hf_kvattn" in str(node.target)]
+    assert ops == ["hf_kvattn.attend"] * 2
+
+
+def test_the_backend_over_stocks_cache_is_that_of_the_step_and_not_of_the_trace(monkeypatch):
+    model, ids = hf_kvattn.enable(tiny_model(num_hidden_layers=1)), prompt()["input_ids"]
+    graphs, backend = counting()
+    step = torch.compile(model.forward, fullgraph=True, backend=backend)
+    served = []
+    for name, module in (("reference", reference), ("sdpa", sdpa)):
+        attend = module.attend
+        monkeypatch.setattr(
+            module, "attend", lambda call, name=name, attend=attend: served.append(name) or attend(call)
+        )
+    cache, eager = (StaticCache(model.config, max_cache_len=30) for _ in range(2))
+    with torch.no_grad():
+        for each in (cache, eager):
+            model(ids, past_key_values=each)
+        for position, name in enumerate(("reference", "sdpa", "reference"), 13):
+            token = {"input_ids": ids[:, :1], "position_ids": torch.full((2, 1), position)}
+            expected = model(**token, past_key_values=eager).logits
+            served.clear()
+            with hf_kvattn.backend(name):
+                torch.testing.assert_close(step(**token, past_key_values=cache).logits, expected, **LOGITS)
+            assert served == [name]
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("family", ["llama-g4", "mistral", "gemma2"])
+def test_a_forward_without_a_cache_compiles_whole(family):
+    model, ids = hf_kvattn.enable(tiny_model(family, num_hidden_layers=2)), prompt()["input_ids"]
+    graphs, backend = counting()
+    step = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        logits = step(ids, use_cache=False).logits
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits, **LOGITS)
+    assert len(graphs) == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_steps_over_stocks_static_cache():
+    model, inputs = tiny_model(num_hidden_layers=1), prompt(left_padding=4)
+    expected, _ = generate(model, inputs, 10)
+    with hf_kvattn.enabled(model):
+        asked = {"cache_implementation": "static", "compile_config": compiling_everywhere(backend="inductor")}
+        assert torch.equal(generate(model, inputs, 10, **asked)[0], expected)
+
+
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -310,6 +379,9 @@ def test_the_ops_do_what_they_declare():
     ops = hf_kvattn.enable(tiny_model()) and torch.ops.hf_kvattn
     checks = ("test_schema", "test_faketensor")
     q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16)
+    past = torch.randn(2, 2, 9, 24)[..., :16]
+    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 5, 2, dtype=torch.int32)):
+        torch.library.opcheck(ops.attend.default, (q, past, past, mask, None, True, None, None, None))
     for kind, make in CACHES.items():
         cache = make(tiny_model().config)
         mask = torch.zeros(2, 1, 1, 2, dtype=torch.int32)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from flash_stub import FA2, flash_libraries
 from impostor import fake_cuda, on_gpu
-from models import generate, prompt, tiny_model
+from models import prompt, tiny_model
 from problems import problem
 from tolerance import assert_close_to_reference
 
 import hf_kvattn
-from hf_kvattn import StaticKVCache, dispatch
+from hf_kvattn import dispatch
 from hf_kvattn.kernels import flash, native, triton_decode
 from hf_kvattn.kernels.call import AttendCall, SinkKV
 
@@ -63,6 +63,8 @@ def test_auto_takes_the_fast_one_for_each_case():
     softcapped_prefill = problem("prefill")
     softcapped_prefill.softcap = 5.0
     assert taken(softcapped_prefill) == "native"
+    softcapped_prefill.softcap, softcapped_prefill.s_aux = None, torch.zeros(6)
+    assert taken(softcapped_prefill) == "native"
     training = problem("prefill")
     training.q = training.q.detach().requires_grad_()
     training.softcap = 5.0
@@ -83,15 +85,18 @@ def test_explicit_choices_raise_where_they_cannot_serve(monkeypatch):
     masked.mask = torch.ones(1, 1, 1, 31, dtype=torch.bool)
     with hf_kvattn.backend("native"), pytest.raises(ValueError, match="'native' cannot serve.*dense mask"):
         dispatch.attend(masked)
-    with hf_kvattn.backend("sdpa"), pytest.raises(ValueError, match="'sdpa' cannot serve.*softcap"):
-        dispatch.attend(problem("softcap"))
+    training = problem("softcap")
+    training.q = training.q.detach().requires_grad_()
+    with hf_kvattn.backend("sdpa"), pytest.raises(ValueError, match="'sdpa' cannot serve.*softcap in inference"):
+        dispatch.attend(training)
     call = problem("g1-31")
     call.q, call.k, call.v = (t.to("meta") for t in (call.q, call.k, call.v))
     with hf_kvattn.backend("native"), pytest.raises(ValueError, match="run on the CPU, the tensors are on meta"):
         dispatch.attend(call)
-    model = tiny_model("gemma2")
-    with hf_kvattn.enabled(model), hf_kvattn.backend("sdpa"), pytest.raises(ValueError, match="softcap"):
-        generate(model, prompt(), past_key_values=StaticKVCache(model.config))
+    model = tiny_model()
+    mask = torch.rand(2, 1, 13, 13) < 0.5
+    with hf_kvattn.enabled(model), hf_kvattn.backend("native"), pytest.raises(ValueError, match="dense mask"):
+        model(prompt()["input_ids"], attention_mask=mask)
     monkeypatch.setattr(native, "unavailable", lambda: "no compiler was found")
     for choose in (hf_kvattn.set_backend, lambda name: hf_kvattn.backend(name).__enter__()):
         with pytest.raises(ValueError, match="'native' .* cannot be used here: no compiler was found"):
@@ -155,8 +160,8 @@ def test_describe_tells_backends_cases_and_reasons(monkeypatch):
     assert name == "sdpa" and "dense mask" in reason
     softcapped = hf_kvattn.describe(tiny_model("gemma2"))
     assert softcapped.cases["prefill, 512 tokens"][0] == "native"
-    with hf_kvattn.backend("sdpa"):
-        assert hf_kvattn.describe(tiny_model("gemma2")).cases["decode, 1 token"][0] == "raises"
+    with hf_kvattn.backend("native"):
+        assert hf_kvattn.describe().cases["decode, custom dense mask"][0] == "raises"
     monkeypatch.setattr(native, "unavailable", lambda: "no compiler was found")
     text = str(hf_kvattn.describe())
     assert "not usable: no compiler was found" in text and "decode, 1 token" in text

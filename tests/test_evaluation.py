@@ -192,6 +192,70 @@ def test_timing_counts_steps_and_turns(model, tokens, monkeypatch):
     json.dumps(results, allow_nan=False)
 
 
+class PlannedMemory:
+    """In the place of `variants.PeakMemory`: whose prompt is measured, and what it peaks at."""
+
+    method = "planned"
+
+    def __init__(self, mib):
+        self.mib, self.prompts, self.running = {name: iter(peaks) for name, peaks in mib.items()}, [], False
+
+    def start(self):
+        assert not self.running
+        self.running = True
+
+    def stop(self):
+        self.running = False
+        name, is_prompt = self.decoded
+        if not is_prompt:
+            return 5
+        self.prompts.append(name)
+        return next(self.mib[name]) * 2**20
+
+
+@pytest.mark.parametrize(("prompts_s", "count"), [(0.0, 1), (2.5, 2), (math.inf, 5)])
+def test_prompts_are_measured_in_turns_as_far_as_they_fit(model, tokens, monkeypatch, prompts_s, count):
+    """A prompt lasts a second by a clock that ticks once a reading."""
+    ticks, made, decode = iter(range(10**6)), [], throughput._decode
+    names, peaks = ["stock-dynamic", "kvattn-static"], ([10, 70, 20, 30, 40][:count], [1, 2, 9, 8, 3][:count])
+    memory = PlannedMemory(dict(zip(names, peaks, strict=True)))
+    monkeypatch.setattr(throughput, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(variants, "PeakMemory", lambda device: memory)
+
+    def seen(model, lane, steps):
+        memory.decoded = (lane.variant.name, lane.ids.shape[1] == 12)
+        if memory.decoded[1] and memory.running:
+            assert lane.cache.get_seq_length() == 0
+            made.append(lane.cache)
+        return decode(model, lane, steps)
+
+    monkeypatch.setattr(throughput, "_decode", seen)
+    results = measured(model, tokens, variants.select(names), new_tokens=10, rounds=5, prompts_s=prompts_s)
+    (cell,) = results["cells"]
+    assert len({id(cache) for cache in made}) == 2 * count and results["settings"]["prompts_s"] == prompts_s
+    assert cell["prompts"] == count
+    assert memory.prompts == (names + [names[1], names[0], names[0], names[1]] * 2)[: 2 * count]
+    for row, own in zip(cell["rows"], peaks, strict=True):
+        ordered = torch.tensor(own, dtype=torch.float64) * 2**20
+        p20, median, p80 = (torch.quantile(ordered, share).item() for share in (0.2, 0.5, 0.8))
+        assert row["prompt_peak_bytes"] == {"median": median, "p20": p20, "p80": p80}
+        assert row["decode_extra_bytes"] == 5 and row["tokens"]["verdict"] == "same"
+    text = report.table(results)
+    assert f"Prompts of each cache: {count}." in text
+    assert {1: "| 10.0 |", 2: "| 40.0 (22.0 to 58.0) |", 5: "| 30.0 (18.0 to 46.0) |"}[count] in text
+
+
+def test_results_of_one_prompt_are_still_read(model, tokens):
+    results = measured(model, tokens, variants.select(["stock-dynamic"]))
+    (cell,) = results["cells"]
+    del cell["prompts"], results["settings"]["prompts_s"]
+    cell["rows"][0]["prompt_peak_bytes"] = 3 * 2**20
+    text = report.table(results)
+    assert "| 3.0 |" in text and "were timed once. Memory that" in text and "Prompts of each" not in text
+    del cell["rows"][0]["prompt_peak_bytes"]
+    assert "| 3.0 |" not in report.table(results)
+
+
 def test_price_of_context_is_the_difference_and_its_share():
     def cell(context, **medians):
         rows = [{"variant": name.replace("_", "-"), "step_ms": {"median": ms}} for name, ms in medians.items()]
@@ -273,6 +337,8 @@ def test_the_models_own_generation_settings_are_left_out_and_restored(model, tok
         ({"new_tokens": 2}, "new_tokens=2"),
         ({"contexts": [10], "batch_sizes": [4], "max_batch_tokens": 20}, "max_batch_tokens=20"),
         ({"contexts": [1500], "batch_sizes": [2]}, "3000.*2000"),
+        ({"prompts_s": -1.0}, "prompts_s must be a number of seconds from 0 on, got -1.0"),
+        ({"prompts_s": math.nan}, "prompts_s must be .* got nan"),
     ],
 )
 def test_throughput_refuses_what_it_cannot_measure(model, tokens, wrong, said):

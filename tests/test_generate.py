@@ -27,8 +27,6 @@ def test_same_tokens_and_logits_as_stock(family, left_padding):
     assert len(tokens[:, 13:].unique()) > 5, "the stock tokens must vary, or equality says little"
     with hf_kvattn.enabled(model):
         for backend in BACKENDS:
-            if backend == "sdpa" and family == "gemma2":
-                continue  # refused because of the softcap, see test_dispatch
             cache = StaticKVCache(model.config, max_cache_len=13 + 24)
             with hf_kvattn.backend(backend):
                 ours, our_logits = generate(model, inputs, past_key_values=cache)
@@ -40,11 +38,9 @@ def test_same_tokens_and_logits_as_stock(family, left_padding):
     torch.testing.assert_close(their_logits, logits, **LOGITS)
 
 
-@pytest.mark.parametrize("family", ["llama-g3", "mistral", "gemma2", "gemma3", "qwen2-sliding"])
+@pytest.mark.parametrize("family", ["llama-g3", "mistral", "gemma2", "gemma3", "qwen2-sliding", "gpt-oss"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_step_equals_full_recomputation_whatever_lies_in_unused_slots(family, backend):
-    if backend == "sdpa" and family == "gemma2":
-        backend = "reference"
     model = tiny_model(family)
     ids = prompt(40)["input_ids"]
     with torch.no_grad():

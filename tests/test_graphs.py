@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from test_quantized import as_dense, packed_problem
 from tolerance import assert_close_to_reference
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
-from transformers import CompileConfig, GptOssConfig, GptOssForCausalLM, StaticCache
+from transformers import CompileConfig, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
@@ -226,6 +227,36 @@ def test_a_replay_that_fails_leaves_the_cache_as_it_was(recordings):
         rest = {"input_ids": expected[:, :34], "attention_mask": mask}
         tokens, _ = generate(model, rest, 9, past_key_values=cache, compile_config=RECORDING)
     assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("make", [StaticKVCache, functools.partial(QuantizedKVCache, group_size=16)], ids=str)
+def test_every_layer_is_asked_what_layers_may_disagree_in(make, index):
+    model, token = hf_kvattn.enable(tiny_model(num_hidden_layers=3)), torch.ones(2, 1, dtype=torch.long)
+    cache = make(model.config, max_cache_len=14)
+    layer, step = cache.layers[index], {"input_ids": token, "past_key_values": cache}
+    with torch.no_grad():
+        model(**prompt(), past_key_values=cache)
+        before = [tensor.clone() for each in cache.layers for tensor in each.filled().values()]
+
+        def refused(message):
+            with pytest.raises(ValueError, match=message):
+                DecodeSteps(cache).run(model, model, step)
+
+        layer.torn = "crop"
+        refused(f"layer {index}: crop was interrupted half way")
+        layer.torn, layer.seen = None, 12
+        refused("layers hold 12 to 13 tokens")
+        layer.seen = 13
+        if isinstance(layer, KVQuantizedLayer):
+            layer._asked = ((torch.tensor([True, False]), SimpleNamespace(query=lambda: True)),)
+            refused(f"layer {index}: values were NaN or infinite when they were quantized")
+            layer._asked = ()
+        after = [tensor for each in cache.layers for tensor in each.filled().values()]
+        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+        DecodeSteps(cache).run(model, model, step)
+        refused("layer 0: 14 stored tokens and 1 new ones exceed max_cache_len=14")
+    assert [each.seen for each in cache.layers] == [14] * 3
 
 
 def test_an_interrupt_at_any_line_of_a_step_is_noticed_or_harmless():
@@ -436,12 +467,12 @@ def packed_step(name, bits, start=4):
     arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
     counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
     first = torch.zeros(len(call.q), dtype=torch.int32) if call.first is None else call.first
-    layout = [start, packed.k_codes.shape[2] * 32, bits, bits]
+    layout = [start, packed.k_codes.shape[2] * 32, packed.k_bits, packed.v_bits]
     new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
     return [*exact_buffers, *new, counts, first, arrays, layout, call.scale, call.softcap, None, "auto"], call
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", [8, "fp8", 4, 3, 2])
 @pytest.mark.parametrize("name", ["g3-65", "g5-d80", "padded", "long-split", "empty-row"])
 def test_a_packed_step_computes_what_the_reference_does(name, bits):
     hf_kvattn.enable(tiny_model())
@@ -490,7 +521,9 @@ def test_the_packed_op_does_what_it_declares():
 
 
 @pytest.mark.parametrize("left_padding", [0, 5])
-@pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "skip_layers": (0,)}, {"bits": 2, "residual_length": 9}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": 8}, {"bits": "fp8"}, {"bits": 4, "skip_layers": (0,)}, {"bits": 2, "residual_length": 9}]
+)
 def test_replayed_steps_of_a_quantized_cache(settings, left_padding, recordings):
     """90 steps: blocks are quantized between replays, three of them; the last token fits in the last slot."""
     model, inputs = tiny_model(num_hidden_layers=2), prompt(left_padding=left_padding)
@@ -548,15 +581,7 @@ def stop_when_counted(layer):
 )
 def test_generate_with_flash_gives_the_tokens_of_the_cpu(family, left_padding, library, monkeypatch):
     """Steps as on a GPU, with `torch.compile` left out: every decode step appends in flash's own call."""
-    if family == "gpt-oss":
-        small = tiny_model("llama").config
-        config = GptOssConfig(**{**small.to_diff_dict(), "model_type": "gpt_oss"}, num_local_experts=2,
-                              num_experts_per_tok=1, sliding_window=8)  # fmt: skip
-        model = GptOssForCausalLM._from_config(config, attn_implementation="eager", experts_implementation="eager")
-        for layer in model.eval().model.layers:
-            torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
-    else:
-        model = tiny_model(family, num_hidden_layers=2)
+    model = tiny_model(family, num_hidden_layers=2)
     model, inputs = model.half(), prompt(left_padding=left_padding)
     n_layers = model.config.num_hidden_layers
     with hf_kvattn.enabled(model), hf_kvattn.backend("reference"):

@@ -10,10 +10,11 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, OPTCon
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches.ring import SLACK
+from hf_kvattn.caches.rope import Rope
 
 BACKENDS = ["reference", "sdpa", "native"]
-NATIVE = ["mistral", "gemma2", "gemma3", "qwen2-sliding"]  # families with a window of their own
-SERVED = [(f, b) for f in NATIVE for b in BACKENDS if (f, b) != ("gemma2", "sdpa")]  # sdpa has no softcap
+NATIVE = ["mistral", "gemma2", "gemma3", "qwen2-sliding", "gpt-oss"]  # families with a window of their own
+SERVED = [(f, b) for f in NATIVE for b in BACKENDS]
 LENGTH = 330  # tokens of a stream: a ring of a window of 8 has 72 slots
 # How a stream arrives: token by token after a prompt, chunks around the slack and the ring, one long prompt.
 CHUNKS = {
@@ -136,7 +137,9 @@ def test_a_forced_window_is_attention_under_its_mask(backend, chunks, sinks):
     assert_same_logits(ours, oracle_of("llama-g3", 8, sinks))
 
 
-@pytest.mark.parametrize("family", ["phi3", "qwen3", "smollm3", "granite", *NATIVE])
+@pytest.mark.parametrize(
+    "family", ["phi3", "qwen3", "smollm3", "granite", "mistral", "gemma2", "gemma3", "qwen2-sliding"]
+)
 def test_every_family_with_sinks(family):
     model = hf_kvattn.enable(tiny_model(family))
     cache = SlidingWindowKVCache(model.config, 11, 3)
@@ -387,6 +390,27 @@ def test_rows_of_a_batch_move_with_their_sinks(rows):
             ids[rows, 200:], attention_mask=mask[rows], position_ids=positions[rows, 200:], past_key_values=cache
         ).logits
     torch.testing.assert_close(rest, whole[rows, 200:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [[0, 0], [0, 5]], ids=str)
+def test_angles_are_computed_once_a_step_and_for_the_rows_as_they_are(padding, monkeypatch):
+    """A cache and a fork of it with other rows share what computes angles, and take steps in turns."""
+    model, ids, (mask, positions) = hf_kvattn.enable(tiny_model()), stream(), padded(padding)
+    whole = streamed_logits(model, ids, SlidingWindowKVCache(model.config, 8, 4), [200, 130], mask, positions)
+    cache, computed, angles = SlidingWindowKVCache(model.config, 8, 4), [], Rope._angles
+    streamed_logits(model, ids, cache, [200], mask, positions)
+    twin = cache.fork()
+    twin.batch_select_indices(torch.tensor([1, 0]))
+    assert cache.layers[0].rope is twin.layers[0].rope and len(cache.layers) > 1
+    monkeypatch.setattr(Rope, "_angles", lambda *args: computed.append(args) or angles(*args))
+    for i in range(200, 220):
+        for each, rows in ((cache, [0, 1]), (twin, [1, 0])):
+            count, masks = len(computed), {"attention_mask": mask[rows, : i + 1]}
+            masks["position_ids"] = positions[rows, i : i + 1]
+            with torch.no_grad():
+                logits = model(ids[rows, i : i + 1], **masks, past_key_values=each).logits
+            torch.testing.assert_close(logits[:, 0], whole[rows, i], rtol=1e-4, atol=1e-4)
+            assert len(computed) - count == (padding != [0, 0] or each is cache)
 
 
 def test_an_interrupt_before_the_attention_loses_no_sinks(monkeypatch):

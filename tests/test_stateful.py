@@ -19,8 +19,9 @@ from models import tiny_config
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
-from hf_kvattn.kernels import native, reference
+from hf_kvattn.kernels import native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.quant.codecs import FP8, Bits
 from hf_kvattn.quant.layout import BLOCK
 from hf_kvattn.quant.rotation import rotate
 
@@ -65,10 +66,12 @@ class Oracle:
         return self.layers[0].kv[0].shape[0] if self.length else 0
 
 
-def bound_of(t: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
+def bound_of(t: torch.Tensor, dim: int, bits: Bits) -> torch.Tensor:
     """A bound of the error of `bits` bits along `dim`: a step, since few bits clip, and bf16 scales."""
     low, high = t.amin(dim, keepdim=True), t.amax(dim, keepdim=True)
     size = torch.maximum(high.abs(), low.abs())
+    if bits == FP8:
+        return t.abs() * 2**-4 + size * 2**-6 + 1e-6
     return (2 * size if bits == 8 else high - low) / (2**bits - 1) + size * 2**-6 + 1e-6
 
 
@@ -84,7 +87,7 @@ def check_codes(layer: KVQuantizedLayer, exact: list[torch.Tensor], read: list[t
 class Caches(RuleBasedStateMachine):
     @initialize(
         kind=st.sampled_from(["static", "quantized", "mixed"]),
-        bits=st.tuples(*[st.sampled_from([8, 4, 3, 2])] * 2),
+        bits=st.tuples(*[st.sampled_from([8, FP8, 4, 3, 2])] * 2),
         sinks=st.sampled_from([0, 3, 4, 32]),
         residual=st.sampled_from([0, 5, 40]),
         limit=st.sampled_from([None, None, 90, 300]),
@@ -305,7 +308,11 @@ class Caches(RuleBasedStateMachine):
         expected = (scores.softmax(-1) @ v).transpose(1, 2)
         # native splits queries and weights for codes into 16 bits; in bfloat16, `model` holds codes rounded once more.
         largest = float(v.abs().max())
-        bounds = {reference: 1e-5, native: 1e-4 * largest if packed else 1e-5}
+        bounds = {reference: 1e-5}
+        if packed is not None and packed.has_fp8:
+            bounds[sdpa] = 1e-5
+        else:
+            bounds[native] = 1e-4 * largest if packed else 1e-5
         if self.dtype == torch.bfloat16:
             bounds = dict.fromkeys(bounds, 2**-7 * largest)
         for backend, bound in bounds.items():

@@ -69,6 +69,28 @@ def test_gpus_that_are_too_old(major, minor, hip, reason, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("bits", "capability", "hip", "reason"),
+    [(("fp8", 4), (8, 6), None, "compute capability 8.6, fp8 needs 8.9"), ((8, "fp8"), (8, 0), None, "needs 8.9"),
+     (("fp8", "fp8"), (8, 9), None, None), (("fp8", "fp8"), (9, 4), "6.4", "on NVIDIA's GPUs only"),
+     ((8, 4), (8, 0), None, None), ((8, 4), (9, 4), "6.4", None)],
+)  # fmt: skip
+def test_gpus_without_fp8(bits, capability, hip, reason, monkeypatch):
+    call = packed_problem("g4-d128", *bits, torch.bfloat16)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = unsupported_on_gpu(call)
+    assert found is None if reason is None else reason in found
+
+
+def unsupported_on_gpu(call):
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    call.q = call.q.as_subclass(OnGpu)
+    return triton_decode.unsupported(call)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: None, None),
@@ -88,12 +110,7 @@ def test_what_it_refuses(change, message, monkeypatch):
     assert "run on a GPU, the tensors are on cpu" in triton_decode.unsupported(call)
     change(call)
     monkeypatch.setattr(triton_decode, "_too_old", lambda device: None)
-
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda", 0)
-
-    call.q = call.q.as_subclass(OnGpu)
-    found = triton_decode.unsupported(call)
+    found = unsupported_on_gpu(call)
     assert found is None if message is None else message in found
 
 

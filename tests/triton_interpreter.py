@@ -30,14 +30,14 @@ from hf_kvattn.caches import quantized_layer
 from hf_kvattn.evaluation.codegen import traffic_bytes
 from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_kernels, triton_quantize
 from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant.codecs import KEYS, VALUES, has_zero, quantize
+from hf_kvattn.quant.codecs import FP8, KEYS, VALUES, has_zero, quantize
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
 from hf_kvattn.quant.packed import PackedKV
 from hf_kvattn.quant.rotation import rotate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: without it Triton compiles"
 
-MIXES = [(8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 2), (2, 8), (3, 8)]
+MIXES = [(8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 2), (2, 8), (3, 8), (FP8, FP8), (FP8, 4), (3, FP8)]
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float32 shows the algorithm without rounding
 ATOL = FLOOR | {torch.float32: 1e-5}  # values are summed rotated, and the sum turned back
@@ -94,8 +94,14 @@ def test_three_bits(name, bits):
     check(packed_problem(name, *bits, torch.float32, start=4))
 
 
-EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "sinks",
-         "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
+@pytest.mark.parametrize("bits", [(FP8, FP8), (FP8, 4), (8, FP8)], ids=str)
+@pytest.mark.parametrize("name", ["g5-d80", "g8-d96", "d256"])
+def test_fp8(name, bits):
+    check(packed_problem(name, *bits, torch.float32, start=4))
+
+
+EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "s-aux",
+         "s-aux-empty-row", "sinks", "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if served(name)] if ALL else EXACT)
@@ -257,6 +263,12 @@ BUGS = {
     "third bits at the wrong place": ("(third << 2)", "(third << 1)", "three bits"),
     "third bits of another unit": ("tl.arange(0, 8).to(tl.uint8)", "(7 - tl.arange(0, 8)).to(tl.uint8)", "three bits"),
     "low bits of another unit": ("(2 * tl.arange(0, 4))", "(6 - 2 * tl.arange(0, 4))", "three bits"),
+    "fp8 keys taken for whole numbers": ("None, :]\n    if codes.dtype.element_ty == tl.float8e4nv:",
+                                         "None, :]\n    if BITS == 0:", "fp8"),
+    "fp8 values taken for whole numbers": ("3)\n    if codes.dtype.element_ty == tl.float8e4nv:",
+                                           "3)\n    if BITS == 0:", "fp8"),
+    "learned sinks left out": ("total += tl.exp2(own - finite)", "total += 0", "s_aux"),
+    "learned sinks of another head": ("tl.load(s_aux_ptr + head)", "tl.load(s_aux_ptr + query)", "s_aux"),
     "padding of sinks left out": ("key += first", "key += 0", "sinks"),
     "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
 }  # fmt: skip
@@ -269,6 +281,10 @@ def call_that_shows(where: str, monkeypatch) -> AttendCall:
         return packed_ring((4, 4), 4, 100, monkeypatch)
     if where == "three bits":
         return packed_problem("g5-d80", 3, 3, torch.float32)
+    if where == "fp8":
+        return packed_problem("g5-d80", FP8, FP8, torch.float32)
+    if where == "s_aux":
+        return packed_problem("s-aux-padded", 4, 8, torch.float32)
     if where == "sinks":
         return problem("sinks-padded")
     if where == "dense ring":

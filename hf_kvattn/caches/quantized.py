@@ -1,4 +1,4 @@
-"""`QuantizedKVCache`: keys and values as 8, 4, 3 or 2-bit codes, written once and read packed."""
+"""`QuantizedKVCache`: keys and values as codes of 8, 4, 3 or 2 bits or as fp8, written once and read packed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..quant.calibration import Calibration, check_group_size
-from ..quant.codecs import check_bits
+from ..quant.codecs import Bits, check_bits
 from .base import KVCache, check_max_cache_len
 from .configs import kv_shape
 from .exact import exact_layer
@@ -20,7 +20,7 @@ MAX_SINKS = 32
 
 
 class QuantizedKVCache(KVCache):
-    """Keys and values as integer codes, quantized once and read packed by the attention kernels.
+    """Keys and values as codes of few bits, quantized once and read packed by the attention kernels.
 
         cache = QuantizedKVCache(model.config, bits=4)
         model.generate(**inputs, past_key_values=cache)
@@ -35,7 +35,8 @@ class QuantizedKVCache(KVCache):
 
     Args:
         config: the model's config.
-        bits: of keys and values: 8, 4, 3 or 2.
+        bits: of keys and values: 8, 4, 3, 2, or "fp8" (float8_e4m3fn: as many bytes as 8 and larger errors, for GPUs
+            that convert it in hardware; on a CPU it is read by `sdpa`, slowly).
         key_bits, value_bits: other than `bits`, each on its own.
         group_size: channels that share a value scale; a multiple of 16 that divides head_dim.
         residual_length: newest tokens that stay exact, at least; None means 0. Up to 31 more wait for their block.
@@ -53,9 +54,9 @@ class QuantizedKVCache(KVCache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        bits: int = 4,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
+        bits: Bits = 4,
+        key_bits: Bits | None = None,
+        value_bits: Bits | None = None,
         group_size: int = 32,
         residual_length: int | None = None,
         skip_layers: Sequence[int] = (),

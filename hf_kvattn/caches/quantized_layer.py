@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..dispatch import quantizer
-from ..quant.codecs import has_zero
+from ..quant.codecs import Bits, codes_dtype, has_zero, stored_bits
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .layer import KVLayer, Stored, ring_spans
@@ -25,8 +25,8 @@ _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a
 class QuantSettings:
     """What `QuantizedKVCache` was asked for; see there."""
 
-    k_bits: int
-    v_bits: int
+    k_bits: Bits
+    v_bits: Bits
     group_size: int
     residual_length: int
     sinks: int
@@ -78,9 +78,9 @@ class KVQuantizedLayer(KVLayer):
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
-        packed, codes = self._read_before, self._packed["k_codes"]
-        slot = self.dropped // BLOCK % codes.shape[2]
-        if packed is None or packed.k_codes is not codes or (packed.tokens, packed.slot) != (self.packed_tokens, slot):
+        packed, scale = self._read_before, self._packed["k_scale"]
+        slot = self.dropped // BLOCK % scale.shape[2]
+        if packed is None or packed.k_scale is not scale or (packed.tokens, packed.slot) != (self.packed_tokens, slot):
             packed = self._read_before = self.packed(self.packed_tokens, slot)
         return Stored(k, v, packed)
 
@@ -90,13 +90,13 @@ class KVQuantizedLayer(KVLayer):
         return PackedKV(
             settings.sinks,
             tokens,
-            settings.k_bits,
-            settings.v_bits,
-            arrays["k_codes"],
+            stored_bits(settings.k_bits),
+            stored_bits(settings.v_bits),
+            _as_codes(arrays["k_codes"], settings.k_bits),
             arrays["k_scale"],
             arrays.get("k_zero"),
             arrays["k_mean"],
-            arrays["v_codes"],
+            _as_codes(arrays["v_codes"], settings.v_bits),
             arrays["v_scale"],
             arrays.get("v_zero"),
             slot,
@@ -228,15 +228,16 @@ class KVQuantizedLayer(KVLayer):
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
         into = self.packed(0)
-        quantizer(k, into.k_bits, into.v_bits)(k, v, into, first)
+        quantizer(k, *into.codecs)(k, v, into, first)
 
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
         """Room for `blocks` blocks; codes that are there move, they are not made again."""
         lead, dim = (self.batch_size, self.kv_heads), self.head_dim
         bits, groups = {"k": self.settings.k_bits, "v": self.settings.v_bits}, dim // self.settings.group_size
+        widths = {x: 4 * stored_bits(of_x) * dim for x, of_x in bits.items()}
         scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
-        shapes: dict[str, tuple[int, ...]] = {f"{x}_codes": (*lead, blocks, 4 * bits[x] * dim) for x in "kv"}
+        shapes: dict[str, tuple[int, ...]] = {f"{x}_codes": (*lead, blocks, widths[x]) for x in "kv"}
         shapes |= {f"{x}_scale": scales[x] for x in "kv"}
         shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
         used = self.packed_tokens // BLOCK
@@ -354,10 +355,19 @@ class KVQuantizedLayer(KVLayer):
     def verify(self) -> None:
         for name, tensor in self.filled().items():
             name = name.removesuffix("_wrapped")
-            if name in ("k_mean", "k_zero", "v_zero", "k_scale", "v_scale") and not bool(tensor.isfinite().all()):
+            if name in ("k_codes", "v_codes"):
+                tensor = _as_codes(tensor, self.settings.k_bits if name == "k_codes" else self.settings.v_bits)
+                tensor = tensor if tensor.dtype == torch.uint8 else tensor.bfloat16()
+            if not name.startswith("exact") and not bool(tensor.isfinite().all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
+
+
+def _as_codes(stored: torch.Tensor, bits: Bits) -> torch.Tensor:
+    """Codes as kernels read them. Layers store bytes: PyTorch can neither pickle nor compare float8 tensors."""
+    dtype = codes_dtype(bits)
+    return stored if stored.dtype == dtype else stored.view(dtype)
 
 
 def _not_finite(finite: torch.Tensor) -> str | None:

@@ -154,14 +154,8 @@ class KVSlidingLayer(KVLayer):
         evicted = before - self.sliding_window + 1
         if evicted + q.shape[2] <= 1:
             return None
-        if self.rope is None:
-            turned = q
-        elif self._first is None:
-            turned = self.rope.turn_back(q, evicted - self.sinks, self.rebased)
-        else:
-            steps = torch.arange(q.shape[2], device=q.device)
-            gap = (evicted - self.sinks + steps - self._first[:, None]).clamp(min=0)
-            turned = self.rope.turn(q, self.rebased - gap)
+        gap = evicted - self.sinks
+        turned = q if self.rope is None else self.rope.turn_back(q, gap, self.rebased, self._first)
         return Beside(self._sink_k, self._sink_v, turned, evicted, self._first)
 
     def _note_first(self, before: int, first: torch.Tensor | None) -> None:

@@ -40,19 +40,25 @@ class Rope:
         self.limit = int(decoder.max_position_embeddings)
         if self.changes:
             self.limit = int(parameters.get("original_max_position_embeddings") or self.limit)
-        self._last: tuple[tuple, tuple[torch.Tensor, torch.Tensor]] | None = None
+        # What was asked last, and the angles.
+        self._last: tuple[tuple, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """`x` `(B, H, T, D)` turned by `by` `(B or 1, T)` positions, computed in fp32."""
         return self._turn(x, self._angles(by, x.device))
 
-    def turn_back(self, x: torch.Tensor, gap: int, ahead: int = 0) -> torch.Tensor:
-        """As `turn`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn."""
-        asked = (gap, ahead, x.shape[2], x.device)
-        if self._last is None or self._last[0] != asked:
-            by = ahead - (gap + torch.arange(x.shape[2], device=x.device)).clamp(min=0)
-            self._last = (asked, self._angles(by[None], x.device))
-        return self._turn(x, self._last[1])
+    def turn_back(self, x: torch.Tensor, gap: int, ahead: int = 0, first: torch.Tensor | None = None) -> torch.Tensor:
+        """As `turn`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn.
+
+        Args:
+            first: `(B,)`, of what the gap of each row is less; None for 0.
+        """
+        asked, last = (gap, ahead, x.shape[2], x.device), self._last
+        if last is None or last[0] != asked or not _alike(last[1], first):
+            tokens = torch.arange(x.shape[2], device=x.device)[None]
+            by = ahead - (gap + tokens - (0 if first is None else first[:, None])).clamp(min=0)
+            self._last = last = (asked, first, self._angles(by, x.device))
+        return self._turn(x, last[2])
 
     def _turn(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         wide = x.float()
@@ -72,6 +78,13 @@ def ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
     turned = getattr(decoder, "no_rope_layers", None) or [1] * decoder.num_hidden_layers
     of_type = {kind: Rope(decoder, kind) for kind in set(types)}
     return [of_type[kind] if use else None for kind, use in zip(types, turned, strict=True)]
+
+
+def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    """Whether both are known to hold the same numbers: a GPU is not asked, for its answer would stall it."""
+    if one is None or other is None:
+        return one is other
+    return one.device.type == other.device.type == "cpu" and torch.equal(one, other)
 
 
 def _modeling(decoder: PreTrainedConfig) -> ModuleType:

@@ -227,9 +227,9 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         raise ValueError(f"it holds a cache of class {name!r}, known are {list(_CLASSES)}")
     if not isinstance(settings, dict):
         raise ValueError(f"the settings of its {name} are {settings!r}")
-    # A calibration's own checks follow; a string would be the path of a file to read.
-    calibration = isinstance(settings.get("calibration"), dict)
-    for value in [x for key, x in settings.items() if not (calibration and key == "calibration")]:
+    # A calibration's own checks follow; a string would be the path of a file to read. Of bits strings may be said.
+    checked = {"calibration": dict, "key_bits": str, "value_bits": str}
+    for value in [x for key, x in settings.items() if not isinstance(x, checked.get(key, ()))]:
         if not all(item is None or _is_count(item) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"the settings of its {name} are {settings}: numbers are 0 to {_LARGEST}")
     try:

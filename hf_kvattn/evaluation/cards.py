@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_kvattn.evaluation import report
 from hf_kvattn.evaluation.inputs import SMOLLM2
 from hf_kvattn.evaluation.limits import LIMITS
-from hf_kvattn.evaluation.tables import markdown_table
+from hf_kvattn.evaluation.markdown import markdown_table
 from hf_kvattn.evaluation.variants import BASELINE
 
 MARK = "<!-- Made by scripts/make_model_card.py from the JSON in this folder: change nothing here. -->"

@@ -28,7 +28,8 @@ from triton.runtime import driver
 
 from ..kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
 from ..kernels.call import AttendCall, PackedKV, SinkKV
-from ..kernels.triton_attention import BLOCK
+from ..quant.codecs import FP8, Bits, codes_dtype, has_zero, stored_bits
+from ..quant.layout import BLOCK
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -168,7 +169,7 @@ class Case:
 
     Attributes:
         rows: query rows of a tile (decode).
-        k_bits, v_bits: of the codes; 0 where no token is packed.
+        k_bits, v_bits: of the codes, or "fp8"; 0 where no token is packed.
         lengths: whether they are in a tensor (decode).
         sinks: whether the tokens are sinks (decode).
     """
@@ -177,8 +178,8 @@ class Case:
     target: str
     head_dim: int
     rows: int = 0
-    k_bits: int = 0
-    v_bits: int = 0
+    k_bits: Bits = 0
+    v_bits: Bits = 0
     lengths: bool = False
     sinks: bool = False
 
@@ -188,14 +189,16 @@ class Case:
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIXES = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
+MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
+FP8_MIXES: tuple[tuple[Bits, Bits], ...] = ((FP8, FP8), (FP8, 4))  # for targets that convert it in hardware
+FP8_TARGETS = ("sm_90", "sm_100")
 
 
 def all_cases() -> list[Case]:
     """What `scripts/triton_resources.py` compiles."""
     cases = []
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
-        for mix in (*MIXES, (0, 0)):
+        for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
             padded, amd = triton.next_power_of_2(dim), target.startswith("gfx")
             most = triton_attention.tile_for(triton_decode.MAX_QUERIES * 8, padded, 3 in mix, amd).rows
             cases += [Case("decode", target, dim, rows, *mix) for rows in sorted({16, most})]
@@ -226,7 +229,8 @@ def compile_case(case: Case) -> dict[str, int]:
             assert packed is not None
             new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
             k_arrays = packed.k_mean, packed.k_codes, packed.k_scale, packed.k_zero
-            triton_quantize.launch(new, new, *k_arrays, packed.v_codes, packed.v_scale, packed.v_zero, *bits, 0)
+            v_arrays = packed.v_codes, packed.v_scale, packed.v_zero
+            triton_quantize.launch(new, new, *k_arrays, *v_arrays, packed.k_bits, packed.v_bits, 0)
         else:
             lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
             triton_attention.launch(call, 132, lengths)
@@ -237,8 +241,8 @@ def compile_case(case: Case) -> dict[str, int]:
 
 def fake_call(
     dim: int,
-    k_bits: int,
-    v_bits: int,
+    k_bits: Bits,
+    v_bits: Bits,
     query_heads: int = 8,
     kv_heads: int = 2,
     tokens: int = 8192,
@@ -258,15 +262,15 @@ def fake_call(
         packed = PackedKV(
             4,
             tokens,
-            k_bits,
-            v_bits,
-            make(*lead, 4 * k_bits * dim, dtype=torch.uint8),
+            stored_bits(k_bits),
+            stored_bits(v_bits),
+            make(*lead, 4 * stored_bits(k_bits) * dim, dtype=codes_dtype(k_bits)),
             make(*lead, dim),
-            None if k_bits == 8 else make(*lead, dim),
+            make(*lead, dim) if has_zero(k_bits) else None,
             make(1, kv_heads, dim, dtype=torch.float32),
-            make(*lead, 4 * v_bits * dim, dtype=torch.uint8),
+            make(*lead, 4 * stored_bits(v_bits) * dim, dtype=codes_dtype(v_bits)),
             make(*lead, groups, BLOCK),
-            None if v_bits == 8 else make(*lead, groups, BLOCK),
+            make(*lead, groups, BLOCK) if has_zero(v_bits) else None,
         )
     k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
     first = make(1, dtype=torch.int32) if padded else None

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn import dispatch
-from hf_kvattn.evaluation import inputs, plots, tables
+from hf_kvattn.evaluation import inputs, markdown, plots, quality_tables, speed_tables
 from hf_kvattn.evaluation.drawing import require_plotting
 
 
@@ -33,17 +33,17 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "conversion": Kind("Conversion", tables.conversion, "perplexity_by_method.png", plots.conversion),
-    "throughput": Kind("Throughput", tables.throughput, "step_ms.png", plots.throughput),
-    "perplexity": Kind("Perplexity", tables.perplexity, "kld_bits.png", plots.perplexity),
-    "claims": Kind("Claims", tables.claims, "claims.png", plots.claims),
+    "conversion": Kind("Conversion", quality_tables.conversion, "perplexity_by_method.png", plots.conversion),
+    "throughput": Kind("Throughput", speed_tables.throughput, "step_ms.png", plots.throughput),
+    "perplexity": Kind("Perplexity", quality_tables.perplexity, "kld_bits.png", plots.perplexity),
+    "claims": Kind("Claims", speed_tables.claims, "claims.png", plots.claims),
     "bandwidth": Kind(
-        "Decode attention against the memory's speed", tables.bandwidth, "bandwidth.png", plots.bandwidth
+        "Decode attention against the memory's speed", speed_tables.bandwidth, "bandwidth.png", plots.bandwidth
     ),
-    "calibration": Kind("Calibration", tables.calibration, "calibrated_bits.png", plots.calibration),
-    "prefix": Kind("A saved prefix", tables.prefix, "prefix.png", plots.prefix),
-    "stream": Kind("An endless stream", tables.stream, "stream.png", plots.stream),
-    "beams": Kind("Beam search: what is moved", tables.beams, "beams.png", plots.beams),
+    "calibration": Kind("Calibration", quality_tables.calibration, "calibrated_bits.png", plots.calibration),
+    "prefix": Kind("A saved prefix", speed_tables.prefix, "prefix.png", plots.prefix),
+    "stream": Kind("An endless stream", quality_tables.stream, "stream.png", plots.stream),
+    "beams": Kind("Beam search: what is moved", speed_tables.beams, "beams.png", plots.beams),
 }
 
 
@@ -62,7 +62,7 @@ def render(sections: dict[str, dict[str, Any]]) -> str:
     """`report.md` for the sections of a `results.json`."""
     parts = ["# hf_kvattn: measured results\n"]
     for results in (sections[kind] for kind in KINDS if kind in sections):
-        parts += [section(results), "### Conditions\n", tables.conditions(results["conditions"])]
+        parts += [section(results), "### Conditions\n", markdown.conditions(results["conditions"])]
     return "\n".join(parts)
 
 

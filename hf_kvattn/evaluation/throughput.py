@@ -11,14 +11,17 @@ of a block carry generate()'s own set-up and caches gone cold while the others r
 Greedy tokens are compared with those of the stock cache, see `tokens.py`.
 
 Memory: `variants.PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
-timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too.
+timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too. The same
+prompt can peak at twice its usual memory: the more large tensors are freed, the larger are those that glibc puts on its
+heap, where what is freed between tensors that stay is not used again at once. So a prompt is measured several times, in
+turns, into fresh caches; it costs as much as the prompt, so `prompts_s` limits it.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -128,12 +131,12 @@ def _speedup(lane: Lane, stock: Lane | None) -> dict[str, float] | None:
 
 def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
     batch_size = lane.ids.shape[0]
-    steps_s = [step_s for round_s in lane.rounds_s for step_s in round_s]
+    steps_s, ttft_s = [step_s for round_s in lane.rounds_s for step_s in round_s], statistics.median(lane.ttft_s)
     return {
         "variant": lane.variant.name,
         "hooked": lane.variant.hooked,
-        "ttft_ms": 1e3 * lane.ttft_s,
-        "prefill_tok_s": batch_size * context / lane.ttft_s,
+        "ttft_ms": 1e3 * ttft_s,
+        "prefill_tok_s": batch_size * context / ttft_s,
         "step_ms": spread([1e3 * step_s for step_s in steps_s]),
         "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
         "decode_tok_s": 1e3 * batch_size / _median_ms(lane),
@@ -141,7 +144,7 @@ def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: in
         "steps_dropped": lane.dropped,
         "cache_bytes": lane.bytes,
         "decode_extra_bytes": lane.extra_bytes,
-        "prompt_peak_bytes": lane.prompt_peak_bytes,
+        "prompt_peak_bytes": spread(lane.prompt_peak_bytes),
         "speedup": {name: _speedup(lane, stock.get(name)) for name in STOCK},
         "tokens": tokens,
     }
@@ -177,10 +180,15 @@ class _Settings:
     block: int
     rounds: int
     none_limit_s: float
+    prompts_s: float
     progress: bool
 
     def capacity(self, context: int) -> int:
         return context + 1 + WARM_UP_STEPS + self.rounds * self.block + MEMORY_STEPS
+
+    def prompts(self, ttft_s: float) -> int:
+        """How many prompts are measured, where one takes `ttft_s`: one a round at most, and one at least."""
+        return int(max(1, min(self.rounds, self.prompts_s / ttft_s)))
 
 
 def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Variant]) -> None:
@@ -192,6 +200,13 @@ def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Var
             lane = Lane(variant, cache, prompt)
             _decode(model, lane, 1)
             _decode(model, lane, WARM_UP_STEPS)
+
+
+def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: caches.PeakMemory) -> None:
+    """Runs the prompt of `lane` to its first token, and notes time and memory with `measured`."""
+    memory.start()
+    measured.ttft_s.append(_decode(model, lane, 1)[0])
+    measured.prompt_peak_bytes.append(memory.stop())
 
 
 def _prefill(
@@ -208,19 +223,22 @@ def _prefill(
     for variant in variants:
         cache, reason = caches.try_make(variant, model.config, settings.capacity(context))
         # A step without cache is a forward over the whole prompt, which the stock prefill has just timed.
-        if reason is None and cache is None and lanes[0].ttft_s > settings.none_limit_s:
-            reason = f"a step would take about {lanes[0].ttft_s:.1f} s, the limit is {settings.none_limit_s:g} s"
+        if reason is None and cache is None and lanes[0].ttft_s[0] > settings.none_limit_s:
+            reason = f"a step would take about {lanes[0].ttft_s[0]:.1f} s, the limit is {settings.none_limit_s:g} s"
         if reason is not None:
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
         lane = Lane(variant, cache, prompt)
-        memory.start()
-        lane.ttft_s = _decode(model, lane, 1)[0]
-        lane.prompt_peak_bytes = memory.stop()
+        _measure_prompt(model, lane, lane, memory)
         if cache is not None:
             _decode(model, lane, WARM_UP_STEPS)
         lanes.append(lane)
     return lanes, skipped
+
+
+def _in_turns(lanes: list[Lane], turns: Iterable[int]) -> Iterator[Lane]:
+    """All lanes in every turn; every turn starts with another one."""
+    return (lanes[(turn + i) % len(lanes)] for turn in turns for i in range(len(lanes)))
 
 
 def _measure_cell(
@@ -232,10 +250,15 @@ def _measure_cell(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     batch_size, context = prompt.shape
     lanes, skipped = _prefill(model, prompt, variants, settings, memory)
+    prompts = settings.prompts(lanes[0].ttft_s[0])
+    for lane in _in_turns(lanes, range(1, prompts)):
+        cache = lane.variant.make(model.config, settings.capacity(context))
+        _measure_prompt(model, Lane(lane.variant, cache, prompt), lane, memory)
+        del cache  # before the next is measured, and the steps
     label = f"context {context}, batch {batch_size}"
-    for turn in tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress):
-        for i in range(len(lanes)):  # every round starts with another variant
-            _time_round(model, lanes[(turn + i) % len(lanes)], settings.block)
+    rounds = tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress)
+    for lane in _in_turns(lanes, rounds):
+        _time_round(model, lane, settings.block)
     for lane in lanes:
         lane.bytes = caches.cache_bytes(lane.cache)
         memory.start()
@@ -244,7 +267,7 @@ def _measure_cell(
     tokens = compare_tokens(model, lanes[0], lanes, context)
     stock = {lane.variant.name: lane for lane in lanes if lane.variant.name in STOCK}
     rows = [_row(lane, stock, found, context) for lane, found in zip(lanes, tokens, strict=True)]
-    return {"context": context, "batch": batch_size, "rows": rows}, skipped
+    return {"context": context, "batch": batch_size, "prompts": prompts, "rows": rows}, skipped
 
 
 def _prompt(token_ids: torch.Tensor, context: int, batch_size: int) -> torch.Tensor:
@@ -279,6 +302,7 @@ def measure(
     new_tokens: int = 45,
     rounds: int = 5,
     none_limit_s: float = 4.0,
+    prompts_s: float = 10.0,
     max_batch_tokens: int = 16384,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -292,6 +316,8 @@ def measure(
         new_tokens: tokens decoded in the timed rounds together, a multiple of `rounds`.
         rounds: turns that each variant gets; `new_tokens / rounds` steps are one block.
         none_limit_s: decoding without a cache is skipped when a step would take longer.
+        prompts_s: seconds for the prompts of one cache, of one context and batch size: their memory and first token are
+            measured as often as prompts of the stock baseline fit in, once a round at most, and once at least.
         max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
         progress: show bars on stderr.
     """
@@ -301,11 +327,13 @@ def measure(
         raise ValueError(f"{contexts=} x {batch_sizes=} are all over {max_batch_tokens=}")
     if min(contexts) < 2 or min(batch_sizes) < 1 or rounds < 1:
         raise ValueError(f"contexts start at 2, batch sizes and rounds at 1: {contexts=}, {batch_sizes=}, {rounds=}")
+    if not prompts_s >= 0:
+        raise ValueError(f"prompts_s must be a number of seconds from 0 on, got {prompts_s!r}")
     if new_tokens % rounds or new_tokens // rounds <= DROPPED_STEPS:
         raise ValueError(f"{new_tokens=} is not {rounds=} times at least {DROPPED_STEPS + 1} steps")
     stock = caches.VARIANTS[BASELINE]
     ordered = [stock] + [variant for variant in variants if variant.name != BASELINE]
-    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, progress)
+    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress)
     memory = caches.PeakMemory(model.device)
     cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -330,6 +358,7 @@ def measure(
             "dropped_steps_per_block": DROPPED_STEPS,
             "warm_up_steps": WARM_UP_STEPS,
             "none_limit_s": none_limit_s,
+            "prompts_s": prompts_s,
             "max_batch_tokens": max_batch_tokens,
             "memory_method": memory.method,
             "near_tie": f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last "

@@ -27,12 +27,12 @@ class Lane:
     variant: Variant
     cache: Cache | None
     ids: torch.Tensor  # (batch, prompt + tokens decoded so far)
-    ttft_s: float = 0.0
+    ttft_s: list[float] = field(default_factory=list)  # of each prompt
     rounds_s: list[list[float]] = field(default_factory=list)  # the timed steps of each round
     dropped: int = 0
     bytes: int = 0
     extra_bytes: int = 0
-    prompt_peak_bytes: int = 0
+    prompt_peak_bytes: list[int] = field(default_factory=list)  # of each prompt
 
 
 def _stock_logits(model: PreTrainedModel, lane: Lane, position: int) -> torch.Tensor:

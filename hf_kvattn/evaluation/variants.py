@@ -137,6 +137,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("kvattn-static-compiled", True, _kvattn_static_fit, compiled=True),
         Variant("kvattn-window-1024", True, _kvattn_window, exact=False),
         Variant("kvattn-int8", True, _kvattn_quantized(bits=8), exact=False),
+        Variant("kvattn-fp8", True, _kvattn_quantized(bits="fp8"), exact=False),
         Variant("kvattn-int4", True, _kvattn_quantized(bits=4), exact=False),
         Variant("kvattn-int4-compiled", True, _kvattn_quantized(bits=4), exact=False, compiled=True),
         Variant("kvattn-k8v4", True, _kvattn_quantized(key_bits=8, value_bits=4), exact=False),

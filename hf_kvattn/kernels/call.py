@@ -108,6 +108,14 @@ class AttendCall:
         tensors = (self.q, self.k, self.v, self.s_aux)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
+    def after_s_aux(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`out` `(B, Tq, Hq, D)` and `lse` `(B, Hq, Tq)` of the keys alone, once `s_aux` has taken its share."""
+        if self.s_aux is None:
+            return out, lse
+        total = torch.logaddexp(lse, self.s_aux.float()[:, None])
+        share = torch.nan_to_num(torch.exp(lse - total))  # 0 where nothing is visible
+        return (out * share.transpose(1, 2)[..., None]).to(out.dtype), total
+
     def tiles(self, tile: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """All keys and values in fp32, `tile` quantized tokens at a time: the first one's position, keys, values."""
         if self.tokens is not None:

@@ -14,11 +14,13 @@ import os
 import struct
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..quant import rotation
+from ..quant.codecs import Bits
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall, SinkKV
@@ -104,6 +106,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
     if call.v.shape != call.k.shape:
         return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
+    if call.packed is not None and call.packed.has_fp8:
+        return "native kernels read codes that are whole numbers, not fp8"
     if call.packed is not None and call.q.shape[-1] > 512:
         return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if call.mask is not None:
@@ -122,6 +126,12 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         call: float32, float16 or bfloat16 tensors on the CPU, without mask or dropout.
         lse: `(B, Hq, Tq)` float32, contiguous; filled with each query's log-sum-exp when given.
     """
+    if call.s_aux is not None:
+        own_lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+        out, own_lse = call.after_s_aux(attend(replace(call, s_aux=None), own_lse), own_lse)
+        if lse is not None:
+            lse.copy_(own_lse)
+        return out
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
@@ -207,7 +217,7 @@ def _addresses(packed: PackedKV) -> tuple[int, ...]:
     return tuple(0 if t is None else t.data_ptr() for t in packed.arrays())
 
 
-def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
+def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
     if {k_bits, v_bits} - {8, 4}:
         return f"native kernels quantize to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"

@@ -24,11 +24,14 @@ def unavailable() -> str | None:
     return None
 
 
+def is_plain(call: AttendCall) -> bool:
+    """Whether torch's function has all that `call` asks for."""
+    return call.packed is None and call.sinks is None and call.s_aux is None and call.softcap is None
+
+
 def unsupported(call: AttendCall) -> str | None:
-    if call.softcap is not None:
-        return f"torch's scaled_dot_product_attention has no softcap (asked: {call.softcap})"
-    if (call.packed is not None or call.sinks is not None) and (call.dropout > 0 or call.needs_grad):
-        return "quantized keys and values, and sinks, are for inference: no dropout, no gradients"
+    if not is_plain(call) and (call.dropout > 0 or call.needs_grad):
+        return "sdpa serves quantized keys and values, sinks, s_aux and softcap in inference: no dropout, no gradients"
     return None
 
 
@@ -38,7 +41,7 @@ def attend(call: AttendCall) -> torch.Tensor:
     windowed = call.window is not None and call.window < kv_len and call.mask is None
     if windowed and call.causal and q_len > WINDOW_BLOCK and call.packed is None and call.tokens is None:
         return torch.cat([attend(block) for block in _blocks(call)], 1)
-    if call.packed is not None or call.sinks is not None:
+    if not is_plain(call):
         return _tiled(call)
     if call.tokens is not None:
         return _ring(call)
@@ -106,7 +109,7 @@ def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
 
 
 def _tiled(call: AttendCall) -> torch.Tensor:
-    """Attention a tile of keys at a time, quantized ones dequantized by the tile, with an online softmax in fp32."""
+    """What torch's function has not: a tile of keys at a time, dequantized if need be, an online softmax in fp32."""
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads = call.k.shape[1]
     group = q_heads // kv_heads
@@ -122,6 +125,8 @@ def _tiled(call: AttendCall) -> torch.Tensor:
     total, out = torch.zeros_like(top), torch.zeros_like(q)
     for queries, k, v, seen in chain(beside, dense):
         scores = queries @ k.transpose(-1, -2)
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
         if seen is not None:
             seen = seen.expand(-1, q_heads, -1, -1).reshape(-1, kv_heads, group * q_len, k.shape[2])
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
@@ -131,5 +136,6 @@ def _tiled(call: AttendCall) -> torch.Tensor:
         total = total * shrink + weights.sum(-1, keepdim=True)
         out = out * shrink + weights @ v
         top = new_top
-    out = torch.where(total > 0, out / total, 0).to(call.q.dtype)
-    return out.reshape(batch, q_heads, q_len, dim).transpose(1, 2)
+    out = torch.where(total > 0, out / total, 0).reshape(batch, q_heads, q_len, dim).transpose(1, 2)
+    lse = (top + total.log()).reshape(batch, q_heads, q_len)
+    return call.after_s_aux(out, lse)[0].to(call.q.dtype)

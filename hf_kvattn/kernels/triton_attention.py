@@ -13,7 +13,6 @@ import torch
 import triton
 
 from ..quant import rotation
-from ..quant.codecs import has_zero
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall, SinkKV
@@ -124,6 +123,7 @@ def launch(
     merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
         partial_lse,
+        call.s_aux,
         out,
         lse,
         n_splits,
@@ -234,7 +234,7 @@ def decode_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     first: torch.Tensor | None,
-    packed: list[torch.Tensor],
+    packed: list[torch.Tensor | None],
     layout: list[int],
     tokens: int | None,
     slot: int,
@@ -244,11 +244,13 @@ def decode_attention(
     softcap: float | None,
     sinks: list[torch.Tensor],
     evicted: int,
+    s_aux: torch.Tensor | None,
     multiprocessors: int,
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
     call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
+    call.s_aux = s_aux
     return launch(call, multiprocessors, lengths)
 
 
@@ -268,11 +270,12 @@ def _(
     softcap,
     sinks,
     evicted,
+    s_aux,
     multiprocessors,
     lengths=None,
 ):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, lengths, *packed, *sinks):
+    for tensor in (k, v, first, s_aux, lengths, *packed, *sinks):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 
@@ -280,7 +283,7 @@ def _(
 def op_arguments(call: AttendCall) -> tuple:
     """`call` as the arguments of the op.
 
-    `layout` holds a packed part's numbers, `packed` those arrays that it has; `sinks` their k, v, q and perhaps first.
+    `packed` holds a packed part's arrays, `layout` its numbers; `sinks` their k, v, q and perhaps first.
     """
     packed, sinks = call.packed, call.sinks
     return (
@@ -288,7 +291,7 @@ def op_arguments(call: AttendCall) -> tuple:
         call.k,
         call.v,
         _on_device(call.first, call.q.device),
-        [] if packed is None else [t for t in packed.arrays() if t is not None],
+        [] if packed is None else list(packed.arrays()),
         [] if packed is None else [packed.start, packed.tokens, packed.k_bits, packed.v_bits, packed.slot],
         call.tokens,
         call.slot,
@@ -300,6 +303,7 @@ def op_arguments(call: AttendCall) -> tuple:
         if sinks is None
         else [sinks.k, sinks.v, sinks.q, *([] if sinks.first is None else [_on_device(sinks.first, call.q.device)])],
         0 if sinks is None else sinks.evicted,
+        call.s_aux,
     )
 
 
@@ -314,23 +318,7 @@ def _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, s
         own_k, own_v, own_q, *own_first = sinks
         call.sinks = SinkKV(own_k, own_v, own_q, evicted, *own_first)
     if layout:
-        start, packed_tokens, k_bits, v_bits, packed_slot = layout
-        arrays = iter(packed)
-        k_codes, k_scale = next(arrays), next(arrays)
-        k_zero, k_mean = next(arrays) if has_zero(k_bits) else None, next(arrays)
-        v_codes, v_scale, v_zero = next(arrays), next(arrays), next(arrays, None)
-        call.packed = PackedKV(
-            start,
-            packed_tokens,
-            k_bits,
-            v_bits,
-            k_codes,
-            k_scale,
-            k_zero,
-            k_mean,
-            v_codes,
-            v_scale,
-            v_zero,
-            packed_slot,
-        )
+        *numbers, packed_slot = layout
+        call.packed = PackedKV(*numbers, *packed)
+        call.packed.slot = packed_slot
     return call

@@ -12,6 +12,7 @@ import importlib.util
 
 import torch
 
+from ..quant.codecs import Bits
 from ..quant.packed import PackedKV
 from .call import AttendCall
 
@@ -37,6 +38,18 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
+def _no_fp8(device: torch.device) -> str | None:
+    """Why the kernels do not read fp8 on this GPU. (Where ROCm's Triton converts it in software, they get twice as
+    long: 8-bit codes, with as many bytes, are faster there.)"""
+    if torch.version.hip is not None:
+        return "triton kernels read fp8 on NVIDIA's GPUs only"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 9):
+        version = "{}.{}".format(*capability)
+        return f"{device} has compute capability {version}, fp8 needs 8.9 (Ada) or later"
+    return None
+
+
 def unsupported(call: AttendCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if q.device.type != "cuda":
@@ -53,6 +66,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
     if q.shape[2] > MAX_QUERIES:
         return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
+    if call.packed is not None and call.packed.has_fp8 and (reason := _no_fp8(q.device)):
+        return reason
     if call.mask is not None:
         return "triton kernels take causal, window and left-padding rules, not a dense mask"
     if call.dropout > 0 or call.needs_grad:
@@ -75,7 +90,7 @@ def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tenso
     return out
 
 
-def cannot_quantize(k: torch.Tensor, k_bits: int, v_bits: int) -> str | None:
+def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on a GPU, or None."""
     if reason := _too_old(k.device):
         return reason

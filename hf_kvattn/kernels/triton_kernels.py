@@ -30,15 +30,17 @@ def _load_3_bits(codes, slot, there, BLOCKS: tl.constexpr, D: tl.constexpr, PADD
 
 @triton.jit
 def _load_units(codes, slot, there, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """The units of `quant/layout.py` of some blocks, one code a byte: `(BLOCKS * PADDED / 2, 64)`; zeros beyond D."""
+    """The units of `quant/layout.py` of some blocks, one code a number: `(BLOCKS * PADDED / 2, 64)`; zeros beyond D."""
     if BITS == 3:
         units = _load_3_bits(codes, slot, there, BLOCKS, D, PADDED)
     else:
         at = tl.arange(0, 4 * BITS * PADDED)[None, :]
         mask = there[:, None] & (at < 4 * BITS * D)
-        shared = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0)
-        shared = tl.reshape(shared, (BLOCKS * PADDED * BITS // 16, 1, 64))
-        units = (shared >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
+        floats: tl.constexpr = codes.dtype.element_ty == tl.float8e4nv
+        units = tl.load(codes + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0.0 if floats else 0)
+        if not floats:
+            units = tl.reshape(units, (BLOCKS * PADDED * BITS // 16, 1, 64))
+            units = (units >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
     return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
 
 
@@ -53,7 +55,9 @@ def _load_keys(
     d = tl.arange(0, PADDED)
     at, mask = slot[:, None] * D + d[None, :], there[:, None] & (d[None, :] < D)
     step = tl.load(scale + at, mask=mask, other=0).to(tl.float32)[:, None, :]
-    if BITS == 8:
+    if codes.dtype.element_ty == tl.float8e4nv:
+        x = x * step
+    elif BITS == 8:
         x = (x - 128) * step
     else:
         x = x * step + tl.load(zero + at, mask=mask, other=0).to(tl.float32)[:, None, :]
@@ -84,7 +88,9 @@ def _load_values(
     mask = there[:, None, None] & (channel < D)
     step = tl.load(scale + at, mask=mask, other=0).to(tl.float32)
     step = tl.expand_dims(tl.permute(step, (0, 2, 1)), 3)
-    if BITS == 8:
+    if codes.dtype.element_ty == tl.float8e4nv:
+        x = x * step
+    elif BITS == 8:
         x = (x - 128) * step
     else:
         low = tl.load(zero + at, mask=mask, other=0).to(tl.float32)
@@ -279,6 +285,7 @@ def rotate(x, ROWS: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr):
 def merge_splits_kernel(
     partial_ptr,
     partial_lse_ptr,
+    s_aux_ptr,  # (Hq,) scores without values, or None
     out_ptr,  # (B, Tq, Hq, D)
     lse_ptr,  # (B, Hq, Tq) float32, natural
     splits,
@@ -299,8 +306,13 @@ def merge_splits_kernel(
     every = tl.arange(0, MOST)
     every_lse = tl.load(partial_lse_ptr + row + every * row_count, mask=every < splits, other=-float("inf"))
     top = tl.max(every_lse, 0)
+    if s_aux_ptr is not None:
+        own = tl.load(s_aux_ptr + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, own)
     finite = tl.where(top == -float("inf"), 0.0, top)
     total = tl.sum(tl.exp2(every_lse - finite), 0)
+    if s_aux_ptr is not None:
+        total += tl.exp2(own - finite)
     d = tl.arange(0, PADDED)
     packed = tl.zeros((PADDED,), tl.float32)
     exact = tl.zeros((PADDED,), tl.float32)

@@ -14,7 +14,8 @@ and 64 more the third ones, unit i's in bit i.
 
     keys,   order of units: c outer, h inner;    values: c outer, t inner
 
-Either way a block of `D` channels, a multiple of 16, takes `4 * bits * D` bytes.
+Either way a block of `D` channels, a multiple of 16, takes `4 * bits * D` bytes. Codes of 8 bits may be float8_e4m3fn
+instead of uint8, and keep that dtype.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def unpack_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
     """`(..., units, 64)` codes to bytes `(..., units * 8 * bits)`."""
+    if bits == 8:
+        return units.flatten(-2)
     if bits == 3:
         low, third = (
             _pack(part, b).unflatten(-1, (-1, UNITS * 8 * b)) for part, b in ((units & 3, 2), (units >> 2, 1))
@@ -66,6 +69,8 @@ def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The inverse of `_pack`: `(..., units, 64)`."""
+    if bits == 8:
+        return packed.unflatten(-1, (-1, 64))
     if bits == 3:
         low, third = packed.unflatten(-1, (-1, UNITS * 24)).split((UNITS * 16, UNITS * 8), dim=-1)
         return _unpack(low.flatten(-2), 2) | _unpack(third.flatten(-2), 1) << 2

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .codecs import dequantize
+from .codecs import FP8, Bits, dequantize
+from .float8 import DTYPE
 from .layout import unpack_keys, unpack_values
 from .rotation import rotate
 
@@ -19,10 +20,10 @@ class PackedKV:
         start: tokens before them, at most 32, that are stored exactly: the first of the dense tensors beside this.
         tokens: how many, a multiple of 32; the arrays may have room for more blocks.
         k_bits, v_bits: 8, 4, 3 or 2.
-        k_codes: `(B, Hkv, blocks, 4 * k_bits * D)` uint8.
+        k_codes: `(B, Hkv, blocks, 4 * k_bits * D)` uint8, or float8_e4m3fn for fp8.
         k_scale, k_zero: `(B, Hkv, blocks, D)` bfloat16, one for each channel of a block; no zero with 8 bits.
         k_mean: `(B, Hkv, D)` float32, added to every key.
-        v_codes: `(B, Hkv, blocks, 4 * v_bits * D)` uint8, of values in the basis of `quant/rotation.py`.
+        v_codes: `(B, Hkv, blocks, 4 * v_bits * D)`, as `k_codes`, of values in the basis of `quant/rotation.py`.
         v_scale, v_zero: `(B, Hkv, blocks, D / group, 32)` bfloat16, one for each token and group of channels; no zero
             with 8 bits.
         slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows). Not
@@ -43,6 +44,16 @@ class PackedKV:
     v_zero: torch.Tensor | None
     slot: int = 0
     as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def codecs(self) -> tuple[Bits, Bits]:
+        """Of keys and values: `k_bits` and `v_bits`, or `"fp8"`."""
+        k_codec = FP8 if self.k_codes.dtype == DTYPE else self.k_bits
+        return k_codec, FP8 if self.v_codes.dtype == DTYPE else self.v_bits
+
+    @property
+    def has_fp8(self) -> bool:
+        return DTYPE in (self.k_codes.dtype, self.v_codes.dtype)
 
     def arrays(self) -> tuple[torch.Tensor | None, ...]:
         """Its tensors, in the order of the attributes above; contiguous, as caches allocate them."""
