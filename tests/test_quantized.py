@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -12,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from impostor import Impostor, fake_cuda, on_gpu
 from models import prompt, tiny_config, tiny_model
-from problems import VARIANTS, problem
+from problems import SHAPES, VARIANTS, problem
 from tolerance import FACTOR, plain_torch
 
 import hf_kvattn
@@ -145,12 +146,20 @@ def test_a_shrunk_range_has_finer_steps_where_that_helps():
 
 
 def packed_problem(
-    name: str, k_bits: int, v_bits: int, dtype=torch.float32, split: float = 0.7, start: int = 0, outlier: float = 1
+    name: str,
+    k_bits: int,
+    v_bits: int,
+    dtype=torch.float32,
+    split: float = 0.7,
+    start: int = 0,
+    change: Callable[[torch.Tensor, torch.Tensor], None] = lambda k, v: None,
 ) -> AttendCall:
-    """A problem whose tokens from `start` on, whole blocks, are quantized, with poisoned spare blocks behind them."""
+    """A problem whose tokens from `start` on, whole blocks, are quantized, with poisoned spare blocks behind them.
+
+    Before that `change` may write to its keys and values.
+    """
     call = problem(name, dtype)
-    call.k[:, :, 200:203, 5] *= outlier
-    call.v[:, :, 300:301, 7] *= outlier
+    change(call.k, call.v)
     batch, heads, length, dim = call.k.shape
     count = max(1, int((length - start) * split) // BLOCK)
     done, group = count * BLOCK, 16 if dim % 32 else 32
@@ -225,16 +234,46 @@ def test_native_reads_packed_tokens(name, variant, bits, start):
     lse = torch.full(call.q.shape[:3], torch.nan)
     out = native.attend(call, lse)
     exact, exact_lse = reference.attend_with_lse(call)
-    # Queries and weights are split into 16 bits a block where the CPU multiplies bytes.
+    # Queries and weights become whole numbers of 15 or 16 bits.
     torch.testing.assert_close(out, exact, rtol=0, atol=2e-4)
     torch.testing.assert_close(lse, exact_lse, rtol=0, atol=2e-4)
+
+
+HEADS = [(1, 16), (2, 48), (3, 112), (4, 496), (5, 512), (6, 80), (7, 16), (8, 176)]
+
+
+@pytest.mark.parametrize(("group", "dim"), HEADS)
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_reads_packed_heads_of_any_size(variant, group, dim, monkeypatch):
+    monkeypatch.setitem(SHAPES, "heads", (group, 1, 200, dim, {}))  # two whole tiles, a block, and a tail
+    for bits in MIXES:
+        call = packed_problem("heads", *bits, split=0.85, start=4)
+        assert call.packed.tokens == 160
+        torch.testing.assert_close(native.attend(call), reference.attend(call), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("bits", MIXES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_reads_packed_rings(variant, bits):
+    call = packed_problem("long-split", *bits)
+    expected, packed = reference.attend(call), call.packed
+    for slot in (
+        2,
+        40,
+        66,
+    ):  # of 68; the 65 blocks wrap within the first stretch of steps, in the middle, and at the end
+        arrays = ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
+        given = {name: getattr(packed, name) for name in arrays}
+        call.packed = replace(packed, slot=slot, **{n: t if t is None else t.roll(slot, 2) for n, t in given.items()})
+        torch.testing.assert_close(native.attend(call), expected, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("bits", MIXES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("split", [0.99, 0.3], ids=["all-packed", "long-tail"])
-def test_native_packed_in_16_bits(dtype, split, bits):
-    """In bfloat16 weights for codes have 8 bits: errors of the size of those that the dtype itself makes."""
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_packed_in_16_bits(variant, dtype, split, bits):
+    """In bfloat16 weights for bytes have 8 bits: errors of the size of those that the dtype itself makes."""
     for name in ("long-split", "g4-d128", "padded", "window-many-queries"):
         call = packed_problem(name, *bits, dtype, split, start=4)
         exact = reference.attend_with_lse(call)[0]
@@ -250,14 +289,36 @@ def test_native_packed_in_16_bits(dtype, split, bits):
 
 @pytest.mark.parametrize("size", [30, 300])
 @pytest.mark.parametrize("bits", MIXES, ids=str)
-def test_native_with_a_huge_channel_in_one_block(bits, size):
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_with_a_huge_channel_in_one_block(variant, bits, size):
     """16 blocks share the steps of queries: coarse ones then, but finer than what bfloat16 makes of such keys."""
 
-    call = packed_problem("long-split", *bits, split=0.99, start=4, outlier=size)
+    def grow(k, v):
+        k[:, :, 200:203, 5] *= size
+        v[:, :, 300:301, 7] *= size
+
+    call = packed_problem("long-split", *bits, split=0.99, start=4, change=grow)
     exact = reference.attend_with_lse(call)[0]
     dense = as_dense(call)
     plain = plain_torch(replace(dense, **{name: getattr(dense, name).bfloat16() for name in "qkv"})).float() - exact
     assert (native.attend(call) - exact).abs().max() <= plain.abs().max() / 4
+
+
+@pytest.mark.parametrize("bits", MIXES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+def test_native_with_channels_of_very_different_kinds(variant, bits):
+    """Biases of 600 and 22 beside channels without, as in Qwen's keys, and blocks in which a channel is constant."""
+
+    def unlike(k, v):
+        k[..., 5] += 600
+        k[..., 9] -= 22
+        k[..., 11] = 3
+        k[:, :, 320:352, 20] = 7  # varies elsewhere
+        v[..., 2] = -5
+        v[:, :, 640:700] = 1.5  # all channels: nothing but the rotation's first number is left
+
+    call = packed_problem("long-split", *bits, split=0.99, start=4, change=unlike)
+    torch.testing.assert_close(native.attend(call), reference.attend(call), rtol=0, atol=2e-4)
 
 
 def test_what_kernels_are_told_follows_the_arrays():

@@ -70,6 +70,18 @@ inline void follow(float greater, float *reference, float *sum_lanes, float *acc
   *reference = greater;
 }
 
+// n scores, a multiple of the lane count, become weights relative to the reference, and are added to the sums.
+inline void weigh(float *x, int n, float reference, float *sum_lanes) {
+  Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-reference);
+#pragma GCC unroll 4
+  for (int i = 0; i < n; i += Simd::kLanes) {
+    Simd::Vec weight = exp2_vec(Simd::add(Simd::load(x + i), shift));
+    Simd::store(x + i, weight);
+    total = Simd::add(total, weight);
+  }
+  Simd::store(sum_lanes, total);
+}
+
 }  // namespace
 
 // Built on the helpers above.
@@ -79,8 +91,7 @@ namespace {
 
 // tanh(x) = sign(x) (1 - e) / (1 + e) with e = exp(-2 |x|)
 Simd::Vec tanh_vec(Simd::Vec x) {
-  Simd::Vec negative = Simd::mul(x, Simd::set(-1.f));
-  Simd::Vec e = exp2_vec(Simd::mul(Simd::max(negative, x), Simd::set(-2.f * kLog2e)));
+  Simd::Vec e = exp2_vec(Simd::mul(Simd::abs(x), Simd::set(-2.f * kLog2e)));
   Simd::Vec t = Simd::div(Simd::fma(e, Simd::set(-1.f), Simd::set(1.f)), Simd::add(e, Simd::set(1.f)));
   float in[Simd::kLanes], out[Simd::kLanes];
   Simd::store(in, x), Simd::store(out, t);
@@ -192,11 +203,11 @@ void value_block(const float *weights, const T *v, int64_t v_stride, int n, int 
   if (c < d) value_columns<R, 1, true>(weights, v + c, v_stride, n, d - c, acc + c, acc_stride);
 }
 
-// Calls f(Rows<n>, first row) over all rows in blocks of at most kRows.
-template <typename F>
+// Calls f(Rows<n>, first row) over all rows in blocks of at most `Most`, which is 2 to 4.
+template <int Most = Simd::kRows, typename F>
 void for_row_blocks(int rows, F f) {
   int r = 0;
-  for (; r + Simd::kRows <= rows; r += Simd::kRows) f(Rows<Simd::kRows>(), r);
+  for (; r + Most <= rows; r += Most) f(Rows<Most>(), r);
   switch (rows - r) {
     case 3: f(Rows<3>(), r); break;
     case 2: f(Rows<2>(), r); break;
@@ -207,7 +218,7 @@ void for_row_blocks(int rows, F f) {
 template <typename T>
 class Attend {
   static constexpr bool kInBf16 = kSame<T, bf16_t> && Simd::kDotsBf16;
-  static constexpr int kWeightDigits = kSame<T, bf16_t> ? 1 : 2;  // bytes of a weight, where bytes are multiplied
+  static constexpr int kWeightDigits = kSame<T, bf16_t> ? 1 : kFineDigits;  // of weights for packed values
 
  public:
   explicit Attend(const kvattn_attend_args &args)
@@ -358,13 +369,12 @@ class Attend {
     };
     for (int64_t i = job.tile + lo; i < job.tile + hi; ++i) {
       int64_t t = tile_begin(i);
-#ifdef __AVX512VNNI__
       if (int64_t run = least(whole_packed_tiles(job, t), job.tile + hi - i)) {
         turn(true);
         const int64_t slot = packed_slot((t - lead) / kBlock);
         run = least(run, most<int64_t>(1, (a.packed_blocks - slot) / 2));
         const float factor = a.scale * kLog2e;
-        for_row_blocks(n_rows, [&](auto some, int r) {
+        for_row_blocks<kFour>(n_rows, [&](auto some, int r) {
           float offset[some.value], q[some.value * kMaxDim];
           for (int i = 0; i < some.value; ++i) {
             offset[i] = scratch.mean_part[r + i] * factor;
@@ -377,14 +387,13 @@ class Attend {
         i += run - 1;
         continue;
       }
-#endif
       int n = static_cast<int>(most<int64_t>(0, least(job.end, tile_begin(i + 1)) - t));
       // Blocks are read whole: the rows' limits mask what lies beyond them.
       int64_t left = t < lead ? 0 : most<int64_t>(0, lead + a.packed_len - t);
       int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
       int64_t block = packed_slot((t - lead) / kBlock);
       n = most(n, packed);
-      for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
+      for_row_blocks<kFour>(packed ? n_rows : 0, [&](auto some, int r) {
         packed_scores<some.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_part + r,
                                   &scratch.scores[r * kTile], kTile);
       });
@@ -398,7 +407,7 @@ class Attend {
                outputs(piece) + r * d_pad);
       }
       if (packed) turn(true);
-      for_row_blocks(packed ? n_rows : 0, [&](auto some, int r) {
+      for_row_blocks<kFour>(packed ? n_rows : 0, [&](auto some, int r) {
         packed_values<some.value, kWeightDigits>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
                                   outputs(piece) + r * d_pad, d_pad);
       });
@@ -510,13 +519,7 @@ class Attend {
       fill(x, x + padded, 0.f);
       return;
     }
-    Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-*reference);
-    for (int i = 0; i < padded; i += Simd::kLanes) {
-      Simd::Vec weight = exp2_vec(Simd::add(Simd::load(x + i), shift));
-      Simd::store(x + i, weight);
-      total = Simd::add(total, weight);
-    }
-    Simd::store(sum_lanes, total);
+    weigh(x, padded, *reference, sum_lanes);
   }
 
   void write(const Job &job, float *piece) const {

@@ -1,8 +1,9 @@
 // Attention over blocks of 32 quantized tokens, read as packed (the layout is that of quant/layout.py).
 //
 // Scales never touch the codes: a key's channel scales are folded into the query once per block, a value's token scales
-// into the weights, and the zeros become one number a row. What remains are products of small integers with floats
-// here, and of bytes with bytes where the CPU has them (packed_vnni.h).
+// into the weights, and the zeros become one number a row. Queries and weights become whole numbers of a row's step,
+// which serves kStretch blocks or a tile. What remains are products of small whole numbers: of bytes where the CPU has
+// them (packed_vnni.h), else of 16-bit numbers (packed_words.h).
 #pragma once
 #include "scalar.h"
 
@@ -33,106 +34,196 @@ struct PackedValues {
   int bits, d, group;          // group is a multiple of 16 that divides d
 };
 
-constexpr float kSignedZero = -128.f;
+constexpr int kFour = 4;      // rows served together at most, as are their maxima and sums
+constexpr int kAhead = 6;     // blocks that are on their way from memory to the second-level cache
+constexpr int kStretch = 16;  // blocks that share a query's step
+constexpr float kMostSteps = 32512.f;  // of a query: sums of 512 products with -128 to 127 stay below 2^31
+constexpr float kLeast = 1e-30f;       // what largest numbers start from, so that steps are not zero
+
+// Asks for bytes that are needed some tiles later: hardware prefetching stops at each page, and a page holds one to
+// eight blocks only. A few at a time, between products: more at once than the CPU can have under way would block it.
+inline void prefetch(const void *p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) Simd::prefetch(static_cast<const char *>(p) + i);
+}
+
+// Rows' steps of which `count` make the largest number in `top`.
+inline void choose_steps(const Simd::Vec *top, float count, float *step, float *inverse) {
+  float largest[kFour];
+  Simd::max4(top[0], top[1], top[2], top[3], largest);
+  for (int r = 0; r < kFour; ++r) inverse[r] = count / largest[r];
+  for (int r = 0; r < kFour; ++r) step[r] = largest[r] * (1.f / count);
+}
+
+// The queries of R rows in steps of their own, which serve all blocks whose scales were looked at.
+template <int R>
+struct Queries {
+  float x[R][kMaxDim];
+  float step[kFour];
+};
+
+template <int R>
+void count_in_steps(PackedKeys keys, int blocks, const float *q, int64_t q_stride, Queries<R> &out) {
+  Simd::Vec top[kFour];
+#pragma GCC unroll 4
+  for (int r = 0; r < kFour; ++r) top[r] = Simd::set(kLeast);
+  for (int c = 0; c < keys.d; c += Simd::kLanes) {
+    Simd::Vec largest = Simd::set(0.f);
+    for (int b = 0; b < blocks; ++b)
+      largest = Simd::max(largest, Simd::abs(Simd::widen(keys.scale + int64_t{b} * keys.d + c)));
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+      top[r] = Simd::max(top[r], Simd::abs(Simd::mul(Simd::load(q + r * q_stride + c), largest)));
+  }
+  float inverse[kFour];
+  choose_steps(top, kMostSteps, out.step, inverse);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < keys.d; c += Simd::kLanes)
+      Simd::store(out.x[r] + c, Simd::mul(Simd::load(q + r * q_stride + c), Simd::set(inverse[r])));
+    fill(out.x[r] + keys.d, out.x[r] + round_up(keys.d, 32), 0.f);
+  }
+}
 
 }  // namespace
 
+// Each defines FoldedQueries and FoldedWeights, how to fold, and how to multiply codes by them.
 #ifdef __AVX512VNNI__
 #include "packed_vnni.h"
 #else
+#include "packed_words.h"
+#endif
 
 namespace {
 
-// The codes of 16 channels of a block, one a byte.
-inline void unpack_units(const uint8_t *p, int bits, uint8_t *to) {
-  const int low = bits == 3 ? 2 : bits, shared = 8 / low;
-  for (int u = 0; u < kUnits; ++u)
-    for (int i = 0; i < kUnit; ++i)
-      to[u * kUnit + i] = static_cast<uint8_t>(p[u / shared * kUnit + i] >> (u % shared * low) & ((1 << low) - 1));
-  if (bits == 3)
-    for (int u = 0; u < kUnits; ++u)
-      for (int i = 0; i < kUnit; ++i) to[u * kUnit + i] |= static_cast<uint8_t>((p[2 * kUnit + i] >> u & 1) << 2);
-}
-
-inline Simd::Vec zeros_at(const bf16_t *zero, const bf16_t *scale, int i) {
-  return zero ? Simd::widen(zero + i) : Simd::mul(Simd::widen(scale + i), Simd::set(kSignedZero));
-}
-
-// scores[r * stride + t] = q[r] . key[t] + offset[r], for `blocks` blocks.
-template <int R>
-void packed_scores(const PackedKeys &first, int blocks, const float *q, int64_t q_stride, const float *offset,
-                   float *scores, int64_t stride) {
-  constexpr int kParts = kBlock / Simd::kLanes, kHalf = kParts / 2;
-  for (int b = 0; b < blocks; ++b, scores += kBlock) {
-    PackedKeys keys = first.at(b);
-    float folded[R][kMaxDim];
-    Simd::Vec sum[R][kParts];
-    for (int r = 0; r < R; ++r) {
-      Simd::Vec zero_part = Simd::set(0.f);
-      for (int c = 0; c < keys.d; c += Simd::kLanes) {
-        Simd::Vec x = Simd::load(q + r * q_stride + c);
-        Simd::store(folded[r] + c, Simd::mul(x, Simd::widen(keys.scale + c)));
-        zero_part = Simd::fma(x, zeros_at(keys.zero, keys.scale, c), zero_part);
-      }
-      for (int p = 0; p < kParts; ++p) sum[r][p] = Simd::set(Simd::sum(zero_part) + offset[r]);
-    }
-    for (int c = 0; c < keys.d; c += 16) {
-      uint8_t units[kUnits * kUnit];
-      unpack_units(keys.codes + c * 4 * keys.bits, keys.bits, units);
-      for (int quad = 0; quad < 4; ++quad)
-        for (int p = 0; p < kParts; ++p) {
-          const uint8_t *lanes = units + (2 * quad + p / kHalf) * kUnit + p % kHalf * 4 * Simd::kLanes;
-          for (int j = 0; j < 4; ++j) {
-            Simd::Vec code = Simd::codes(lanes, 8 * j);
-            for (int r = 0; r < R; ++r)
-              sum[r][p] = Simd::fma(Simd::set(folded[r][c + 4 * quad + j]), code, sum[r][p]);
-          }
-        }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int p = 0; p < kParts; ++p) Simd::store(scores + r * stride + p * Simd::kLanes, sum[r][p]);
+template <typename F>
+inline void with_bits(int bits, F f) {
+  switch (bits) {
+    case 8: f(Rows<8>()); break;
+    case 4: f(Rows<4>()); break;
+    case 3: f(Rows<3>()); break;
+    case 2: f(Rows<2>()); break;
   }
 }
 
-// acc[r * acc_stride + c] += sum over the blocks' tokens t of weights[r * stride + t] * value[t][c]. Weights have no
-// digits here, whatever their number.
-template <int R, int>
-void packed_values(const PackedValues &first, int blocks, const float *weights, int64_t stride, float *acc,
+template <int R>
+inline void score_block(const PackedKeys &keys, const FoldedQueries<R> &query, const float *step, float *scores,
+                        int64_t stride, Simd::Vec *top, int ahead) {
+  with_bits(keys.bits, [&](auto bits) {
+    score_codes<R, decltype(bits)::value>(keys, query, step, scores, stride, top, ahead);
+  });
+}
+
+// The channels of group g.
+template <int R, int Digits, int Blocks>
+inline void add_group(const PackedValues &values, const FoldedWeights<R, Digits> &weights, int g, float *acc,
+                      int64_t acc_stride) {
+  with_bits(values.bits, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value, kVectors = wide_columns(Digits), kWide = kVectors * Simd::kLanes;
+    int c = g * values.group;
+    const int end = c + values.group;
+    for (; c + kWide <= end; c += kWide)
+      add_columns<R, Digits, kBits, Blocks, kVectors>(values, weights, c, acc, acc_stride);
+    for (; c < end; c += Simd::kLanes) add_columns<R, Digits, kBits, Blocks, 1>(values, weights, c, acc, acc_stride);
+  });
+}
+
+// scores[r * stride + t] = q[r] . key[t] + offset[r], for one or two blocks.
+template <int R>
+void packed_scores(const PackedKeys &keys, int blocks, const float *q, int64_t q_stride, const float *offset,
+                   float *scores, int64_t stride) {
+  Queries<R> queries;
+  FoldedQueries<R> folded;
+  Simd::Vec top[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) top[r] = Simd::set(0.f);
+  count_in_steps(keys, blocks, q, q_stride, queries);
+  for (int b = 0; b < blocks; ++b) {
+    fold_queries(keys.at(b), queries, offset, folded, 0);
+    score_block<R>(keys.at(b), folded, queries.step, scores + b * kBlock, stride, top, 0);
+  }
+}
+
+// acc[r * acc_stride + c] += sum over the tokens t of one or two blocks of weights[r * stride + t] * value[t][c].
+template <int R, int Digits>
+void packed_values(const PackedValues &values, int blocks, const float *weights, int64_t stride, float *acc,
                    int64_t acc_stride) {
-  for (int b = 0; b < blocks; ++b, weights += kBlock) {
-    PackedValues values = first.at(b);
-    for (int c = 0; c < values.d; c += 16) {
-      float folded[R][kBlock], offset[R];
-      const int scales = c / values.group * kBlock;
-      for (int r = 0; r < R; ++r) {
-        Simd::Vec zero_part = Simd::set(0.f);
-        for (int t = 0; t < kBlock; t += Simd::kLanes) {
-          Simd::Vec w = Simd::load(weights + r * stride + t);
-          Simd::store(folded[r] + t, Simd::mul(w, Simd::widen(values.scale + scales + t)));
-          zero_part = Simd::fma(w, zeros_at(values.zero, values.scale, scales + t), zero_part);
-        }
-        offset[r] = Simd::sum(zero_part);
-      }
-      uint8_t units[kUnits * kUnit];
-      unpack_units(values.codes + c * 4 * values.bits, values.bits, units);
-      for (int lane = 0; lane < 16; lane += Simd::kLanes) {
-        Simd::Vec sum[R][4];
-        for (int r = 0; r < R; ++r)
-          for (int j = 0; j < 4; ++j) sum[r][j] = Simd::set(j ? 0.f : offset[r]);
-        for (int t = 0; t < kUnits; ++t)
-          for (int j = 0; j < 4; ++j) {
-            Simd::Vec code = Simd::codes(units + t * kUnit + lane * 4, 8 * j);
-            for (int r = 0; r < R; ++r) sum[r][j] = Simd::fma(Simd::set(folded[r][4 * t + j]), code, sum[r][j]);
-          }
-        for (int r = 0; r < R; ++r) {
-          float *to = acc + r * acc_stride + c + lane;
-          Simd::Vec all = Simd::add(Simd::add(sum[r][0], sum[r][1]), Simd::add(sum[r][2], sum[r][3]));
-          Simd::store(to, Simd::add(Simd::load(to), all));
-        }
-      }
+  for (int g = 0; g < values.d / values.group; ++g) {
+    FoldedWeights<R, Digits> bytes;
+    if (blocks == 1) {
+      fold_weights<R, Digits, 1>(values, g, weights, stride, bytes, 0);
+      add_group<R, Digits, 1>(values, bytes, g, acc, acc_stride);
+    } else {
+      fold_weights<R, Digits, 2>(values, g, weights, stride, bytes, 0);
+      add_group<R, Digits, 2>(values, bytes, g, acc, acc_stride);
+    }
+  }
+}
+
+// `soften` of attend.h for R rows of a tile that all of them see whole; `top` holds the rows' largest scores.
+template <int R>
+inline void soften_rows(float (*x)[kTile], const Simd::Vec *top, float *reference, float *sum_lanes, float *acc,
+                        int64_t acc_stride, int d) {
+  float largest[kFour];
+  Simd::max4(top[0], top[1], top[2], top[3], largest);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    float *lanes = sum_lanes + r * Simd::kLanes;
+    if (!(largest[r] <= reference[r] + kSlack))
+      follow(most(reference[r], largest[r]), reference + r, lanes, acc + r * acc_stride, d);
+    weigh(x[r], kTile, reference[r], lanes);
+  }
+}
+
+// `tiles` whole tiles of two blocks, seen whole by R rows whose queries and offsets are scaled for powers of two. The
+// next tile's scores are made between the steps of this one: each step then finds what it needs finished, where one
+// after the other each would wait for the one before.
+template <int R, int Digits>
+void attend_run(const PackedKeys &keys, const PackedValues &values, int64_t tiles, const float *q, int64_t q_stride,
+                const float *offset, float *reference, float *sum_lanes, float *acc, int64_t acc_stride) {
+  Queries<R> queries;
+  FoldedQueries<R> bytes[2];
+  float scores[2][R][kTile];
+  Simd::Vec top[2][kFour];
+  // A quarter of the values' codes of a later tile. Asked for together, they would keep the CPU waiting.
+  auto fetch = [&](int64_t tile, int quarter) {
+    const int64_t bytes = int64_t{2} * values.bits * keys.d;
+    prefetch(values.at(2 * tile + kAhead).codes + quarter * bytes, bytes);
+  };
+  auto fold = [&](int64_t tile) {
+    const int64_t block = 2 * tile;
+    if (block % kStretch == 0) {
+      const int64_t left = 2 * tiles - block;
+      count_in_steps(keys.at(block), static_cast<int>(least<int64_t>(kStretch, left)), q, q_stride, queries);
+    }
+    for (int b = 0; b < 2; ++b) fold_queries(keys.at(block + b), queries, offset, bytes[b], kAhead);
+#pragma GCC unroll 4
+    for (int r = 0; r < kFour; ++r) top[tile % 2][r] = Simd::set(-kInf);
+  };
+  auto score = [&](int64_t tile, int b) {
+    float *to = scores[tile % 2][0] + b * kBlock;
+    score_block<R>(keys.at(2 * tile + b), bytes[b], queries.step, to, kTile, top[tile % 2], kAhead);
+  };
+  fold(0), score(0, 0), score(0, 1);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const PackedValues now = values.at(2 * tile);
+    float(*x)[kTile] = scores[tile % 2];
+    const bool more = tile + 1 < tiles;
+    FoldedWeights<R, Digits> weights;
+    fetch(tile, 0);
+    if (more) fold(tile + 1);
+    fetch(tile, 1);
+    soften_rows<R>(x, top[tile % 2], reference, sum_lanes, acc, acc_stride, keys.d);
+    fetch(tile, 2);
+    if (more) score(tile + 1, 0);
+    fold_weights<R, Digits, 2>(now, 0, x[0], kTile, weights, kAhead);
+    fetch(tile, 3);
+    if (more) score(tile + 1, 1);
+    add_group<R, Digits, 2>(now, weights, 0, acc, acc_stride);
+    for (int g = 1; g < now.d / now.group; ++g) {
+      fold_weights<R, Digits, 2>(now, g, x[0], kTile, weights, kAhead);
+      add_group<R, Digits, 2>(now, weights, g, acc, acc_stride);
     }
   }
 }
 
 }  // namespace
-#endif

@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 4;
+  static constexpr int kUnroll = 8;
   static constexpr bool kDotsBf16 = false;
   using Vec = __m256;
 
@@ -28,14 +29,11 @@ struct Simd {
     for (int i = 0; i < n; ++i) padded[i] = p[i];
     return widen(padded);
   }
-  static Vec codes(const uint8_t *p, int shift) {
-    __m256i words = _mm256_srl_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)), _mm_cvtsi32_si128(shift));
-    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(0xff)));
-  }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static Vec abs(Vec a) { return _mm256_andnot_ps(set(-0.f), a); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // returns b when either is NaN
   // What x is above the next lower whole number, which x becomes; -127 counts as 0 in `scale_pow2`.
   static Vec fraction(Vec &x) {
@@ -63,6 +61,45 @@ struct Simd {
     __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
   }
+  static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    Vec ab = max(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    Vec cd = max(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    Vec all = max(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+
+  using Words = __m256i;  // 16-bit numbers, two a lane
+  using Whole = __m256i;  // 32-bit numbers, which wrap
+  static Words pair(const int16_t *p) {  // two numbers in every lane
+    int32_t both;
+    memcpy(&both, p, 4);
+    return _mm256_set1_epi32(both);
+  }
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    Words a = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(low)), shift);
+    if (shift + width < 16) a = _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+    if (!thirds) return a;
+    Words b = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(thirds)), third);
+    return _mm256_or_si256(a, _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(1)), 2));
+  }
+  static Whole whole(int x) { return _mm256_set1_epi32(x); }
+  static Whole dot(Words a, Words b, Whole c) {
+    c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);
+    asm("" : "+x"(c));  // else GCC makes all products of a sum first, more than there are registers
+    return c;
+  }
+  static Vec to_floats(Whole a) { return _mm256_cvtepi32_ps(a); }
+  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Words to_words(Vec a, Vec b) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    return _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words, 0xd8), order);
+  }
+  static void store_words(int16_t *p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
+  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
+  static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 16;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 4;
+  static constexpr int kUnroll = 8;
   using Vec = __m512;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
@@ -25,14 +26,11 @@ struct Simd {
   static Vec widen_some(const f16_t *p, int n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
   }
-  static Vec codes(const uint8_t *p, int shift) {
-    __m512i words = _mm512_srl_epi32(_mm512_loadu_si512(p), _mm_cvtsi32_si128(shift));
-    return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(0xff)));
-  }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec abs(Vec a) { return _mm512_abs_ps(a); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // returns b when either is NaN
   // What x is above the next lower whole number; 0 for -inf.
   static Vec fraction(const Vec &x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
@@ -41,10 +39,43 @@ struct Simd {
   static float sum(Vec a) { return _mm512_reduce_add_ps(a); }
   static float max_lane(Vec a) { return _mm512_reduce_max_ps(a); }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {
-    __m256 ab = _mm256_hadd_ps(fold(a), fold(b)), cd = _mm256_hadd_ps(fold(c), fold(d));
-    __m256 s = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    reduce4(a, b, c, d, out, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); });
   }
+  static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    reduce4(a, b, c, d, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
+  }
+
+  using Words = __m512i;  // 16-bit numbers, two a lane
+  using Whole = __m512i;  // 32-bit numbers, which wrap
+  static Words pair(const int16_t *p) {  // two numbers in every lane
+    int32_t both;
+    memcpy(&both, p, 4);
+    return _mm512_set1_epi32(both);
+  }
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    Words a = _mm512_srli_epi16(_mm512_loadu_si512(low), shift);
+    if (shift + width < 16) a = _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
+    if (!thirds) return a;
+    Words b = _mm512_srli_epi16(_mm512_loadu_si512(thirds), third);
+    return _mm512_or_si512(a, _mm512_slli_epi16(_mm512_and_si512(b, _mm512_set1_epi16(1)), 2));
+  }
+  static Whole whole(int x) { return _mm512_set1_epi32(x); }
+  static Whole dot(Words a, Words b, Whole c) {
+    c = _mm512_add_epi32(_mm512_madd_epi16(a, b), c);
+    asm("" : "+v"(c));  // else GCC makes all products of a sum first, more than there are registers
+    return c;
+  }
+  static Vec to_floats(Whole a) { return _mm512_cvtepi32_ps(a); }
+  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Words to_words(Vec a, Vec b) {
+    __m512i words = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), words), order);
+  }
+  static void store_words(int16_t *p, Words a) { _mm512_storeu_si512(p, a); }
+  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
+  static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 
 #ifdef __AVX512BF16__
   static constexpr bool kDotsBf16 = true;
@@ -65,7 +96,15 @@ struct Simd {
   static Vec widen_bf16(__m256i x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
   }
-  static __m256 fold(Vec a) { return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1)); }
+  template <typename F>
+  static void reduce4(Vec a, Vec b, Vec c, Vec d, float *out, F f) {
+    auto fold = [&](Vec x) { return f(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };
+    __m256 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
+    __m256 ab = f(_mm256_unpacklo_ps(fa, fb), _mm256_unpackhi_ps(fa, fb));
+    __m256 cd = f(_mm256_unpacklo_ps(fc, fd), _mm256_unpackhi_ps(fc, fd));
+    __m256 all = f(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm_storeu_ps(out, _mm256_castps256_ps128(f(all, _mm256_permute2f128_ps(all, all, 1))));
+  }
 };
 
 }  // namespace

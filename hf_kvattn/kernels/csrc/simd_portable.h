@@ -10,6 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
   static constexpr int kVectors = 2;  // vectors of a value row held at once
+  static constexpr int kUnroll = 1;   // each operation is a loop: unrolled, they take GCC minutes
   static constexpr bool kDotsBf16 = false;
   struct Vec {
     float lane[kLanes];
@@ -39,16 +40,6 @@ struct Simd {
     for (int i = 0; i < n; ++i) r.lane[i] = to_float(p[i]);
     return r;
   }
-  // kLanes 32-bit words, each shifted right and masked, as floats.
-  static Vec codes(const uint8_t *p, int shift) {
-    Vec r;
-    KVATTN_EACH {
-      uint32_t word;
-      memcpy(&word, p + 4 * i, 4);
-      r.lane[i] = static_cast<float>(word >> shift & 0xff);
-    }
-    return r;
-  }
   static Vec add(Vec a, Vec b) {
     KVATTN_EACH a.lane[i] += b.lane[i];
     return a;
@@ -60,6 +51,10 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) {
     KVATTN_EACH c.lane[i] += a.lane[i] * b.lane[i];
     return c;
+  }
+  static Vec abs(Vec a) {
+    KVATTN_EACH a.lane[i] = fabsf(a.lane[i]);
+    return a;
   }
   // A NaN in b is kept.
   static Vec max(Vec a, Vec b) {
@@ -105,6 +100,59 @@ struct Simd {
   static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {
     out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
   }
+  static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    out[0] = max_lane(a), out[1] = max_lane(b), out[2] = max_lane(c), out[3] = max_lane(d);
+  }
+
+  struct Words {  // 16-bit numbers, two a lane
+    int16_t first[kLanes], second[kLanes];
+  };
+  struct Whole {  // 32-bit numbers, which wrap
+    uint32_t lane[kLanes];
+  };
+  static Words pair(const int16_t *p) {  // two numbers in every lane
+    Words r;
+    KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
+    return r;
+  }
+  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
+  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+    uint32_t lane[kLanes], above[kLanes] = {};
+    memcpy(lane, low, sizeof lane);
+    if (thirds) memcpy(above, thirds, sizeof above);
+    const uint32_t mask = ((1u << width) - 1) * 0x10001u;
+    Words r;
+    KVATTN_EACH {
+      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> third & 0x10001u) << 2;
+      r.first[i] = static_cast<int16_t>(both & 0xffff), r.second[i] = static_cast<int16_t>(both >> 16);
+    }
+    return r;
+  }
+  static Whole whole(int x) {
+    Whole r;
+    KVATTN_EACH r.lane[i] = static_cast<uint32_t>(x);
+    return r;
+  }
+  static Whole dot(Words a, Words b, Whole c) {
+    KVATTN_EACH c.lane[i] += static_cast<uint32_t>(a.first[i] * b.first[i] + a.second[i] * b.second[i]);
+    return c;
+  }
+  static Vec to_floats(Whole a) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = static_cast<float>(static_cast<int32_t>(a.lane[i]));
+    return r;
+  }
+  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Words to_words(Vec a, Vec b) {
+    float both[2 * kLanes];
+    store(both, a), store(both + kLanes, b);
+    auto nearest = [&](int i) { return static_cast<int16_t>(both[i] + 12582912.f - 12582912.f); };  // ties to even
+    Words r;
+    KVATTN_EACH r.first[i] = nearest(i / 2 * 4 + i % 2), r.second[i] = nearest(i / 2 * 4 + i % 2 + 2);
+    return r;
+  }
+  static void store_words(int16_t *p, Words a) { KVATTN_EACH p[2 * i] = a.first[i], p[2 * i + 1] = a.second[i]; }
+  static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 #undef KVATTN_EACH
 };
 
