@@ -3,6 +3,7 @@
 python scripts/bandwidth.py
 python scripts/bandwidth.py --heads 32 8 128 --context 4096 --output results
 python scripts/bandwidth.py --queries 512 --rounds 5
+python scripts/bandwidth.py --native-variant avx2
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import torch
 
 from hf_kvattn.evaluation import bandwidth, inputs, report
+from hf_kvattn.kernels import native
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of queries, keys and values")
     parser.add_argument("--rounds", type=inputs.positive_int, default=20, help="turns")
+    parser.add_argument("--native-variant", help="of the native kernels, avx2 for example; None takes the CPU's best")
     parser.add_argument("--threads", type=inputs.positive_int, help="CPU threads; None leaves it to torch")
     parser.add_argument("--out", "--output", metavar="DIR", help="write results.json, report.md and a plot there")
     parser.add_argument("--json", action="store_true", help="print the result as JSON in the last line")
@@ -33,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.check_out_dir(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    native.select_variant(args.native_variant)
     results = bandwidth.measure(*args.heads, args.context, inputs.DTYPES[args.dtype], args.rounds, args.queries)
     args.model = "one layer, {} query and {} KV heads of {}".format(*args.heads)
     args.text, args.backend = "random numbers", "each in turn"

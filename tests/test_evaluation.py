@@ -556,6 +556,7 @@ def test_scripts_measure_a_local_model(tiny_folder, tmp_path, monkeypatch, capsy
         ("perplexity", ["--variants", "planted-nan"], "planted-nan gives NaN"),
         ("bandwidth", ["--heads", 9, 2, 64], "q_heads=9, kv_heads=2"),
         ("bandwidth", ["--threads", "many"], "many"),
+        ("bandwidth", ["--native-variant", "neon512"], "'neon512' is not usable"),
     ],
 )
 def test_scripts_refuse_bad_input_with_one_line(name, arguments, said, model, tokens, tmp_path, monkeypatch, capsys):
