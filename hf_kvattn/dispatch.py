@@ -28,8 +28,8 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
-# wins; from there on PyTorch's blocked matrix products do, except where a window leaves out most keys, or
-# PyTorch's kernel has not all that is asked for (0.1 of the time of what does it with several of PyTorch's).
+# wins on every CPU, and beyond them where a window leaves out most keys, or where PyTorch's kernel has not all that is
+# asked for (0.1 of the time of what does it with several of PyTorch's).
 NATIVE_MAX_ROWS = 128
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
@@ -111,10 +111,13 @@ def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
         special = call.slot > 0 or not sdpa.is_plain(call)
         return (flash, triton_decode, sdpa, reference) if special else (flash, sdpa, reference)
-    rows = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1])
+    if call.q.device.type != "cpu":
+        return sdpa, reference
+    few = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) <= NATIVE_MAX_ROWS
     local = call.window is not None and call.window < call.kv_len
-    fused = rows <= NATIVE_MAX_ROWS or local or not sdpa.is_plain(call)
-    return (native, sdpa, reference) if fused and call.q.device.type == "cpu" else (sdpa, native, reference)
+    if few or local or not sdpa.is_plain(call) or native.leads_in_prompts(call.q.dtype):
+        return native, sdpa, reference
+    return sdpa, native, reference
 
 
 def quantizer(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> Callable[..., None]:

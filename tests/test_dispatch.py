@@ -58,7 +58,7 @@ def test_auto_takes_the_fast_one_for_each_case():
     assert taken(problem("long-split")) == "native"
     assert taken(problem("padded")) == "native"
     assert taken(problem("short-query")) == "native"
-    assert taken(problem("prefill")) == "sdpa"
+    assert taken(problem("prefill")) == ("sdpa" if native.variant().startswith("portable") else "native")
     assert taken(problem("softcap-window")) == "native"
     softcapped_prefill = problem("prefill")
     softcapped_prefill.softcap = 5.0
@@ -69,6 +69,18 @@ def test_auto_takes_the_fast_one_for_each_case():
     training.q = training.q.detach().requires_grad_()
     training.softcap = 5.0
     assert taken(training) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("variant", "amx", "dtype", "expected"),
+    [("avx2", False, torch.bfloat16, "native"), ("avx2", True, torch.bfloat16, "sdpa"),
+     ("avx2", True, torch.float32, "native"), ("portable", False, torch.float32, "sdpa")],
+    indirect=["variant"],
+)  # fmt: skip
+def test_who_takes_prompts_depends_on_the_cpu(variant, amx, dtype, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert taken(problem("prefill", dtype)) == taken(problem("padded-prefill", dtype)) == expected
+    assert taken(problem("long-split", dtype)) == "native"
 
 
 def test_auto_falls_back_with_one_logged_reason(monkeypatch, caplog):

@@ -87,6 +87,14 @@ def variant() -> str:
     return library.kvattn_variant().decode() + ("" if library.kvattn_has_openmp() else ", no OpenMP")
 
 
+def leads_in_prompts(dtype: torch.dtype) -> bool:
+    """Whether many query rows are served faster here than by PyTorch's own kernel, which is thought to lead where it
+    multiplies tiles of 16-bit numbers (AMX), and where these kernels have no vectors of their own."""
+    if unavailable() is not None or (dtype != torch.float32 and torch.cpu._is_amx_tile_supported()):
+        return False
+    return not variant().startswith("portable")
+
+
 def select_variant(name: str | None) -> None:
     """Forces a SIMD variant for the whole process; None goes back to the best one.
 

@@ -246,9 +246,8 @@ class Attend {
     int64_t tiles = start.data[jobs];
     // Measured: waking a team costs as much as 8 tiles a thread gain.
     int threads = static_cast<int>(most<int64_t>(1, least<int64_t>(a.threads, tiles / 8)));
-    // Shares overlap in one job at most, so job + thread numbers the pieces uniquely. All memory is taken here: an
-    // exception could not leave the team.
-    Buffer<float> pieces((jobs + threads) * piece_floats);
+    // All memory is taken here: an exception could not leave the team.
+    Buffer<float> pieces(2 * threads * piece_floats);
     Buffer<Scratch> scratch(threads);
     Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
     Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
@@ -263,7 +262,7 @@ class Attend {
       for (; j < jobs && start.data[j] < to; ++j) {
         int64_t lo = most(from, start.data[j]) - start.data[j], hi = least(to, start.data[j + 1]) - start.data[j];
         Job job = job_at(j);
-        float *piece = pieces.data + (j + thread) * piece_floats;
+        float *piece = piece_of(pieces.data, thread, lo == 0);
         attend_tiles(job, lo, hi, mine, piece);
         if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job, piece);
       }
@@ -316,6 +315,12 @@ class Attend {
   // tile begins too.
   int64_t tile_of(int64_t t) const { return t < lead ? 0 : (t - origin) / tile; }
   int64_t tile_begin(int64_t i) const { return most<int64_t>(0, origin + i * tile); }
+
+  // A thread has two pieces: of the job that others began, and of those that it begins itself, one after the other. Only
+  // the last of these can be left to others to finish, so that it stays until the merge.
+  float *piece_of(float *pieces, int64_t thread, bool begun_here) const {
+    return pieces + (2 * thread + begun_here) * piece_floats;
+  }
 
   // A piece: references (base 2), sums and unnormalised outputs of kChunk rows.
   static float *references(float *piece) { return piece; }
@@ -542,9 +547,9 @@ class Attend {
     };
     int64_t begin = thread_of(start[j]), end = thread_of(start[j + 1] - 1);
     Job job = job_at(j);
-    float *into = pieces + (j + begin) * piece_floats;
+    float *into = piece_of(pieces, begin, true);
     for (int64_t i = begin + 1; i <= end; ++i) {
-      float *piece = pieces + (j + i) * piece_floats;
+      float *piece = piece_of(pieces, i, false);
       for (int64_t r = 0; r < job.end_row - job.row; ++r) {
         float top = most(references(into)[r], references(piece)[r]);
         if (top == -kInf) continue;
