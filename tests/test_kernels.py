@@ -104,7 +104,9 @@ def test_native(name, variant, dtype):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-@pytest.mark.parametrize("name", ["long-split", "padded", "one-token", "window-many-queries"])
+@pytest.mark.parametrize(
+    "name", ["long-split", "padded", "one-token", "window-many-queries", "prefill", "padded-prefill"]
+)
 def test_native_splits_the_work_over_any_number_of_threads(name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
