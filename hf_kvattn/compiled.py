@@ -77,42 +77,6 @@ def _first_visible_fake(ticket, mask, new, sliding):
     return mask.new_empty(mask.shape[0], dtype=torch.int32)
 
 
-def _step(
-    ticket: torch.Tensor,
-    layer_idx: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
-    """Stores `k` and `v` in layer `layer_idx` and gives the attention of `q`: arguments as in `kvattn_attention`."""
-    layer = holder(ticket).layers[layer_idx]
-    layer.append(k, v)
-    out, _ = kvattn_attention(
-        layer,
-        q,
-        k,
-        v,
-        mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        sliding_window=window,
-        softcap=softcap,
-        s_aux=s_aux,
-        kv_layer=layer,
-    )
-    return out
-
-
-def _step_fake(ticket, layer_idx, q, k, v, mask, scaling, is_causal, window, softcap, s_aux):
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -123,14 +87,40 @@ def _attend(
     window: int | None,
     softcap: float | None,
     s_aux: torch.Tensor | None,
+    kv_layer: Any = None,
 ) -> torch.Tensor:
-    """The attention of `q` over what another cache, or none, gave: arguments as in `kvattn_attention`."""
-    rules = {"scaling": scaling, "is_causal": is_causal, "sliding_window": window, "softcap": softcap, "s_aux": s_aux}
-    return kvattn_attention(torch.nn.Module(), q, k, v, mask, **rules)[0]  # type: ignore[arg-type]  # of one dict
+    """The attention of `q` over `kv_layer`, or what another cache, or none, gave: as `kvattn_attention`."""
+    out, _ = kvattn_attention(
+        kv_layer,
+        q,
+        k,
+        v,
+        mask,
+        scaling=scaling,
+        is_causal=is_causal,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=s_aux,
+        kv_layer=kv_layer,
+    )
+    return out
 
 
-def _attend_fake(q, k, v, mask, scaling, is_causal, window, softcap, s_aux):
+def _attend_fake(q, k, v, *rules):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _step(
+    ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
+) -> torch.Tensor:
+    """Stores `k` and `v` in layer `layer_idx` and gives the attention of `q`, by the rules that `_attend` takes."""
+    layer = holder(ticket).layers[layer_idx]
+    layer.append(k, v)
+    return _attend(q, k, v, *rules, layer)
+
+
+def _step_fake(ticket, layer_idx, *arguments):
+    return _attend_fake(*arguments)
 
 
 _RULES = "Tensor? mask, float? scaling, bool is_causal, int? window, float? softcap, Tensor? s_aux"

@@ -257,11 +257,7 @@ def test_native_reads_packed_heads_of_any_size(variant, group, dim, monkeypatch)
 def test_native_reads_packed_rings(variant, bits):
     call = packed_problem("long-split", *bits)
     expected, packed = reference.attend(call), call.packed
-    for slot in (
-        2,
-        40,
-        66,
-    ):  # of 68; the 65 blocks wrap within the first stretch of steps, in the middle, and at the end
+    for slot in (2, 40, 66):  # of 68; the 65 blocks wrap in the first stretch of steps, the middle one and the last
         arrays = ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
         given = {name: getattr(packed, name) for name in arrays}
         call.packed = replace(packed, slot=slot, **{n: t if t is None else t.roll(slot, 2) for n, t in given.items()})

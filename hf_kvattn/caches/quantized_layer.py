@@ -357,7 +357,9 @@ class KVQuantizedLayer(KVLayer):
             name = name.removesuffix("_wrapped")
             if name in ("k_codes", "v_codes"):
                 tensor = _as_codes(tensor, self.settings.k_bits if name == "k_codes" else self.settings.v_bits)
-                tensor = tensor if tensor.dtype == torch.uint8 else tensor.bfloat16()
+                if tensor.dtype == torch.uint8:
+                    continue
+                tensor = tensor.bfloat16()  # which has isfinite
             if not name.startswith("exact") and not bool(tensor.isfinite().all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):

@@ -148,13 +148,13 @@ template <int R, int Digits>
 void packed_values(const PackedValues &values, int blocks, const float *weights, int64_t stride, float *acc,
                    int64_t acc_stride) {
   for (int g = 0; g < values.d / values.group; ++g) {
-    FoldedWeights<R, Digits> bytes;
+    FoldedWeights<R, Digits> folded;
     if (blocks == 1) {
-      fold_weights<R, Digits, 1>(values, g, weights, stride, bytes, 0);
-      add_group<R, Digits, 1>(values, bytes, g, acc, acc_stride);
+      fold_weights<R, Digits, 1>(values, g, weights, stride, folded, 0);
+      add_group<R, Digits, 1>(values, folded, g, acc, acc_stride);
     } else {
-      fold_weights<R, Digits, 2>(values, g, weights, stride, bytes, 0);
-      add_group<R, Digits, 2>(values, bytes, g, acc, acc_stride);
+      fold_weights<R, Digits, 2>(values, g, weights, stride, folded, 0);
+      add_group<R, Digits, 2>(values, folded, g, acc, acc_stride);
     }
   }
 }
@@ -181,7 +181,7 @@ template <int R, int Digits>
 void attend_run(const PackedKeys &keys, const PackedValues &values, int64_t tiles, const float *q, int64_t q_stride,
                 const float *offset, float *reference, float *sum_lanes, float *acc, int64_t acc_stride) {
   Queries<R> queries;
-  FoldedQueries<R> bytes[2];
+  FoldedQueries<R> folded[2];
   float scores[2][R][kTile];
   Simd::Vec top[2][kFour];
   // A quarter of the values' codes of a later tile. Asked for together, they would keep the CPU waiting.
@@ -195,13 +195,13 @@ void attend_run(const PackedKeys &keys, const PackedValues &values, int64_t tile
       const int64_t left = 2 * tiles - block;
       count_in_steps(keys.at(block), static_cast<int>(least<int64_t>(kStretch, left)), q, q_stride, queries);
     }
-    for (int b = 0; b < 2; ++b) fold_queries(keys.at(block + b), queries, offset, bytes[b], kAhead);
+    for (int b = 0; b < 2; ++b) fold_queries(keys.at(block + b), queries, offset, folded[b], kAhead);
 #pragma GCC unroll 4
     for (int r = 0; r < kFour; ++r) top[tile % 2][r] = Simd::set(-kInf);
   };
   auto score = [&](int64_t tile, int b) {
     float *to = scores[tile % 2][0] + b * kBlock;
-    score_block<R>(keys.at(2 * tile + b), bytes[b], queries.step, to, kTile, top[tile % 2], kAhead);
+    score_block<R>(keys.at(2 * tile + b), folded[b], queries.step, to, kTile, top[tile % 2], kAhead);
   };
   fold(0), score(0, 0), score(0, 1);
   for (int64_t tile = 0; tile < tiles; ++tile) {
