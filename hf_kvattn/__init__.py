@@ -13,7 +13,7 @@ from .caches.serialize import load_cache, save_cache
 from .caches.sliding import SlidingWindowKVCache
 from .caches.static import StaticKVCache
 from .describe import describe
-from .dispatch import backend, set_backend
+from .kernels.dispatch import backend, set_backend
 from .planning import plan
 from .plugin import disable, enable, enabled, is_enabled
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from . import dispatch
 from .autograd import cut_graph
+from .kernels import dispatch
 from .kernels.call import AttendCall, SinkKV
 from .masks import is_compact, read_compact_mask
 
@@ -77,12 +77,12 @@ def kvattn_attention(
         rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
         return torch.ops.hf_kvattn.attend(query, key, value, *rules), None
     if kv_layer is not None:
-        call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.kv()
+        call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.stored_kv()
     if attention_mask is None:
         call.causal = is_causal
         call.window = sliding_window if call.causal else None
     elif is_compact(attention_mask):
-        call.first, call.window = read_compact_mask(attention_mask)
+        call.leftpad, call.window = read_compact_mask(attention_mask)
     else:
         q_len, kv_len = query.shape[2], call.kv_len
         if attention_mask.shape[-2:] != (q_len, kv_len):
@@ -92,21 +92,21 @@ def kvattn_attention(
         _apply_layer_window(call, kv_layer)
     out = dispatch.attend(call)
     if kv_layer is not None:
-        kv_layer.settle()
+        kv_layer.finish_attention()
         out = cut_graph(out, query, key, value)
     return out.contiguous(), None
 
 
 def _apply_layer_window(call: AttendCall, kv_layer) -> None:
     """The window that a cache forces on the model, and the sinks beside it."""
-    if kv_layer.forced:
+    if kv_layer.forces_window:
         if not call.causal:
             raise ValueError(f"a window of {kv_layer.sliding_window} is forced on causal attention only")
         if call.mask is None:
             call.window = kv_layer.sliding_window
-        elif (seen := replace(call, mask=None, first=None, window=kv_layer.sliding_window).visible()) is not None:
+        elif (seen := replace(call, mask=None, leftpad=None, window=kv_layer.sliding_window).visible()) is not None:
             is_bool = call.mask.dtype == torch.bool
             call.mask = call.mask & seen if is_bool else call.mask.masked_fill(~seen, -torch.inf)
-    beside = kv_layer.beside(call.q, call.first)
-    if beside is not None:
-        call.sinks = SinkKV(*beside)
+    sink_inputs = kv_layer.sink_inputs(call.q, call.leftpad)
+    if sink_inputs is not None:
+        call.sinks = SinkKV(*sink_inputs)

@@ -9,8 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from . import dispatch
-from .kernels import native
+from .kernels import dispatch, native
 from .kernels.call import AttendCall
 
 
@@ -89,9 +88,9 @@ def _cases(model: PreTrainedModel | None) -> dict[str, AttendCall]:
     return {
         "prefill, 512 tokens": call(512, 512),
         "prefill continued, 512 after 512": call(512, 1024),
-        "prefill, left-padded batch": call(512, 512, 2, first=padded),
+        "prefill, left-padded batch": call(512, 512, 2, leftpad=padded),
         "decode, 1 token": call(1, 1024),
-        "decode, left-padded batch": call(1, 1024, 2, first=padded),
+        "decode, left-padded batch": call(1, 1024, 2, leftpad=padded),
         "decode, sliding window 256": call(1, 1024, window=256),
         "short query, 8 tokens (assisted decoding)": call(8, 1024),
         "decode, custom dense mask": call(1, 1024, mask=torch.ones(1, 1, 1, 1024, dtype=torch.bool, device=device)),

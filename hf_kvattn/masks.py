@@ -36,11 +36,11 @@ def kvattn_mask(
     # compared while traced or without stalling a GPU; and a mask of another kind once it is full is another graph.
     aligned = not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length
     if window is not None and aligned and not use_vmap:
-        first = left_padding(attention_mask, kv_length, kv_offset)
-        if first is None and not window:
+        leftpad = left_padding(attention_mask, kv_length, kv_offset)
+        if leftpad is None and not window:
             return None
-        if not isinstance(first, bool):
-            return compact_mask(first, window, batch_size, device)
+        if not isinstance(leftpad, bool):
+            return compact_mask(leftpad, window, batch_size, device)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -55,16 +55,18 @@ def kvattn_mask(
     )
 
 
-def compact_mask(first: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str) -> torch.Tensor:
-    """Packs `first` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1 or 2)`."""
-    unpadded = first is None
-    if first is None:
-        first = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    return first.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1 + unpadded)
+def compact_mask(
+    leftpad: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str
+) -> torch.Tensor:
+    """Packs `leftpad` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1 or 2)`."""
+    unpadded = leftpad is None
+    if leftpad is None:
+        leftpad = torch.zeros(batch_size, dtype=torch.int32, device=device)
+    return leftpad.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1 + unpadded)
 
 
 def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
-    """`first` `(B,)` int32 (None: all 0) and the window (None: none) of a compact mask."""
+    """`leftpad` `(B,)` int32 (None: all 0) and the window (None: none) of a compact mask."""
     return None if mask.shape[3] == 2 else mask[:, 0, 0, 0], mask.shape[2] - 1 or None
 
 
@@ -109,5 +111,5 @@ def left_padding(mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> t
     mask = mask[:, kv_offset : kv_offset + kv_length]
     if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
         return False
-    first = kv_length - mask.sum(-1)
-    return first if bool(first.any()) else None
+    leftpad = kv_length - mask.sum(-1)
+    return leftpad if bool(leftpad.any()) else None

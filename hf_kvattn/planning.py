@@ -16,18 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .caches.base import KVCache
 from .caches.configs import check_config, kv_shape
-from .caches.quantized import QuantizedKVCache
-from .caches.static import StaticKVCache
+from .caches.registry import CACHES, COMPLETE
 
-# From the one that keeps the predictions to the smallest.
-VARIANTS: dict[str, Callable[..., KVCache]] = {
-    "static": StaticKVCache,
-    "int8": functools.partial(QuantizedKVCache, bits=8),
-    "k8v4": functools.partial(QuantizedKVCache, key_bits=8, value_bits=4),
-    "int4": functools.partial(QuantizedKVCache, bits=4),
-    "int3": functools.partial(QuantizedKVCache, bits=3),
-    "int2": functools.partial(QuantizedKVCache, bits=2),
-}
 LONGEST = 1 << 24  # tokens; no longer context is looked for
 
 _GIB = 1 << 30
@@ -130,8 +120,8 @@ def plan(
         raise ValueError(f"weights_bytes must be an int of at least 0, or None, got {weights_bytes!r}")
     left = gpu_bytes - weights_bytes
     rows = {}
-    for name, make in VARIANTS.items():
-        size = functools.partial(cache_bytes, make, config, batch, dtype)
+    for name in COMPLETE:
+        size = functools.partial(cache_bytes, CACHES[name], config, batch, dtype)
         try:
             n_bytes = size(context)
         except ValueError as error:

@@ -33,10 +33,10 @@ from transformers.masking_utils import create_masks_for_generate
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache
 from .caches.configs import check_config
-from .caches.quantized import QuantizedKVCache
+from .caches.registry import CACHES, COMPLETE
 from .caches.sliding import SlidingWindowKVCache
-from .caches.static import StaticKVCache
-from .compiled import (
+from .compiling.decode_steps import DecodeSteps
+from .compiling.ops import (
     checked_config,
     compiled_step,
     default_config,
@@ -44,19 +44,10 @@ from .compiled import (
     register_ops,
     trace_inputs,
 )
-from .graphs import DecodeSteps
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
 
 logger = logging.getLogger("hf_kvattn")
-
-CACHES: dict[str, Callable[[PreTrainedConfig], KVCache]] = {
-    "static": StaticKVCache,
-    "int8": functools.partial(QuantizedKVCache, bits=8),
-    "fp8": functools.partial(QuantizedKVCache, bits="fp8"),
-    "int4": functools.partial(QuantizedKVCache, bits=4),
-    "int2": functools.partial(QuantizedKVCache, bits=2),
-}
 
 _STATE = "_hf_kvattn"
 
@@ -85,9 +76,9 @@ def enable(
 
     Args:
         model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
-        cache: what a `generate()` that passes no cache gets, a fresh one each time: a name (`"static"`, `"int8"`,
-            `"fp8"`, `"int4"`, `"int2"`), a callable `config -> Cache`, or None to leave `generate()` as it is. A
-            quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from,
+        cache: what a `generate()` that passes no cache gets, a fresh one each time: a name of
+            `caches.registry.COMPLETE` (`"static"`, `"int8"`, `"int4"`...), a callable `config -> Cache`, or None to
+            leave `generate()` as it is. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from,
             where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
             package's caches: as its `compile_config` says, else `compiled.default_config()`. The first step of a model
@@ -105,7 +96,7 @@ def enable(
     state = getattr(model, _STATE, None)
     if state is not None and state.request == request:
         return model
-    if isinstance(cache, str) and cache != "static":
+    if isinstance(cache, str) and CACHES[cache].calibrated:
         make_cache = _calibrated(model, cache)
     disable(model)
     # Together: a name with an attention function but no mask function would get no masks at all.
@@ -114,7 +105,7 @@ def enable(
     register_ops()
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
-    hooks = [m.register_forward_pre_hook(_open_door, with_kwargs=True) for m in modules]
+    hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
     hooks.append(model.get_decoder().register_forward_pre_hook(_own_positions, with_kwargs=True))
     ours: dict[str, Callable] = {}
     if make_cache is not None or compile:
@@ -161,7 +152,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return getattr(model, _STATE, None) is not None
 
 
-def _open_door(module: torch.nn.Module, args: tuple, kwargs: dict):
+def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
     cache = kwargs.get("past_key_values")
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
     if not isinstance(cache, (KVCache, DecodeSteps)) or _implementation(module) != NAME:
@@ -252,8 +243,8 @@ def _get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
 def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
     if cache is None or callable(cache):
         return cache
-    if cache not in CACHES:
-        raise ValueError(f"unknown cache {cache!r}; known: {', '.join(CACHES)}, or a callable config -> Cache")
+    if cache not in COMPLETE:
+        raise ValueError(f"unknown cache {cache!r}; known: {', '.join(COMPLETE)}, or a callable config -> Cache")
     return CACHES[cache]
 
 
@@ -264,7 +255,7 @@ def _calibrated(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfi
     if not folder or not path.is_file():
         return CACHES[cache]
     calibration = Calibration.load(path)
-    make_cache = functools.partial(QuantizedKVCache, calibration=calibration)
+    make_cache = functools.partial(CACHES[cache].cls, calibration=calibration)
     make_cache(model.config)  # refuses another model's, now rather than in generate()
     logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
     return make_cache

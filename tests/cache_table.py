@@ -47,5 +47,5 @@ def forward(cache, new) -> None:
     cache.get_mask_sizes(new[0][0].shape[2], 0)
     for index, (k, v) in enumerate(new):
         cache.writer(index).update(k, v, index)
-        cache.layers[index].kv()
-        cache.layers[index].settle()
+        cache.layers[index].stored_kv()
+        cache.layers[index].finish_attention()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_kvattn.kernels import native, triton_decode
+from hf_kvattn.kernels import native
+from hf_kvattn.kernels.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def variant(request):
 @pytest.fixture
 def without_triton(monkeypatch):
     """On GPUs that are none its kernels cannot run; `triton_interpreter.py` has them."""
-    monkeypatch.setattr(triton_decode, "unavailable", lambda: "there is none")
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: "there is none")
 
 
 @pytest.fixture(scope="module")

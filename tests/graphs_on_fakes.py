@@ -18,9 +18,11 @@ from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache, append_attend, dispatch
-from hf_kvattn.graphs import DecodeSteps
-from hf_kvattn.kernels import flash, triton_decode
+from hf_kvattn import QuantizedKVCache, StaticKVCache
+from hf_kvattn.compiling import append_attend
+from hf_kvattn.compiling.decode_steps import DecodeSteps
+from hf_kvattn.kernels import dispatch, flash
+from hf_kvattn.kernels.triton import backend as triton_backend
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::DeviceGuardImplRegistrar guard(
@@ -55,7 +57,7 @@ def filled(family, padded=True, bits=None):
         model(ids, past_key_values=cache)
         steps = DecodeSteps(cache)
         if padded:  # what was found in a mask before
-            steps.lengths, steps.first = torch.ones(2, 2, dtype=torch.int32).unbind()
+            steps.lengths, steps.leftpad = torch.ones(2, 2, dtype=torch.int32).unbind()
             steps.counts, steps.looked = torch.ones(2, dtype=torch.int32), True
     return model, steps, {"input_ids": ids[:, :1], "position_ids": ids[:, :1], "past_key_values": cache}
 
@@ -135,14 +137,14 @@ def test_nor_does_that_of_the_packed_op(served_by, monkeypatch):
     given = []
     _, steps, _ = filled("llama", bits=4)
     if served_by == "triton":
-        monkeypatch.setattr(dispatch, "serving", lambda call: triton_decode)
-        monkeypatch.setattr(triton_decode, "attend", lambda call, n: given.append(n) or call.q.transpose(1, 2))
+        monkeypatch.setattr(dispatch, "serving", lambda call: triton_backend)
+        monkeypatch.setattr(triton_backend, "attend", lambda call, n: given.append(n) or call.q.transpose(1, 2))
     steps._begin(torch.ones(2, 1, dtype=torch.long, device="cuda"), None)
     part = steps.layers[0]
     with torch.device("cuda"):
         q, k, s_aux = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 1, 16), torch.empty(4)
     rules = (0.25, None, s_aux if served_by == "sinks" else None, "auto")
-    packed = (steps.counts, steps.first, part.packed, part.layout)
+    packed = (steps.counts, steps.leftpad, part.packed, part.layout)
     out = append_attend._append_attend_packed(part.k, part.v, q, k, k, *packed, *rules)
     assert (out.device.type, out.shape, len(given)) == ("cuda", (2, 1, 4, 16), served_by == "triton")
 

@@ -35,22 +35,22 @@ SHAPES = {
     "window-larger-than-past": (2, 3, 20, 64, {"window": 50}),
     "softcap": (2, 3, 90, 64, {"softcap": 1.5}),
     "softcap-window": (2, 1, 90, 256, {"softcap": 30.0, "window": 17}),
-    "padded": (3, 1, 100, 64, {"first": [0, 37, 99]}),
-    "padded-prefill": (2, 70, 70, 64, {"first": [0, 69, 3]}),
-    "padded-window": (2, 5, 150, 64, {"first": [0, 148, 60], "window": 20}),
-    "empty-row": (2, 1, 40, 64, {"first": [0, 40, 39]}),
+    "padded": (3, 1, 100, 64, {"leftpad": [0, 37, 99]}),
+    "padded-prefill": (2, 70, 70, 64, {"leftpad": [0, 69, 3]}),
+    "padded-window": (2, 5, 150, 64, {"leftpad": [0, 148, 60], "window": 20}),
+    "empty-row": (2, 1, 40, 64, {"leftpad": [0, 40, 39]}),
     "window-long-prefill": (2, 530, 600, 16, {"window": 40}),
-    "padded-window-long-prefill": (1, 300, 320, 16, {"window": 50, "first": [0, 319, 33]}),
+    "padded-window-long-prefill": (1, 300, 320, 16, {"window": 50, "leftpad": [0, 319, 33]}),
     "s-aux": (3, 1, 90, 64, {"s_aux": True}),
-    "s-aux-padded": (8, 5, 150, 64, {"first": [0, 148, 60], "window": 20, "s_aux": True}),
-    "s-aux-empty-row": (2, 1, 40, 80, {"first": [0, 40, 39], "softcap": 2.0, "s_aux": True}),
+    "s-aux-padded": (8, 5, 150, 64, {"leftpad": [0, 148, 60], "window": 20, "s_aux": True}),
+    "s-aux-empty-row": (2, 1, 40, 80, {"leftpad": [0, 40, 39], "softcap": 2.0, "s_aux": True}),
     "s-aux-long-prefill": (2, 530, 600, 16, {"window": 40, "s_aux": True}),
     "sinks": (3, 1, 90, 64, {"window": 90, "sinks": (4, 7)}),
     "sinks-coming-in": (2, 9, 49, 64, {"window": 41, "sinks": (5, -3)}),
     "sinks-one": (3, 1, 40, 80, {"window": 40, "sinks": (1, 1), "softcap": 2.0}),
     "sinks-many": (8, 3, 130, 33, {"window": 128, "sinks": (63, 4000)}),
     "sinks-long-prefill": (3, 600, 640, 16, {"window": 41, "sinks": (4, -7)}),
-    "sinks-padded": (2, 5, 80, 64, {"window": 76, "first": [0, 70, 3], "sinks": (6, 4, [0, 5, 9])}),
+    "sinks-padded": (2, 5, 80, 64, {"window": 76, "leftpad": [0, 70, 3], "sinks": (6, 4, [0, 5, 9])}),
 }
 
 # (slots, slot of the first token) for a problem's keys in a ring: wraps in and between tiles, nearly empty, full
@@ -78,9 +78,9 @@ def problem(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) ->
     """The named problem as it stands in a cache: transposed queries, and large finite values behind the keys."""
     group, q_len, kv_len, dim, rules = SHAPES[name]
     rules = dict(rules)
-    batch = 3 if "first" in rules else 2
-    if "first" in rules:
-        rules["first"] = torch.tensor(rules["first"], dtype=torch.int32)
+    batch = 3 if "leftpad" in rules else 2
+    if "leftpad" in rules:
+        rules["leftpad"] = torch.tensor(rules["leftpad"], dtype=torch.int32)
     q = torch.randn(batch, q_len, kv_heads * group, dim).to(dtype).transpose(1, 2)
     buffers = [torch.full((batch, kv_heads, kv_len + 13, dim), POISON[dtype], dtype=dtype) for _ in "kv"]
     for buffer in buffers:
@@ -91,10 +91,10 @@ def problem(name: str, dtype: torch.dtype = torch.float32, kv_heads: int = 2) ->
     sinks = rules.pop("sinks", None)
     call = AttendCall(q, k, v, dim**-0.5, **rules)
     if sinks is not None:
-        count, evicted, *first = sinks
+        count, evicted, *leftpad = sinks
         k, v = (torch.randn(batch, kv_heads, count, dim).to(dtype) for _ in "kv")
         own = torch.randn(batch, q_len, kv_heads * group, dim).to(dtype).transpose(1, 2)
-        call.sinks = SinkKV(k, v, own, evicted, torch.tensor(first[0], dtype=torch.int32) if first else None)
+        call.sinks = SinkKV(k, v, own, evicted, torch.tensor(leftpad[0], dtype=torch.int32) if leftpad else None)
     return call
 
 

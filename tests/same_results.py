@@ -34,7 +34,18 @@ CACHES = {
     "int2": lambda config: QuantizedKVCache(config, bits=2, group_size=16, skip_layers=(0, -1)),
     "k8v4": lambda config: QuantizedKVCache(config, key_bits=8, value_bits=4, group_size=16),
 }
-FAMILIES = ("llama", "llama-g3", "llama-mqa", "mistral", "qwen2-sliding", "phi3", "gemma2", "gemma3", "gpt-oss", "smollm3")
+FAMILIES = (
+    "llama",
+    "llama-g3",
+    "llama-mqa",
+    "mistral",
+    "qwen2-sliding",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "gpt-oss",
+    "smollm3",
+)
 BACKENDS = ("reference", "sdpa", "native")
 PROMPT, NEW = 41, 45  # blocks of 32 tokens are crossed in the prompt and after it
 

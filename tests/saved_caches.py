@@ -38,8 +38,8 @@ def append(cache, count: int, seed: int = 0, chunk: int = 23, batch: int = 2, dt
     for start in range(0, count, chunk):
         for layer, (k, v) in enumerate(tokens[..., start : start + chunk, :]):
             cache.layers[layer].append(k, v)
-            cache.layers[layer].beside(k, None)  # as attention asks
-            cache.layers[layer].settle()
+            cache.layers[layer].sink_inputs(k, None)  # as attention asks
+            cache.layers[layer].finish_attention()
     return cache
 
 

@@ -104,7 +104,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(kind):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-        cache.check_whole()
+        cache.check_consistent_layers()
         assert same(contents(cache), before)
 
 
@@ -196,7 +196,7 @@ def test_eight_forks_take_the_memory_of_one_prefix(kind):
         generator = torch.Generator().manual_seed(seed)
         for layer in cache.layers:  # not by update(), which would leave large temporary tensors behind
             layer.append(*(torch.randn(1, 2, count, 64, generator=generator) for _ in "kv"))
-            layer.settle()
+            layer.finish_attention()
 
     cache = make(tiny_config(head_dim=64))
     store(cache, 10_000 - 40, 0)
@@ -234,8 +234,8 @@ def test_looking_at_a_layer_changes_nothing_of_it(kind, family):
     forward(cache, tokens(90))
     for layer in cache.layers:
         before = dict(vars(layer))
-        layer.kv(), layer.dense(), layer.keys, layer.values, layer.buffers(), layer.filled(), layer.nbytes
-        layer.stored, layer.whole, layer.get_mask_sizes(3), layer.check_crop(0), layer.verify()
+        layer.stored_kv(), layer.dense(), layer.keys, layer.values, layer.buffers(), layer.filled(), layer.nbytes
+        layer.stored, layer.whole, layer.get_mask_sizes(3), layer.check_crop(0), layer.check_loaded()
         assert vars(layer).keys() == before.keys()
         # `kv` keeps what it said, for as long as the arrays that it spoke of are the same ones.
         assert all(value is before[name] for name, value in vars(layer).items() if name != "_read_before")

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
-from hf_kvattn.caches.exact import KVStaticLayer
+from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards, inputs
 from hf_kvattn.quant.calibration import Calibration, file_name
@@ -269,7 +269,7 @@ def test_the_prediction_is_the_divergence_of_a_real_run():
                 settings = calibrate.QuantSettings(bits, bits, 16, 0, calibrate.SINKS)
                 stored = calibrate.KVQuantizedLayer(settings, None, layer)
                 stored.append(*kv)
-                stored.settle()
+                stored.finish_attention()
                 kv[which] = stored.dense()[which]
             return tuple(kv)
 

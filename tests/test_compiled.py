@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches import tickets
-from hf_kvattn.compiled import checked_config
+from hf_kvattn.compiling.ops import checked_config
 from hf_kvattn.kernels import reference, sdpa
 
 CACHES = {
@@ -342,11 +342,11 @@ def test_copies_of_a_cache_are_stepped_on_their_own(kind, twin):
 def test_tickets_do_not_keep_caches_alive():
     cache = StaticKVCache(tiny_model().config)
     ticket = cache.ticket
-    assert tickets.holder(ticket) is cache
+    assert tickets.cache_of(ticket) is cache
     del cache
     gc.collect()
     with pytest.raises(KeyError):
-        tickets.holder(ticket)
+        tickets.cache_of(ticket)
 
 
 def test_what_cannot_be_stepped_is_refused_and_harms_nothing():
@@ -390,7 +390,7 @@ def test_the_ops_do_what_they_declare():
             torch.library.opcheck(ops.step.default, arguments, test_utils=checks)
         seen = cache.get_seq_length()
         padded = torch.ones(2, seen + 1, dtype=torch.long)
-        torch.library.opcheck(ops.first_visible.default, (cache.ticket, padded, 1, False), test_utils=checks)
+        torch.library.opcheck(ops.leftpad.default, (cache.ticket, padded, 1, False), test_utils=checks)
         if kind == "sliding":  # refuses positions that it was given before, as these checks do
             continue
         for positions in (None, torch.full((2, 1), seen)):

@@ -14,9 +14,9 @@ from problems import problem
 from tolerance import assert_close_to_reference
 
 import hf_kvattn
-from hf_kvattn import dispatch
-from hf_kvattn.kernels import flash, native, triton_decode
+from hf_kvattn.kernels import dispatch, flash, native
 from hf_kvattn.kernels.call import AttendCall, SinkKV
+from hf_kvattn.kernels.triton import backend as triton_backend
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +37,20 @@ def taken(call) -> str:
         (1, 3, False, "flash"),
         (1, 3, True, "flash"),
         (2, 0, False, "flash"),
-        (2, 3, False, "triton_decode"),
-        (2, 0, True, "triton_decode"),
-        (16, 3, True, "triton_decode"),
+        (2, 3, False, "backend"),
+        (2, 0, True, "backend"),
+        (16, 3, True, "backend"),
         (17, 3, False, "sdpa"),
         (17, 0, True, "sdpa"),
     ],
 )
 def test_on_a_gpu_triton_joins_what_flash_cannot(queries, slot, sinks, expected, monkeypatch):
-    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
-    q, k, first = (torch.randn(1, heads, n, 16).half() for heads, n in ((4, queries), (2, 32), (2, 4)))
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    q, k, leftpad = (torch.randn(1, heads, n, 16).half() for heads, n in ((4, queries), (2, 32), (2, 4)))
     with flash_libraries(FA2), fake_cuda():
-        q, k, first = on_gpu((q, k, first))
+        q, k, leftpad = on_gpu((q, k, leftpad))
         call = AttendCall(q, k, k, 0.25, window=32, tokens=32, slot=slot)
-        call.sinks = SinkKV(first, first, q, evicted=3) if sinks else None
+        call.sinks = SinkKV(leftpad, leftpad, q, evicted=3) if sinks else None
         assert taken(call) == expected
 
 
@@ -165,7 +165,7 @@ def test_describe_tells_backends_cases_and_reasons(monkeypatch):
     description = hf_kvattn.describe()
     reasons = dict(description.backends)
     assert reasons.pop("flash") == flash.unavailable()
-    assert reasons.pop("triton") == triton_decode.unavailable()
+    assert reasons.pop("triton") == triton_backend.unavailable()
     assert reasons == {"reference": None, "sdpa": None, "native": None}
     assert description.cases["decode, 1 token"] == ("native", None)
     name, reason = description.cases["decode, custom dense mask"]

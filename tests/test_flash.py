@@ -16,8 +16,8 @@ from tolerance import assert_close_to_reference
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_kvattn
-from hf_kvattn import SlidingWindowKVCache, StaticKVCache, dispatch
-from hf_kvattn.kernels import flash, reference, sdpa
+from hf_kvattn import SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.kernels import dispatch, flash, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 
 LIBRARIES = {"fa2": ((8, 0), FA2), "fa3": ((9, 0), FA3)}
@@ -148,7 +148,7 @@ def test_a_ring_that_wraps_is_read_in_two_pieces(launches, slot, changes, s_aux)
     call.tokens, call.slot = 100, slot
     for name, value in changes.items():
         setattr(call, name, value)
-    call.first = call.first.clamp(max=call.tokens)  # a row that sees nothing among them
+    call.leftpad = call.leftpad.clamp(max=call.tokens)  # a row that sees nothing among them
     call.s_aux = torch.randn(6) if s_aux else None
     on_it = moved(call)
     assert flash.unsupported(on_it) is None
@@ -297,10 +297,10 @@ def test_a_decode_step_reads_nothing_back_from_the_gpu(left_padding):
             assert len(launches) == 3 and {launch["leftpad"] is None for launch in launches} == {not left_padding}
         q = on_gpu(torch.zeros(2, 4, 1, 16).half())
         layer = cache.layers[0]
-        first = on_gpu(torch.tensor([left_padding, 0], dtype=torch.int32))
+        leftpad = on_gpu(torch.tensor([left_padding, 0], dtype=torch.int32))
         reads.clear()
         layer.append(*on_gpu(torch.zeros(2, 2, 2, 1, 16).half()))
-        flash.attend(AttendCall(q, *layer.dense(), 0.25, first=first, window=8))
+        flash.attend(AttendCall(q, *layer.dense(), 0.25, leftpad=leftpad, window=8))
         assert not reads
     assert len(in_model) <= 2, f"once per forward, not once per layer: {in_model}"
 
@@ -363,18 +363,18 @@ def test_the_stand_in_notices_what_the_library_does_not():
     with flash_libraries(FA2), fake_cuda():
         attend = flash._load(FA2)[0].flash_attn_with_kvcache
         q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
-        for wrong in ({"cache_seqlens": 101}, {"cache_seqlens": 90, "cache_leftpad": call.first}):
+        for wrong in ({"cache_seqlens": 101}, {"cache_seqlens": 90, "cache_leftpad": call.leftpad}):
             with pytest.raises(AssertionError, match="out of bounds"):
                 attend(q, k, v, **wrong)
         with pytest.raises(AssertionError, match="without cache_seqlens"):
-            attend(q, k, v, cache_leftpad=call.first)
+            attend(q, k, v, cache_leftpad=call.leftpad)
         with pytest.raises(NotImplementedError):
             attend(q, k, v, rotary_cos=k, cache_seqlens=3)
         new = {"k": k[:, :1].contiguous(), "v": v[:, :1].contiguous()}
         for wrong, message in (
             ({"cache_seqlens": 100}, "out of bounds: tokens appended"),
             ({"cache_seqlens": -1}, "out of bounds: tokens appended"),
-            ({"cache_seqlens": 3, "cache_leftpad": call.first}, "padding beyond the length"),
+            ({"cache_seqlens": 3, "cache_leftpad": call.leftpad}, "padding beyond the length"),
             ({}, "seqlens_k must also be passed in"),
             ({"cache_seqlens": 3, "v": None}, "value must also be passed in"),
         ):

@@ -111,7 +111,7 @@ def test_tokens_and_scores_are_stocks(mode, kind, padding):
                 ours = run(model, mode, inputs_for(mode, padding))
         assert_same(ours, expected, backend)
         assert isinstance(ours.past_key_values, KVCache)
-        ours.past_key_values.check_whole()
+        ours.past_key_values.check_consistent_layers()
         stored = expected.past_key_values.get_seq_length()
         assert ours.past_key_values.get_seq_length() == stored
     not_enabled = KINDS[kind](model.config)

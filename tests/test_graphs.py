@@ -26,11 +26,13 @@ from transformers import CompileConfig, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache, compiled, dispatch, plugin
+from hf_kvattn import QuantizedKVCache, StaticKVCache, plugin
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
-from hf_kvattn.graphs import DecodeSteps
-from hf_kvattn.kernels import reference, sdpa, triton_decode
+from hf_kvattn.compiling import ops as compiled
+from hf_kvattn.compiling.decode_steps import DecodeSteps
+from hf_kvattn.kernels import dispatch, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.kernels.triton import backend as triton_backend
 
 ROOT = Path(__file__).parent.parent
 RECORDING = CompileConfig(fullgraph=True, mode="reduce-overhead")
@@ -243,15 +245,15 @@ def test_every_layer_is_asked_what_layers_may_disagree_in(make, index):
             with pytest.raises(ValueError, match=message):
                 DecodeSteps(cache).run(model, model, step)
 
-        layer.torn = "crop"
+        layer.inconsistent = "crop"
         refused(f"layer {index}: crop was interrupted half way")
-        layer.torn, layer.seen = None, 12
+        layer.inconsistent, layer.seen = None, 12
         refused("layers hold 12 to 13 tokens")
         layer.seen = 13
         if isinstance(layer, KVQuantizedLayer):
-            layer._asked = ((torch.tensor([True, False]), SimpleNamespace(query=lambda: True)),)
+            layer._finite_checks = ((torch.tensor([True, False]), SimpleNamespace(query=lambda: True)),)
             refused(f"layer {index}: values were NaN or infinite when they were quantized")
-            layer._asked = ()
+            layer._finite_checks = ()
         after = [tensor for each in cache.layers for tensor in each.filled().values()]
         assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
         DecodeSteps(cache).run(model, model, step)
@@ -295,7 +297,7 @@ def test_an_interrupt_at_any_line_of_a_step_is_noticed_or_harmless():
         for number in range(1, count + 1, 2):
             interrupted(cache := filled(), number)
             try:
-                cache.check_whole()
+                cache.check_consistent_layers()
             except ValueError as error:
                 assert "crop(-1) goes back to the last whole step" in str(error)
                 cache.crop(-1)
@@ -321,7 +323,7 @@ def test_stocks_own_static_cache_is_left_to_stock(monkeypatch):
 # -- the op --------------------------------------------------------------------------------------------------------
 
 
-def step_problem(length, slots=40, window=None, dtype=torch.float32, first=(0, 0, 0), group=2, **rules):
+def step_problem(length, slots=40, window=None, dtype=torch.float32, leftpad=(0, 0, 0), group=2, **rules):
     """A new token after `length` others in buffers of `slots`: arguments of the op, and the same as an AttendCall."""
     generator = torch.Generator().manual_seed(length)
     k, v = torch.randn(2, 3, 2, length + 1, 16, generator=generator).to(dtype)
@@ -330,11 +332,11 @@ def step_problem(length, slots=40, window=None, dtype=torch.float32, first=(0, 0
     for position in range(max(0, length - slots), length):
         buffers[0, :, :, position % slots] = k[:, :, position]
         buffers[1, :, :, position % slots] = v[:, :, position]
-    first = torch.tensor(first, dtype=torch.int32)
-    call = AttendCall(q, k, v, 0.25, window=window, first=first, **rules)
+    leftpad = torch.tensor(leftpad, dtype=torch.int32)
+    call = AttendCall(q, k, v, 0.25, window=window, leftpad=leftpad, **rules)
     lengths = torch.full((3,), length, dtype=torch.int32)
     wraps = length >= slots or (window is not None and slots < 40)
-    arguments = [*buffers, q, k[:, :, -1:].clone(), v[:, :, -1:].clone(), lengths, first, 0.25, window, wraps]
+    arguments = [*buffers, q, k[:, :, -1:].clone(), v[:, :, -1:].clone(), lengths, leftpad, 0.25, window, wraps]
     return [*arguments, rules.get("softcap"), rules.get("s_aux"), "auto"], call
 
 
@@ -349,13 +351,13 @@ def assert_appended(arguments, before, length):
 STEPS = {
     "first-token": (0, {}),
     "last-slot": (39, {}),
-    "padded": (30, {"first": (0, 30, 7)}),
-    "window": (30, {"window": 9, "first": (0, 28, 22)}),
+    "padded": (30, {"leftpad": (0, 30, 7)}),
+    "window": (30, {"window": 9, "leftpad": (0, 28, 22)}),
     "window-1": (30, {"window": 1}),
     "ring-not-full": (11, {"slots": 24, "window": 8}),
-    "ring-full": (23, {"slots": 24, "window": 8, "first": (20, 3, 0)}),
+    "ring-full": (23, {"slots": 24, "window": 8, "leftpad": (20, 3, 0)}),
     "ring-wraps": (24, {"slots": 24, "window": 8}),
-    "ring-in-two-pieces": (52, {"slots": 24, "window": 20, "first": (0, 47, 51)}),
+    "ring-in-two-pieces": (52, {"slots": 24, "window": 20, "leftpad": (0, 47, 51)}),
     "ring-later": (71, {"slots": 24, "window": 24}),
     "softcap": (30, {"softcap": 1.5}),
     "ring-softcap": (50, {"slots": 24, "window": 20, "softcap": 1.5}),
@@ -466,10 +468,10 @@ def packed_step(name, bits, start=4):
     arrays = [packed.k_codes, packed.k_scale, packed.k_zero, packed.k_mean]
     arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
     counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
-    first = torch.zeros(len(call.q), dtype=torch.int32) if call.first is None else call.first
+    leftpad = torch.zeros(len(call.q), dtype=torch.int32) if call.leftpad is None else call.leftpad
     layout = [start, packed.k_codes.shape[2] * 32, packed.k_bits, packed.v_bits]
     new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
-    return [*exact_buffers, *new, counts, first, arrays, layout, call.scale, call.softcap, None, "auto"], call
+    return [*exact_buffers, *new, counts, leftpad, arrays, layout, call.scale, call.softcap, None, "auto"], call
 
 
 @pytest.mark.parametrize("bits", [8, "fp8", 4, 3, 2])
@@ -491,7 +493,7 @@ def test_a_packed_step_before_the_first_block(exact):
     arguments[6] = torch.tensor([0, exact - 1, 0], dtype=torch.int32)
     out = torch.ops.hf_kvattn.append_attend_packed(*arguments)
     k, v = (t[:, :, :exact] for t in arguments[:2])
-    assert_close_to_reference(out, AttendCall(call.q, k, v, call.scale, first=arguments[6]))
+    assert_close_to_reference(out, AttendCall(call.q, k, v, call.scale, leftpad=arguments[6]))
 
 
 @pytest.mark.parametrize("name", ["padded", "softcap-window"])
@@ -508,8 +510,8 @@ def test_triton_is_given_the_counts_and_the_most_there_can_be(name, monkeypatch)
         found = dataclasses.replace(given, k=given.k[:, :, :exact], v=given.v[:, :, :exact], packed=packed)
         return reference.attend(found)
 
-    monkeypatch.setattr(dispatch, "serving", lambda given: triton_decode)
-    monkeypatch.setattr(triton_decode, "attend", attend)
+    monkeypatch.setattr(dispatch, "serving", lambda given: triton_backend)
+    monkeypatch.setattr(triton_backend, "attend", attend)
     assert_close_to_reference(torch.ops.hf_kvattn.append_attend_packed(*arguments), as_dense(call))
 
 
@@ -558,7 +560,7 @@ def test_an_interrupt_before_a_block_is_quantized():
                     with patch.context() as inner, pytest.raises(KeyboardInterrupt):
                         inner.setattr(KVQuantizedLayer, "settle", stop_when_counted)
                         steps.run(model, model, step)
-                    cache.check_whole()
+                    cache.check_consistent_layers()
                     assert [layer.packed_tokens for layer in cache.layers] == [0, 0] and cache.get_seq_length() == 36
                     continue
                 out = steps.run(model, model, step).logits
@@ -653,7 +655,7 @@ def test_layers_on_two_gpus_are_refused():
         hf_kvattn.enable(model)(on_gpu(torch.ones(2, 9, dtype=torch.long)), past_key_values=cache)
         layer = cache.layers[1]
         layer.device = torch.device("cuda", 1)
-        layer.adopt({name: on_gpu(t, "cuda:1") for name, (t, _) in layer.buffers().items()})
+        layer.replace_buffers({name: on_gpu(t, "cuda:1") for name, (t, _) in layer.buffers().items()})
         token = {"input_ids": on_gpu(torch.ones(2, 1, dtype=torch.long)), "past_key_values": cache}
         with pytest.raises(ValueError, match="the work of one GPU, the cache lies on cuda:0, cuda:1"):
             DecodeSteps(cache).run(model, model, token)

@@ -132,7 +132,7 @@ def test_an_interrupt_at_any_line_leaves_a_cache_whole_or_marked(change, kind):
         cache, fork = with_a_fork(kind)
         interrupt_at_line(number, functools.partial(CHANGES[change], cache))
         try:
-            cache.check_whole()
+            cache.check_consistent_layers()
         except ValueError as error:
             mark = re.search(r"crop\((-\d+)\)|only reset\(\)", str(error))
             marks.add(mark[0].split("(")[0])
@@ -214,7 +214,7 @@ def test_changes_interrupted_between_layers_leave_only_reset(kind, change, monke
         lambda: cache.reorder_cache(torch.tensor([1, 0])),
         lambda: cache.layers[1].append(*tokens(1)[1]),
         cache.fork,
-        cache.check_whole,
+        cache.check_consistent_layers,
     ):
         with pytest.raises(ValueError, match="interrupted"):
             use()
@@ -239,7 +239,7 @@ WAYS_IN = {  # of a forward's tokens into a cache: whether the model is enabled,
 @pytest.mark.parametrize("torn", [True, False], ids=["torn", "uneven"])
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2-sliding"])  # windows: none, all, first, last
-def test_every_way_in_notices_what_an_interrupt_left(family, way, torn):
+def test_every_way_in_notices_what_an_interrupt_left(family, way, inconsistent):
     """In the last layer, which masks and the first attention module do not ask; before anything is stored."""
     (enabled, given), model, ids = WAYS_IN[way], tiny_model(family), prompt(30)["input_ids"]
     if enabled:
@@ -247,14 +247,14 @@ def test_every_way_in_notices_what_an_interrupt_left(family, way, torn):
     cache = StaticKVCache(model.config)
     with torch.no_grad():
         model(ids[:, :20], past_key_values=cache)
-        if torn:
-            cache.layers[2].torn = "crop"
+        if inconsistent:
+            cache.layers[2].inconsistent = "crop"
         else:
             cache.layers[2].crop(-1)
         for new in (1, 10):
             with pytest.raises(ValueError, match="interrupted half way"):
                 model(ids[:, 20 : 20 + new], past_key_values=cache, **given(ids[:, 20 : 20 + new], 20))
-    assert [layer.seen for layer in cache.layers] == [20, 20, 20 - (not torn)]
+    assert [layer.seen for layer in cache.layers] == [20, 20, 20 - (not inconsistent)]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -293,7 +293,7 @@ def test_a_forks_frozen_prefix_is_not_taken_for_one_that_was_written_anew():
     cache.fork()
     append(cache, tokens(3, seed=1))
     before = contents(cache)
-    cache._look()  # where the change stopped
+    cache._note_changes()  # where the change stopped
     assert same(contents(cache.fork()), before)
 
 

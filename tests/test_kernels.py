@@ -22,13 +22,13 @@ def spelled_out(call: AttendCall) -> torch.Tensor:
         for h in range(q_heads):
             for i in range(q_len):
                 position = kv_len - q_len + i
-                low = 0 if call.first is None else int(call.first[b])
+                low = 0 if call.leftpad is None else int(call.leftpad[b])
                 if call.window is not None:
                     low = max(low, position - call.window + 1)
                 keys = range(low, position + 1 if call.causal else kv_len)
                 pairs = [(call.q[b, h, i], call.k[b, h // group, j], call.v[b, h // group, j]) for j in keys]
                 if sinks := call.sinks:
-                    left = sinks.evicted + i - (0 if sinks.first is None else int(sinks.first[b]))
+                    left = sinks.evicted + i - (0 if sinks.leftpad is None else int(sinks.leftpad[b]))
                     for j in range(max(0, min(left, sinks.k.shape[2]))):
                         pairs.append((sinks.q[b, h, i], sinks.k[b, h // group, j], sinks.v[b, h // group, j]))
                 scores = [float(q.double() @ k.double()) * call.scale for q, k, _ in pairs]

@@ -31,7 +31,7 @@ def as_dense(mask, q_len: int, kv_len: int) -> torch.Tensor:
     """What the attention function makes of a mask, `(2, 1, Tq, Tk)`."""
     call = AttendCall(torch.empty(2, 1, q_len, 1), torch.empty(2, 1, kv_len, 1), torch.empty(2, 1, kv_len, 1), 1.0)
     if mask is not None and is_compact(mask):
-        call.first, call.window = read_compact_mask(mask)
+        call.leftpad, call.window = read_compact_mask(mask)
     elif mask is not None:
         return mask
     visible = call.visible()

@@ -8,7 +8,7 @@ import torch
 from models import tiny_config
 
 from hf_kvattn import QuantizedKVCache, StaticKVCache, attention, backend
-from hf_kvattn.caches.exact import KVStaticLayer
+from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.modules import CachedSelfAttention, FixedLengthDecoder
 from hf_kvattn.teaching import KVCache, cached_attention
 

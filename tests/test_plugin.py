@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache
-from hf_kvattn.caches.exact import KVStaticLayer
+from hf_kvattn.caches.static_layer import KVStaticLayer
 
 
 def snapshot(model) -> dict:
@@ -89,9 +89,9 @@ def test_two_models_built_from_one_config_object_do_not_disturb_each_other():
     one, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config).eval()
     assert one.config is other.config
     expected = [generate(m, prompt()) for m in (one, other)]
-    untouched = snapshot(other)
+    unchanged_prefix = snapshot(other)
     hf_kvattn.enable(one, cache="static")
-    assert snapshot(other) == untouched and other.config._attn_implementation == "sdpa"
+    assert snapshot(other) == unchanged_prefix and other.config._attn_implementation == "sdpa"
     for model, (tokens, _) in zip((one, other), expected, strict=True):
         assert torch.equal(generate(model, prompt())[0], tokens)
         cache = StaticKVCache(config)

@@ -17,9 +17,10 @@ from problems import SHAPES, VARIANTS, problem
 from tolerance import FACTOR, plain_torch
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, dispatch
-from hf_kvattn.kernels import native, reference, sdpa, triton_decode
+from hf_kvattn import QuantizedKVCache
+from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.quant import affine, float8
 from hf_kvattn.quant.blocks import quantize_blocks
 from hf_kvattn.quant.codecs import FP8, KEYS, VALUES, dequantize, has_zero, quantize, stored_bits
@@ -326,7 +327,7 @@ def test_what_kernels_are_told_follows_the_arrays():
             fill(cache, length, 50, layer, seed=length)
 
     def check(cache):
-        told = cache.layers[0].kv()
+        told = cache.layers[0].stored_kv()
         call = AttendCall(q[: told.k.shape[0]], told.k, told.v, 0.25, packed=told.packed)
         for _ in range(2):
             torch.testing.assert_close(native.attend(call), reference.attend(call), rtol=0, atol=2e-4)
@@ -535,7 +536,7 @@ def test_on_a_gpu_nothing_is_read_back_while_tokens_are_stored_and_quantized(bit
             k, v = torch.randn(2, 2, 2, count, 16, generator=generator)
             for cache, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
                 cache.layers[0].append(*tokens)
-                cache.layers[0].settle()
+                cache.layers[0].finish_attention()
             assert reads == []
         assert there.layers[0].packed_tokens == here.layers[0].packed_tokens > 32
         ours = there.layers[0].filled()
@@ -549,10 +550,10 @@ def poisoned_on_a_gpu(name: str, steps: int = 0) -> QuantizedKVCache:
     layer, (k, v) = cache.layers[1], torch.randn(2, 2, 2, 70, 16)
     (k if name == "keys" else v)[1, 0, 7, 3] = torch.nan
     layer.append(*on_gpu((k, v)))
-    layer.settle()
+    layer.finish_attention()
     for _ in range(steps):
         layer.append(*on_gpu((k[:, :, 60:61], v[:, :, 60:61])))
-        layer.settle()
+        layer.finish_attention()
     return cache
 
 
@@ -563,7 +564,7 @@ def test_nan_on_a_gpu_is_named_by_a_later_step_until_reset(name, without_triton)
         seen, one = layer.seen, on_gpu(torch.zeros(2, 2, 1, 16))
         for _ in range(2):
             with pytest.raises(ValueError, match=f"layer 1: {name} were NaN or infinite .* only reset"):
-                layer.examine(wait=False)
+                layer.raise_if_not_finite(wait=False)
                 layer.append(one, one)
         assert reads == [] and layer.seen == seen
         layer.reset()
@@ -588,10 +589,10 @@ def test_what_needs_the_contents_waits_for_the_answer(use, without_triton):
         layer.reset()
         one = torch.ones(2, 2, 70, 16)
         layer.append(*on_gpu((one, one)))
-        layer.settle()
-        assert layer._asked
+        layer.finish_attention()
+        assert layer._finite_checks
         use(layer)
-        assert not layer._asked
+        assert not layer._finite_checks
 
 
 def test_a_bad_block_is_found_behind_good_ones(without_triton):
@@ -600,17 +601,17 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         cache = QuantizedKVCache(tiny_config(), bits=8, group_size=16)
         layer, k = cache.layers[1], torch.randn(2, 2, 40, 16)
         layer.append(*on_gpu((k, k)))
-        layer.settle()
+        layer.finish_attention()
         twin = copy.deepcopy(layer)
         bad = k.clone()
         bad[0, 0, 5] = torch.inf
         layer.append(*on_gpu((bad, k)))
-        layer.settle()
+        layer.finish_attention()
         with pytest.raises(ValueError, match="layer 1: keys were NaN or infinite"):
-            layer.examine(wait=True)
+            layer.raise_if_not_finite(wait=True)
         twin.append(*on_gpu((k, k)))
-        twin.settle()
-        twin.examine(wait=True)
+        twin.finish_attention()
+        twin.raise_if_not_finite(wait=True)
 
 
 def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> PackedKV:
@@ -667,7 +668,7 @@ def test_triton_quantizes_where_it_serves_and_one_reason_is_logged_where_not(
     with fake_cuda(capability), caplog.at_level("INFO", "hf_kvattn"):
         k = on_gpu(torch.randn(2, 2, 32, 16))
         chosen = {dispatch.quantizer(k, *bits) for _ in range(3)}
-    assert chosen == {triton_decode.quantize_blocks if reason is None else quantize_blocks}
+    assert chosen == {triton_backend.quantize_blocks if reason is None else quantize_blocks}
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == (reason is not None)
     assert all("PyTorch's operations" in message and re.search(reason, message) for message in logged)

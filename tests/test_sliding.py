@@ -296,7 +296,7 @@ def test_memory_is_constant_to_the_byte(make):
     for _ in range(3):
         streamed_logits(model, stream(), cache, [300, 1, 1, 28])
         assert cache.nbytes == before
-    assert before == sum(2 * 4 * 16 * 2 * 2 * (8 + SLACK + (4 if layer.forced else 0)) for layer in cache.layers)
+    assert before == sum(2 * 4 * 16 * 2 * 2 * (8 + SLACK + (4 if layer.forces_window else 0)) for layer in cache.layers)
     if make is StaticKVCache:
         assert buffers(cache) == where  # nothing has moved
 
@@ -510,13 +510,15 @@ def test_windows_longer_than_changing_frequencies_allow():
 def test_a_refused_chunk_leaves_a_stream_where_it_stood():
     rope = {"rope_theta": 10000.0, **ROPES["dynamic"]}
     model, ids = hf_kvattn.enable(tiny_model(rope_parameters=rope, max_position_embeddings=200)), stream(length=300)
-    cache, untouched = (SlidingWindowKVCache(model.config, 8, 4) for _ in range(2))
-    for each in (cache, untouched):
+    cache, unchanged_prefix = (SlidingWindowKVCache(model.config, 8, 4) for _ in range(2))
+    for each in (cache, unchanged_prefix):
         streamed_logits(model, ids, each, [10])
     with pytest.raises(ValueError, match="210 tokens at once"):
         model(ids[:, 10:220], past_key_values=cache)
     positions = torch.arange(10, 300).expand(2, -1)
-    ours, theirs = (streamed_logits(model, ids[:, 10:], c, [5, 1], positions=positions) for c in (cache, untouched))
+    ours, theirs = (
+        streamed_logits(model, ids[:, 10:], c, [5, 1], positions=positions) for c in (cache, unchanged_prefix)
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -525,7 +527,7 @@ def test_keys_of_a_torn_cache_are_not_turned():
     model, ids = hf_kvattn.enable(tiny_model(max_position_embeddings=160)), stream()
     cache = SlidingWindowKVCache(model.config, 8, 4)
     streamed_logits(model, ids, cache, [100, 60])
-    cache.layers[1].torn = "crop"
+    cache.layers[1].inconsistent = "crop"
     keys = [layer.keys.clone() for layer in cache.layers]
     for _ in range(2):
         with pytest.raises(ValueError, match="crop was interrupted half way; only reset"):

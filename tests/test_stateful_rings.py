@@ -88,15 +88,15 @@ class Rings(RuleBasedStateMachine):
         for layer, kv, held in zip(cache.layers, new, stream.kv, strict=True):
             layer.append(*kv)
             self.attend(layer, held, count)
-            layer.settle()
+            layer.finish_attention()
 
     def attend(self, layer, held, count: int) -> None:
         """The new tokens' queries, as kernels read the ring, against plain softmax over the stream."""
         length = held[0].shape[2]
         q = self.normal(held[0].shape[0], 2 * HEADS, count, DIM)
-        k, v, packed, tokens, slot = layer.kv()
+        k, v, packed, tokens, slot = layer.stored_kv()
         call = AttendCall(q, k, v, 0.25, window=self.window, packed=packed, tokens=tokens, slot=slot)
-        layer.beside(q, None)  # as attention asks
+        layer.sink_inputs(q, None)  # as attention asks
         key, position = torch.arange(length), torch.arange(length - count, length)[:, None]
         wide = [t.repeat_interleave(2, 1) for t in held]
         scores = q @ wide[0].transpose(-1, -2) * call.scale
@@ -118,7 +118,7 @@ class Rings(RuleBasedStateMachine):
         stream.change(lambda t: t[:, :, :kept])
 
     @rule(which=st.integers(0), data=st.data())
-    def choose_rows(self, which, data):
+    def reorder_rows(self, which, data):
         cache, stream = self.pairs[which % len(self.pairs)]
         batch = stream.batch or 1
         keep = data.draw(st.booleans())
@@ -163,7 +163,7 @@ class Rings(RuleBasedStateMachine):
     @invariant()
     def all_hold_what_they_should(self):
         for cache, stream in self.pairs:
-            cache.check_whole()
+            cache.check_consistent_layers()
             past = min(stream.length, self.window - 1)
             assert cache.get_seq_length() == stream.length
             assert cache.get_mask_sizes(3, 0) == (past + 3, stream.length - past)
@@ -189,7 +189,7 @@ def test_what_is_filled_is_in_order_wherever_the_ring_begins(length, chunk):
         for start in range(0, length, chunk):
             new = numbers[:, :, start : start + chunk]
             layer.append(new, -new)
-            layer.settle()
+            layer.finish_attention()
         newest = numbers[:, :, -min(length, layer.sliding_window + SLACK) :]
         for found, expected in zip(filled_in_order(layer), (newest, -newest), strict=True):
             assert torch.equal(found, expected)

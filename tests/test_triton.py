@@ -16,10 +16,10 @@ import torch
 from problems import problem
 from test_quantized import packed_problem
 
-from hf_kvattn import dispatch
 from hf_kvattn.evaluation import inputs
-from hf_kvattn.kernels import triton_decode
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import SinkKV
+from hf_kvattn.kernels.triton import backend as triton_backend
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def test_layer(file, interpret):
 
 def test_the_package_works_without_triton_and_imports_its_kernels_with_the_first_call():
     code = (
-        "import sys, hf_kvattn; hf_kvattn.describe(); assert 'hf_kvattn.kernels.triton_attention' not in sys.modules\n"
+        "import sys, hf_kvattn; hf_kvattn.describe(); assert 'hf_kvattn.kernels.triton.attention' not in sys.modules\n"
         "sys.modules['triton'] = None; print(hf_kvattn.describe().backends['triton'])"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
@@ -50,10 +50,10 @@ def test_the_package_works_without_triton_and_imports_its_kernels_with_the_first
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install triton" in triton_decode.unavailable()
+    assert "pip install triton" in triton_backend.unavailable()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert f"no GPU that this PyTorch ({torch.__version__})" in triton_decode.unavailable()
+    assert f"no GPU that this PyTorch ({torch.__version__})" in triton_backend.unavailable()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_is_missing_is_named(monkeypatch):
 def test_gpus_that_are_too_old(major, minor, hip, reason, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, minor))
-    found = triton_decode._too_old(torch.device("cuda", 0))
+    found = triton_backend._too_old(torch.device("cuda", 0))
     assert found is None if reason is None else reason in found
 
 
@@ -87,7 +87,7 @@ def unsupported_on_gpu(call):
         device = torch.device("cuda", 0)
 
     call.q = call.q.as_subclass(OnGpu)
-    return triton_decode.unsupported(call)
+    return triton_backend.unsupported(call)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def unsupported_on_gpu(call):
 )
 def test_what_it_refuses(change, message, monkeypatch):
     call = packed_problem("g4-d128", 4, 4, torch.bfloat16)
-    assert "run on a GPU, the tensors are on cpu" in triton_decode.unsupported(call)
+    assert "run on a GPU, the tensors are on cpu" in triton_backend.unsupported(call)
     change(call)
-    monkeypatch.setattr(triton_decode, "_too_old", lambda device: None)
+    monkeypatch.setattr(triton_backend, "_too_old", lambda device: None)
     found = unsupported_on_gpu(call)
     assert found is None if message is None else message in found
 

@@ -22,10 +22,10 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if call.sinks is not None:
         sinks = call.sinks
-        beside = sinks.q @ sinks.k.repeat_interleave(group, 1).transpose(-1, -2) * call.scale
+        sink_scores = sinks.q @ sinks.k.repeat_interleave(group, 1).transpose(-1, -2) * call.scale
         if call.softcap is not None:
-            beside = call.softcap * torch.tanh(beside / call.softcap)
-        scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
+            sink_scores = call.softcap * torch.tanh(sink_scores / call.softcap)
+        scores = torch.cat([sink_scores.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
         v = torch.cat([sinks.v.repeat_interleave(group, 1), v], 2)
     if call.s_aux is not None:
         scores = torch.cat([scores, call.s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)], -1)

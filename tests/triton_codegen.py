@@ -13,9 +13,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from hf_kvattn import dispatch
 from hf_kvattn.evaluation import codegen
-from hf_kvattn.kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
+from hf_kvattn.kernels import dispatch
+from hf_kvattn.kernels.triton import attention as triton_attention
+from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
+from hf_kvattn.kernels.triton import backend as triton_backend
+from hf_kvattn.kernels.triton import quantize as triton_quantize
 
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
 RECORDED = json.loads((Path(__file__).parent.parent / "model_cards/kernels/triton.json").read_text())
@@ -126,16 +129,16 @@ def test_the_ops_have_fake_implementations_that_check_devices():
 
 
 def test_auto_takes_it_for_packed_tokens_on_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
-    monkeypatch.setattr(triton_decode, "_too_old", lambda device: None)
-    monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_backend, "_too_old", lambda device: None)
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     with codegen.compile_only("sm_90"):
         call = codegen.fake_call(64, 4, 8, tokens=256)
-        assert dispatch.auto_choice(call) == (triton_decode, None)
-        assert triton_decode.attend(call).shape == (1, 1, 8, 64)
+        assert dispatch.auto_choice(call) == (triton_backend, None)
+        assert triton_backend.attend(call).shape == (1, 1, 8, 64)
         call.q = torch.empty(1, 8, 17, 64, dtype=torch.bfloat16, device="cuda")
         module, reason = dispatch.auto_choice(call)
         assert module.__name__.endswith("sdpa") and "up to 16 query tokens, not 17" in reason
         dense = codegen.fake_call(64, 0, 0, tokens=0)
-        assert dispatch.auto_choice(dense)[0].__name__.endswith("sdpa") and triton_decode.unsupported(dense) is None
+        assert dispatch.auto_choice(dense)[0].__name__.endswith("sdpa") and triton_backend.unsupported(dense) is None

@@ -28,8 +28,12 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache
 from hf_kvattn.caches import quantized_layer
 from hf_kvattn.evaluation.codegen import traffic_bytes
-from hf_kvattn.kernels import reference, triton_attention, triton_decode, triton_kernels, triton_quantize
+from hf_kvattn.kernels import reference
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.kernels.triton import attention as triton_attention
+from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
+from hf_kvattn.kernels.triton import backend as triton_backend
+from hf_kvattn.kernels.triton import quantize as triton_quantize
 from hf_kvattn.quant.codecs import FP8, KEYS, VALUES, has_zero, quantize
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
 from hf_kvattn.quant.packed import PackedKV
@@ -53,7 +57,7 @@ def bf16(monkeypatch):
 
 def served(name: str) -> bool:
     _, q_len, _, dim, _ = SHAPES[name]
-    return q_len <= triton_decode.MAX_QUERIES and dim % 16 == 0
+    return q_len <= triton_backend.MAX_QUERIES and dim % 16 == 0
 
 
 def check(call: AttendCall, multiprocessors: int = MULTIPROCESSORS, made: tuple | None = None) -> tuple:
@@ -121,14 +125,14 @@ def test_short_tails(newest, dtype, monkeypatch):
 @pytest.mark.parametrize(("multiprocessors", "q_len"), [(1, 1), (6, 2), (132, 1), (2, 16)])
 def test_every_number_of_splits_gives_the_same(multiprocessors, q_len, monkeypatch):
     few_blocks_a_split(monkeypatch)
-    monkeypatch.setitem(SHAPES, "splits", (4, q_len, 333, 64, {"first": [0, 200, 330]} if q_len < 16 else {}))
+    monkeypatch.setitem(SHAPES, "splits", (4, q_len, 333, 64, {"leftpad": [0, 200, 330]} if q_len < 16 else {}))
     call = packed_problem("splits", 8, 2, torch.float16, start=4)
     check(call if q_len < 16 else one_head(call), multiprocessors=multiprocessors)
 
 
 def test_a_row_without_visible_keys_gives_zeros(monkeypatch):
     few_blocks_a_split(monkeypatch)
-    monkeypatch.setitem(SHAPES, "nothing", (2, 1, 100, 64, {"first": [0, 100, 99]}))
+    monkeypatch.setitem(SHAPES, "nothing", (2, 1, 100, 64, {"leftpad": [0, 100, 99]}))
     for call in (packed_problem("nothing", 4, 4, torch.bfloat16, start=4), problem("nothing", torch.bfloat16)):
         out, lse = check(call)
         assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
@@ -182,7 +186,7 @@ def test_sinks_beside_rings(name, monkeypatch):
 def test_sinks_beside_packed_tokens(monkeypatch):
     few_blocks_a_split(monkeypatch)
     monkeypatch.setitem(
-        SHAPES, "sinks", (3, 3, 200, 64, {"window": 90, "sinks": (6, 4, [0, 5, 9]), "first": [0, 9, 150]})
+        SHAPES, "sinks", (3, 3, 200, 64, {"window": 90, "sinks": (6, 4, [0, 5, 9]), "leftpad": [0, 9, 150]})
     )
     check(packed_problem("sinks", 4, 3, torch.float32, start=0))
 
@@ -241,7 +245,7 @@ def test_bf16_arithmetic_is_loud():
 BUGS = {
     "causal mask off by one": ("key[None, :] <= position[:, None]", "key[None, :] < position[:, None]", "queries"),
     "window off by one": ("> position[:, None] - window", ">= position[:, None] - window", "ring"),
-    "padding off by one": ("(key >= first)", "(key > first)", "padded"),
+    "padding off by one": ("(key >= leftpad)", "(key > leftpad)", "padded"),
     "end of a split not masked": ("token < end * 32", "token < end * 32 + 32", "splits"),
     "sums are not rescaled": ("total = total * shrink +", "total = total +", "one split"),
     "results are not rescaled": ("acc * shrink[:, None]", "acc", "one split"),
@@ -269,7 +273,7 @@ BUGS = {
                                            "3)\n    if BITS == 0:", "fp8"),
     "learned sinks left out": ("total += tl.exp2(own - finite)", "total += 0", "s_aux"),
     "learned sinks of another head": ("tl.load(s_aux_ptr + head)", "tl.load(s_aux_ptr + query)", "s_aux"),
-    "padding of sinks left out": ("key += first", "key += 0", "sinks"),
+    "padding of sinks left out": ("key += leftpad", "key += 0", "sinks"),
     "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
 }  # fmt: skip
 
@@ -289,7 +293,7 @@ def call_that_shows(where: str, monkeypatch) -> AttendCall:
         return problem("sinks-padded")
     if where == "dense ring":
         return dense_ring(149)
-    rules = {"splits": (1, {}), "one split": (1, {}), "queries": (3, {}), "padded": (1, {"first": [2, 170, 100]})}[
+    rules = {"splits": (1, {}), "one split": (1, {}), "queries": (3, {}), "padded": (1, {"leftpad": [2, 170, 100]})}[
         where
     ]
     monkeypatch.setitem(SHAPES, "bug", (2, rules[0], 170, 64, rules[1]))
@@ -326,9 +330,9 @@ def test_planted_bugs_are_caught(bug, tmp_path, monkeypatch):
 
 RULES = {
     "plain": {},
-    "padded": {"first": [37, 150, 0]},
+    "padded": {"leftpad": [37, 150, 0]},
     "window": {"window": 50},
-    "padded-window-softcap": {"window": 71, "softcap": 2.0, "first": [3, 100, 0]},
+    "padded-window-softcap": {"window": 71, "softcap": 2.0, "leftpad": [3, 100, 0]},
     "not-causal": {"causal": False},
 }
 
@@ -507,7 +511,7 @@ def one_head(call: AttendCall, rows: int = 1) -> AttendCall:
     """The first KV head of a call's first `rows` rows, and the query heads that read it."""
     group = call.q.shape[1] // call.k.shape[1]
     call.q, call.k, call.v = call.q[:rows, :group], call.k[:rows, :1], call.v[:rows, :1]
-    call.first = None if call.first is None else call.first[:rows]
+    call.leftpad = None if call.leftpad is None else call.leftpad[:rows]
     for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero") if call.packed else ():
         if (tensor := getattr(call.packed, name)) is not None:
             setattr(call.packed, name, tensor[:rows, :1].contiguous())
@@ -612,8 +616,8 @@ def test_what_quantizing_refuses(changes, message):
 def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
     """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
     monkeypatch.setattr(quantized_layer, "_CHUNK_BLOCKS", 2)
-    launched, queue = [], triton_decode.quantize_blocks
-    monkeypatch.setattr(triton_decode, "quantize_blocks", lambda *args: launched.append(queue(*args)))
+    launched, queue = [], triton_backend.quantize_blocks
+    monkeypatch.setattr(triton_backend, "quantize_blocks", lambda *args: launched.append(queue(*args)))
     settings = quantized_layer.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
     here, there = (quantized_layer.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
@@ -621,7 +625,7 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
             k, v = torch.randn(2, 1, 2, count, 64).bfloat16()
             for layer, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
                 layer.append(*tokens)
-                layer.settle()
+                layer.finish_attention()
         assert reads == []
         ours = there.filled()
     assert launched and here.packed_tokens == there.packed_tokens and bool(here.dropped) == bool(window)
@@ -659,7 +663,7 @@ def test_append_quantize_and_attend():
 
 def test_ops_are_declared_as_they_are():
     call = one_head(packed_problem("g8-d96", 4, 8, torch.float16, start=4))
-    call.first = torch.tensor([60], dtype=torch.int32)
+    call.leftpad = torch.tensor([60], dtype=torch.int32)
     lengths = torch.tensor([call.packed.tokens, call.k.shape[2]], dtype=torch.int32)
     for more in ((), (lengths,)):
         arguments, number = (
@@ -670,12 +674,12 @@ def test_ops_are_declared_as_they_are():
         op = triton_attention.decode_attention(*arguments, **number)
         for mine, direct in zip(op, triton_attention.launch(call, 3, *more), strict=True):
             assert torch.equal(mine, direct)
-    beside = problem("sinks-padded", torch.float16)
+    sink_inputs = problem("sinks-padded", torch.float16)
     torch.library.opcheck(
-        triton_attention.decode_attention, triton_attention.op_arguments(beside), {"multiprocessors": 3}
+        triton_attention.decode_attention, triton_attention.op_arguments(sink_inputs), {"multiprocessors": 3}
     )
-    made = triton_attention.decode_attention(*triton_attention.op_arguments(beside), multiprocessors=3)
-    check(beside, made=made)
+    made = triton_attention.decode_attention(*triton_attention.op_arguments(sink_inputs), multiprocessors=3)
+    check(sink_inputs, made=made)
     k, v = made_of("normal", 32)
     arrays = empty_arrays((3, 2, 3, 32), (4, 4), 32)
     arguments, numbers = (k, v, k.float().mean(2), *arrays.values()), {"k_bits": 4, "v_bits": 4, "slot": 1}
@@ -684,9 +688,9 @@ def test_ops_are_declared_as_they_are():
 
 def test_a_model_decodes_through_the_backend(monkeypatch):
     """The whole way, with what asks for a GPU answered in its place."""
-    monkeypatch.setattr(triton_decode, "unavailable", lambda: None)
-    monkeypatch.setattr(triton_decode, "unsupported", lambda call: None)
-    monkeypatch.setattr(triton_decode, "_multiprocessors", lambda device: 4)
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_backend, "unsupported", lambda call: None)
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     model, inputs = tiny_model("llama-g3"), prompt(75, left_padding=5)
     ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], {}

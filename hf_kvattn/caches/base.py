@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .configs import check_config, fingerprint, kv_shape, native_windows
-from .layer import KVLayer, check_rows, twin_of
-from .rows import choose_rows
-from .shared import Frozen, can_share
-from .tickets import issue
-from .whole import changing, check_whole, crop
+from .consistency import changing_all, check_consistent_layers, crop
+from .fork import SharedTensors, can_share
+from .layer import KVLayer, check_rows, shallow_copy
+from .reorder import reorder_rows
+from .tickets import issue_ticket
 
 
 def check_max_cache_len(max_cache_len: int | None) -> None:
@@ -68,25 +68,27 @@ class KVCache(Cache):
         windows = native_windows(decoder)
         super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
         self.fingerprint = fingerprint(decoder)  # of the model; the config may change
-        self._alike = torch.zeros(0, 0, dtype=torch.long)  # see caches/rows.py; as far as layers are untouched
-        self._frozen: Frozen | None = None  # what forks were made from, still good while layers are untouched
-        self.ticket = issue(self)  # what compiled graphs know the cache by
+        self._common_prefix = torch.zeros(
+            0, 0, dtype=torch.long
+        )  # see caches/reorder.py; as far as layers are untouched
+        self._shared: SharedTensors | None = None  # what forks were made from, still good while layers are untouched
+        self.ticket = issue_ticket(self)  # what compiled graphs know the cache by
 
-    def check_whole(self) -> None:
+    def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
-        check_whole(self.layers)
+        check_consistent_layers(self.layers)
 
-    def _look(self) -> None:
+    def _note_changes(self) -> None:
         """Takes note of what layers changed by themselves: what is known holds for the tokens before that only."""
-        self._frozen = None  # first: an interrupt must not leave what was frozen beside layers that look untouched
-        self._alike = self._alike.clamp(max=min(layer.untouched for layer in self.layers))
+        self._shared = None  # first: an interrupt must not leave what was frozen beside layers that look untouched
+        self._common_prefix = self._common_prefix.clamp(max=min(layer.unchanged_prefix for layer in self.layers))
         for layer in self.layers:
-            layer.untouched = layer.seen
+            layer.unchanged_prefix = layer.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in transformers, which asks before any layer stores, layer 0 always: the time to notice a torn cache."""
         if layer_idx == 0:
-            self.check_whole()
+            self.check_consistent_layers()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -117,16 +119,16 @@ class KVCache(Cache):
         Raises:
             ValueError: rows that are not there; nothing has changed then.
         """
-        self.check_whole()
+        self.check_consistent_layers()
         if not self.layers[0].seen:
             return
         batch_size = self.layers[0].batch_size
         rows = check_rows(indices.cpu(), batch_size)
         if torch.equal(rows, torch.arange(batch_size)):
             return
-        self._look()
-        with changing(self.layers, "reordering of the batch"):
-            self._alike = choose_rows(self.layers, rows, self._alike)
+        self._note_changes()
+        with changing_all(self.layers, "reordering of the batch"):
+            self._common_prefix = reorder_rows(self.layers, rows, self._common_prefix)
 
     @torch.inference_mode(False)
     def fork(self) -> KVCache:
@@ -136,32 +138,32 @@ class KVCache(Cache):
         forks of one prefix, and this cache, hold one copy of it together, and each the pages that its own tokens touch.
         A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. Elsewhere, a deep copy.
         """
-        self.check_whole()
+        self.check_consistent_layers()
         tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
         if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
             return copy.deepcopy(self)
-        same = self._frozen is not None and self._frozen.fits([tensor for tensor, _ in tensors])
-        if not same or any(layer.untouched != layer.seen for layer in self.layers):
-            self._look()
-            self._frozen = Frozen(tensors)
-            self._adopt(self._frozen)
-        twin = twin_of(self)
-        twin.layers = [twin_of(layer) for layer in self.layers]
-        twin._adopt(self._frozen)
-        twin.ticket = issue(twin)
+        same = self._shared is not None and self._shared.fits([tensor for tensor, _ in tensors])
+        if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
+            self._note_changes()
+            self._shared = SharedTensors(tensors)
+            self._replace_buffers(self._shared)
+        twin = shallow_copy(self)
+        twin.layers = [shallow_copy(layer) for layer in self.layers]
+        twin._replace_buffers(self._shared)
+        twin.ticket = issue_ticket(twin)
         return twin
 
-    def _adopt(self, frozen: Frozen) -> None:
+    def _replace_buffers(self, frozen: SharedTensors) -> None:
         views = iter(frozen.views())
         for layer in self.layers:
-            layer.adopt({name: next(views) for name in layer.buffers()})
+            layer.replace_buffers({name: next(views) for name in layer.buffers()})
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_frozen": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.ticket = issue(self)
+        self.ticket = issue_ticket(self)
 
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
@@ -190,7 +192,7 @@ class KVCache(Cache):
     def writer(self, layer_idx: int) -> LayerWriter:
         """The stand-in for this cache in the forward of attention layer `layer_idx`."""
         if layer_idx == 0:  # also where the caller's own masks ask this cache nothing
-            self.check_whole()
+            self.check_consistent_layers()
         return LayerWriter(self, self._layer(layer_idx))
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):

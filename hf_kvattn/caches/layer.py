@@ -30,15 +30,15 @@ class KVLayer(CacheLayerMixin):
     - `stored`: tokens in the buffer now;
     - `capacity`: tokens that the buffer has room for.
 
-    `untouched` of the leading tokens have not changed since the cache last looked (`KVCache._look`). `torn` names a
-    change that was interrupted half way: nothing can be read any more, only `reset` helps (`caches/whole.py`).
+    `unchanged_prefix` of the leading tokens have not changed since the cache last looked (`KVCache._note_changes`). `inconsistent` names a
+    change that was interrupted half way: nothing can be read any more, only `reset` helps (`caches/consistency.py`).
 
     `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
     """
 
     is_compileable = False
     is_croppable = True
-    forced = False  # whether the window is the cache's own, not the model's
+    forces_window = False  # whether the window is the cache's own, not the model's
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
 
     # Set at the first append.
@@ -61,25 +61,25 @@ class KVLayer(CacheLayerMixin):
         self.sliding_window = window
         self.is_sliding = window is not None
         self.is_initialized = False
-        self.seen = self.capacity = self.untouched = 0
-        self.torn: str | None = None
+        self.seen = self.capacity = self.unchanged_prefix = 0
+        self.inconsistent: str | None = None
 
     @abstractmethod
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the stored tokens, `(B, Hkv, stored, D)` each, after the first append."""
 
-    def kv(self) -> Stored:
+    def stored_kv(self) -> Stored:
         """What attention over the newest tokens reads."""
         return Stored(*self.dense())
 
-    def beside(self, q: torch.Tensor, first: torch.Tensor | None) -> Any:
+    def sink_inputs(self, q: torch.Tensor, leftpad: torch.Tensor | None) -> Any:
         """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/ring.py`."""
         return None
 
-    def claim(self) -> None:
+    def reserve_slot(self) -> None:
         """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
 
-    def settle(self) -> None:
+    def finish_attention(self) -> None:
         """Called when the attention over what was appended is done: the time to compress it."""
 
     @property
@@ -95,7 +95,7 @@ class KVLayer(CacheLayerMixin):
     def stored(self) -> int: ...
 
     @property
-    def whole(self) -> int:
+    def complete_tokens(self) -> int:
         """Tokens of which everything is stored: fewer than `seen` where their attention was interrupted."""
         return self.seen
 
@@ -104,7 +104,7 @@ class KVLayer(CacheLayerMixin):
         """Everything allocated, by name, each with the number of entries of dimension 2 that are filled."""
 
     @abstractmethod
-    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+    def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         """Replaces the tensors of `buffers` by others of the same shapes and contents."""
 
     @property
@@ -116,7 +116,7 @@ class KVLayer(CacheLayerMixin):
         """Everything that is stored, by name: views without spare capacity, after the first append."""
         return {name: tensor[:, :, :filled] for name, (tensor, filled) in self.buffers().items()}
 
-    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+    def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         """Makes an unused layer one that holds tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
 
         What `filled` returns is allocated, and whatever was in memory until it is written.
@@ -128,13 +128,13 @@ class KVLayer(CacheLayerMixin):
         self.lazy_initialization(like, like)
         self.seen = counts["seen"]
 
-    def verify(self) -> None:
+    def check_loaded(self) -> None:
         """Raises ValueError when `filled`, written from outside, holds numbers that no append leaves there."""
 
     @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
         """Moves the buffers; `device`, where tokens come from, stays."""
-        self.adopt({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
+        self.replace_buffers({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
 
     def offload(self) -> None:
         self.move("cpu")
@@ -146,8 +146,8 @@ class KVLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> KVLayer:
         """A layer with memory of its own, also of tensors that forks share."""
-        twin = twin_of(self)
-        twin.adopt({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
+        twin = shallow_copy(self)
+        twin.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
         return twin
 
     def __getstate__(self) -> dict:
@@ -155,9 +155,9 @@ class KVLayer(CacheLayerMixin):
 
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores new tokens `(B, Hkv, T, D)`, after `ready`; nothing is written when it raises."""
+        """Stores new tokens `(B, Hkv, T, D)`, after `make_ready`; nothing is written when it raises."""
 
-    def ready(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def make_ready(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """`check`, and buffers for such tokens where there are none yet, or empty ones for another batch or dtype."""
         self.check(k, v)
         if self.seen:
@@ -171,12 +171,12 @@ class KVLayer(CacheLayerMixin):
         """transformers' entry on a model that is not enabled: appends, and returns dense keys and values of all."""
         self.append(key_states, value_states)
         k, v = self.dense()
-        self.settle()
+        self.finish_attention()
         return cut_graph(k, key_states), cut_graph(v, value_states)
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuses tokens that do not fit, naming both values. Nothing has been written when it raises ValueError."""
-        self.check_torn()
+        self.check_consistent()
         where = f"layer {self.layer_idx}"
         if k.ndim != 4 or k.shape != v.shape:
             raise ValueError(f"{where}: keys {tuple(k.shape)} and values {tuple(v.shape)} must both be (B, Hkv, T, D)")
@@ -199,11 +199,11 @@ class KVLayer(CacheLayerMixin):
                 f"{where}: {self.seen} stored tokens and {new} new ones exceed max_cache_len={self.max_cache_len}"
             )
 
-    def check_torn(self) -> None:
+    def check_consistent(self) -> None:
         """Raises ValueError, with the way out, where a change was interrupted half way."""
-        if self.torn is not None:
+        if self.inconsistent is not None:
             way_out = "only reset() makes the cache usable again"
-            raise ValueError(f"layer {self.layer_idx}: {self.torn} was interrupted half way; {way_out}")
+            raise ValueError(f"layer {self.layer_idx}: {self.inconsistent} was interrupted half way; {way_out}")
 
     @abstractmethod
     def crop(self, tokens_to_remove: int) -> None:
@@ -211,9 +211,9 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all tokens; the buffers stay, unless a change of them was interrupted."""
-        self.seen = self.untouched = 0
-        self.is_initialized = self.is_initialized and self.torn is None
-        self.torn = None
+        self.seen = self.unchanged_prefix = 0
+        self.is_initialized = self.is_initialized and self.inconsistent is None
+        self.inconsistent = None
 
     def check_crop(self, tokens_to_remove: int) -> None:
         if not -self.seen <= tokens_to_remove <= 0:
@@ -261,13 +261,13 @@ def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str
 def check_rows(indices: torch.Tensor, batch_size: int) -> torch.Tensor:
     """The batch rows, counted from 0, that `indices` `(B',)` names: integers, or bools for `(B,)`."""
     rows = indices.nonzero().flatten() if indices.dtype == torch.bool and indices.shape == (batch_size,) else indices
-    whole = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1 and rows.numel() > 0
-    if not whole or not -batch_size <= int(rows.min()) <= int(rows.max()) < batch_size:
+    are_indices = rows.dtype in (torch.int32, torch.int64) and rows.ndim == 1 and rows.numel() > 0
+    if not are_indices or not -batch_size <= int(rows.min()) <= int(rows.max()) < batch_size:
         raise ValueError(f"expected rows of a batch of {batch_size}, got {indices}")
     return rows.long() % batch_size
 
 
-def twin_of(thing: Any) -> Any:
+def shallow_copy(thing: Any) -> Any:
     """Another object of the same class with the same attributes."""
     twin = object.__new__(type(thing))
     twin.__dict__.update(thing.__dict__)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .exact import KVStaticLayer, exact_layer
 from .layer import KVLayer
+from .static_layer import KVStaticLayer, make_static_layer
 
 
 class KVOffloadedLayer(KVStaticLayer):
@@ -33,7 +33,7 @@ class KVOffloadedLayer(KVStaticLayer):
         self._here: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, for the attention that runs
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the filled part: on the device between `append` and `settle`, else on the host."""
+        """Views of the filled part: on the device between `append` and `finish_attention`, else on the host."""
         if self._here is None:
             self._wait_for_writes()
             return super().dense()
@@ -41,7 +41,7 @@ class KVOffloadedLayer(KVStaticLayer):
         return k, v
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.ready(k, v)
+        self.make_ready(k, v)
         self.prefetch()
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
@@ -55,7 +55,7 @@ class KVOffloadedLayer(KVStaticLayer):
             far[:, :, new].copy_(near[:, :, new], non_blocking=True)
         self.seen = new.stop
 
-    def settle(self) -> None:
+    def finish_attention(self) -> None:
         self._here = None
 
     def prefetch(self) -> None:
@@ -63,15 +63,15 @@ class KVOffloadedLayer(KVStaticLayer):
         if not self.is_initialized or self._coming is not None:
             return
         self._coming = self._buffers(device=self.device)
-        beside: contextlib.AbstractContextManager = contextlib.nullcontext()
+        on_side_stream: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.device.type == "cuda":
             side = _side_stream(self.device)
             # Until then this memory may be in use, and the newest tokens may be on their way to the host.
             side.wait_stream(torch.cuda.current_stream(self.device))
             for near in self._coming:
                 near.record_stream(side)
-            beside = torch.cuda.stream(side)
-        with beside:
+            on_side_stream = torch.cuda.stream(side)
+        with on_side_stream:
             for near, far in zip(self._coming, (self._k, self._v), strict=True):
                 near[:, :, : self.seen].copy_(far[:, :, : self.seen], non_blocking=True)
 
@@ -122,16 +122,16 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def offloaded_layer(
+def make_offloaded_layer(
     max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
 ) -> KVLayer:
     """A layer of full attention lies on the host; one with a window is small, and stays."""
     if window is None:
         return KVOffloadedLayer(max_cache_len, layer_idx, heads, dim)
-    return exact_layer(max_cache_len, layer_idx, heads, dim, window)
+    return make_static_layer(max_cache_len, layer_idx, heads, dim, window)
 
 
-def chain(layers: Sequence[KVLayer]) -> None:
+def link_offloaded(layers: Sequence[KVLayer]) -> None:
     """Tells each offloaded layer which one follows; ValueError where there is none."""
     offloaded = [layer for layer in layers if isinstance(layer, KVOffloadedLayer)]
     if not offloaded:

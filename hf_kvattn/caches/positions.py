@@ -17,9 +17,9 @@ class Limit(NamedTuple):
     changes: bool
 
 
-def limit_of(turns: Sequence[Rope | None] | None, needed: int) -> Limit | None:
+def limit_of(ropes: Sequence[Rope | None] | None, needed: int) -> Limit | None:
     """The limit of a model with such embeddings, for `needed` tokens in view; None where positions may go on."""
-    known = [rope for rope in turns or () if rope is not None]
+    known = [rope for rope in ropes or () if rope is not None]
     if not known:
         return None
     limit, changes = min(rope.limit for rope in known), any(rope.changes for rope in known)
@@ -31,7 +31,7 @@ def limit_of(turns: Sequence[Rope | None] | None, needed: int) -> Limit | None:
     return Limit(max(limit, 2 * needed), changes)
 
 
-class Stand(NamedTuple):
+class StreamPosition(NamedTuple):
     """How far a stream has come, as the model counts.
 
     Attributes:
@@ -43,7 +43,7 @@ class Stand(NamedTuple):
     end: int | None = None
 
 
-def go_on(stand: Stand | None, asked: torch.Tensor, seen: int, padded: bool) -> Stand:
+def go_on(position: StreamPosition | None, asked: torch.Tensor, seen: int, padded: bool) -> StreamPosition:
     """Where a stream of `seen` tokens stands after tokens at the positions `asked`, `(B or 1, T)`.
 
     Reading positions back would stall a GPU at every step, so there only a stream's beginning is looked at.
@@ -54,16 +54,16 @@ def go_on(stand: Stand | None, asked: torch.Tensor, seen: int, padded: bool) -> 
     Raises:
         ValueError: positions that do not go on from where the stream stands.
     """
-    if seen and stand is not None and asked.device.type != "cpu":
-        return stand
+    if seen and position is not None and asked.device.type != "cpu":
+        return position
     backwards = (asked[:, 1:] < asked[:, :-1]) & (asked[:, :-1] > 1)  # padding is 0 or 1
     if bool(backwards.any()):
         raise ValueError(f"position_ids run backwards: {asked[backwards.any(1)][0].tolist()}")
     end, last = int(asked[:, -1].max()), seen + asked.shape[1] - 1
-    if not seen or stand is None:
-        return Stand(end - last, end)
-    if end > stand.start + last:
-        raise ValueError(f"position_ids end at {end}, a jump ahead of {stand.start + last}, where the stream stands")
-    if stand.end is not None and end <= stand.end and not padded:
-        raise ValueError(f"position_ids run backwards: they end at {end}, and ended at {stand.end} before")
-    return Stand(stand.start, end)
+    if not seen or position is None:
+        return StreamPosition(end - last, end)
+    if end > position.start + last:
+        raise ValueError(f"position_ids end at {end}, a jump ahead of {position.start + last}, where the stream stands")
+    if position.end is not None and end <= position.end and not padded:
+        raise ValueError(f"position_ids run backwards: they end at {end}, and ended at {position.end} before")
+    return StreamPosition(position.start, end)

@@ -12,9 +12,9 @@ from ..quant.calibration import Calibration, check_group_size
 from ..quant.codecs import Bits, check_bits
 from .base import KVCache, check_max_cache_len
 from .configs import kv_shape
-from .exact import exact_layer
 from .layer import KVLayer
 from .quantized_layer import KVQuantizedLayer, QuantSettings
+from .static_layer import make_static_layer
 
 MAX_SINKS = 32
 
@@ -98,7 +98,7 @@ class QuantizedKVCache(KVCache):
 
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:
             if layer_idx in skipped:
-                return exact_layer(max_cache_len, layer_idx, *shape)
+                return make_static_layer(max_cache_len, layer_idx, *shape)
             first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
             settings = QuantSettings(k_bits[layer_idx], v_bits[layer_idx], group_size, residual, first)
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)

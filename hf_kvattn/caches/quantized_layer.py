@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..dispatch import quantizer
+from ..kernels.dispatch import quantizer
 from ..quant.codecs import Bits, codes_dtype, has_zero, stored_bits
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
@@ -36,7 +36,7 @@ class KVQuantizedLayer(KVLayer):
     """One layer: the first `sinks` tokens exact, then blocks of 32 tokens as packed codes, then the newest ones exact.
 
     `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once, when
-    attention over its tokens is done (`settle`) and `residual_length` newer tokens follow it; its codes never change
+    attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes never change
     again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
 
     With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
@@ -50,9 +50,9 @@ class KVQuantizedLayer(KVLayer):
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
-        self._read_before: PackedKV | None = None  # what `kv` said last: most steps change nothing of it
+        self._last_packed: PackedKV | None = None  # what `kv` said last: most steps change nothing of it
         # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
-        self._asked: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
+        self._finite_checks: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
     @property
     def stored(self) -> int:
@@ -69,19 +69,19 @@ class KVQuantizedLayer(KVLayer):
         }
         return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
 
-    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
-        self._packed, self._read_before = {name: buffers[name] for name in self._packed}, None
+    def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
+        self._packed, self._last_packed = {name: buffers[name] for name in self._packed}, None
         self._exact_k, self._exact_v = buffers["exact_k"], buffers["exact_v"]
 
-    def kv(self) -> Stored:
+    def stored_kv(self) -> Stored:
         exact = slice(0, self._exact)
         k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
         if not self.packed_tokens:
             return Stored(k, v)
-        packed, scale = self._read_before, self._packed["k_scale"]
+        packed, scale = self._last_packed, self._packed["k_scale"]
         slot = self.dropped // BLOCK % scale.shape[2]
         if packed is None or packed.k_scale is not scale or (packed.tokens, packed.slot) != (self.packed_tokens, slot):
-            packed = self._read_before = self.packed(self.packed_tokens, slot)
+            packed = self._last_packed = self.packed(self.packed_tokens, slot)
         return Stored(k, v, packed)
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
@@ -104,7 +104,7 @@ class KVQuantizedLayer(KVLayer):
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything dequantized, in the model's dtype: a copy."""
-        k, v, packed, *_ = self.kv()
+        k, v, packed, *_ = self.stored_kv()
         if packed is None:
             return k, v
         sinks, newest = slice(0, packed.start), slice(packed.start, None)
@@ -120,17 +120,17 @@ class KVQuantizedLayer(KVLayer):
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         super().check(k, v)
-        if self._asked:
-            self.examine(wait=False)
+        if self._finite_checks:
+            self.raise_if_not_finite(wait=False)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.ready(k, v)
+        self.make_ready(k, v)
         end = self.seen + k.shape[2]
         exact, new_exact = self._exact, self._exact + k.shape[2]
         if new_exact <= self._exact_k.shape[2]:
             self._exact_k[:, :, exact:new_exact].copy_(k.detach())
             self._exact_v[:, :, exact:new_exact].copy_(v.detach())
-        elif exact:  # a prompt: all of it is exact until `settle`
+        elif exact:  # a prompt: all of it is exact until `finish_attention`
             self._resize_exact(new_exact, exact)
             self._exact_k[:, :, exact:].copy_(k.detach())
             self._exact_v[:, :, exact:].copy_(v.detach())
@@ -157,10 +157,10 @@ class KVQuantizedLayer(KVLayer):
     def _least_exact(self) -> int:
         return self.settings.sinks + self.settings.residual_length
 
-    def settle(self) -> None:
+    def finish_attention(self) -> None:
         """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
 
-        On a GPU nothing waits to hear whether they are finite: `examine` says so later.
+        On a GPU nothing waits to hear whether they are finite: `raise_if_not_finite` says so later.
 
         Raises:
             ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
@@ -174,7 +174,7 @@ class KVQuantizedLayer(KVLayer):
         if self.device.type == "cuda":
             answer, answered = finite.to("cpu", non_blocking=True), torch.cuda.Event()
             answered.record(torch.cuda.current_stream(self.device))
-            self._asked += ((answer, answered),)
+            self._finite_checks += ((answer, answered),)
         elif name := _not_finite(finite):
             raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
         first = (self.dropped + self.packed_tokens) // BLOCK
@@ -185,8 +185,8 @@ class KVQuantizedLayer(KVLayer):
         elif first + count > slots:
             slots = max(first + count, int((first + count) * _GROWTH))
             self._allocate(slots)
-        self.torn = "quantization"  # from here on a ring's old blocks are overwritten
-        self.untouched = min(self.untouched, self.dropped + sinks + self.packed_tokens)
+        self.inconsistent = "quantization"  # from here on a ring's old blocks are overwritten
+        self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + sinks + self.packed_tokens)
         start = max(0, dropped - first)  # what no later token sees is not quantized at all
         if not self.packed_tokens:  # offsets that no block must spend its range on: means of the first tokens
             part = slice(sinks + start * BLOCK, min(done, sinks + (start + _CHUNK_BLOCKS) * BLOCK))
@@ -198,21 +198,21 @@ class KVQuantizedLayer(KVLayer):
             self._write_blocks(slot, self._exact_k[:, :, part], self._exact_v[:, :, part])
             start = stop
         rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
-        self._own_exact(sinks)
+        self._shrink_exact(sinks)
         after = slice(sinks, sinks + exact - done)
         self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
         self.packed_tokens = (first + count - dropped) * BLOCK
         self.dropped = dropped * BLOCK
-        self.torn = None
+        self.inconsistent = None
 
-    def examine(self, wait: bool) -> None:
+    def raise_if_not_finite(self, wait: bool) -> None:
         """Raises ValueError, until `reset`, where a GPU has answered that what it quantized was NaN or infinite.
 
         Args:
             wait: for answers that are still to come; without, those are looked at another time.
         """
         pending = []
-        for answer, answered in self._asked:
+        for answer, answered in self._finite_checks:
             if wait:
                 answered.synchronize()
             elif not answered.query():
@@ -223,7 +223,7 @@ class KVQuantizedLayer(KVLayer):
                     f"layer {self.layer_idx}: {name} were NaN or infinite when they were quantized; only reset() makes "
                     "the cache usable again"
                 )
-        self._asked = tuple(pending)
+        self._finite_checks = tuple(pending)
 
     def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
@@ -241,7 +241,7 @@ class KVQuantizedLayer(KVLayer):
         shapes |= {f"{x}_scale": scales[x] for x in "kv"}
         shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
         used = self.packed_tokens // BLOCK
-        self._read_before = None  # else it would keep the old arrays
+        self._last_packed = None  # else it would keep the old arrays
         grown = {}
         for name, shape in shapes.items():
             dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
@@ -261,7 +261,7 @@ class KVQuantizedLayer(KVLayer):
             k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
 
-    def _own_exact(self, keep: int) -> None:
+    def _shrink_exact(self, keep: int) -> None:
         """Where the exact tokens are those of a prompt, perhaps the caller's own tensors: moves `keep` of them."""
         usual = self._least_exact + BLOCK
         if self.is_initialized and self._exact_k.shape[2] != usual:
@@ -269,7 +269,7 @@ class KVQuantizedLayer(KVLayer):
 
     def check_crop(self, tokens_to_remove: int) -> None:
         super().check_crop(tokens_to_remove)
-        self.examine(wait=True)
+        self.raise_if_not_finite(wait=True)
         kept, window = self.seen + tokens_to_remove, self.sliding_window
         if window is not None and tokens_to_remove and kept and max(0, kept - window + 1) < self.dropped:
             raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
@@ -281,37 +281,37 @@ class KVQuantizedLayer(KVLayer):
         if not kept:
             return self.reset()
         kept_here = kept - self.dropped
-        self.untouched = min(self.untouched, kept)
-        self._own_exact(max(sinks, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
+        self.unchanged_prefix = min(self.unchanged_prefix, kept)
+        self._shrink_exact(max(sinks, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
         if kept_here < sinks + self.packed_tokens:
             block, cut = divmod(max(0, kept_here - sinks), BLOCK)
             if cut:
-                packed = self.kv().packed
+                packed = self.stored_kv().packed
                 assert packed is not None
                 slots = slice(sinks, sinks + BLOCK)
                 self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
-                self.untouched = min(self.untouched, self.dropped + sinks + block * BLOCK)
+                self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + sinks + block * BLOCK)
             self.packed_tokens = block * BLOCK
         self.seen = kept
 
     def reset(self) -> None:
-        self._own_exact(0)
+        self._shrink_exact(0)
         self.seen = self.packed_tokens = self.dropped = 0
-        self._asked = ()
+        self._finite_checks = ()
         super().reset()
 
     def __deepcopy__(self, memo: dict) -> KVLayer:
-        self.examine(wait=True)
+        self.raise_if_not_finite(wait=True)
         return super().__deepcopy__(memo)
 
     def select(self, rows: torch.Tensor) -> None:
-        self._packed, self._read_before = {name: tensor[rows] for name, tensor in self._packed.items()}, None
+        self._packed, self._last_packed = {name: tensor[rows] for name, tensor in self._packed.items()}, None
         self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
         self.batch_size = self._exact_k.shape[0]
-        self.untouched = 0
+        self.unchanged_prefix = 0
 
     def filled(self) -> dict[str, torch.Tensor]:
-        self.examine(wait=True)
+        self.raise_if_not_finite(wait=True)
         exact, blocks = self._exact, self.packed_tokens // BLOCK
         tensors = {"exact_k": self._exact_k[:, :, :exact], "exact_v": self._exact_v[:, :, :exact]}
         if blocks:
@@ -333,7 +333,7 @@ class KVQuantizedLayer(KVLayer):
         for buffer in (self._exact_k, self._exact_v):
             buffer[target, :, exact] = buffer[source, :, exact]
 
-    def prepare(self, like: torch.Tensor, counts: dict[str, int]) -> None:
+    def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         seen, packed, dropped = (counts[name] for name in self.counts)
         sinks, window = self.settings.sinks, self.sliding_window
         outside = max(0, seen - window + 1) if window is not None else 0
@@ -342,7 +342,7 @@ class KVQuantizedLayer(KVLayer):
                 f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {dropped} dropped and {sinks} "
                 f"exact ones do not fit into {seen} tokens"
             )
-        super().prepare(like, counts)
+        super().allocate_for(like, counts)
         slots = self._packed["k_codes"].shape[2]
         if packed // BLOCK > slots:
             if window is not None:
@@ -352,7 +352,7 @@ class KVQuantizedLayer(KVLayer):
             self._resize_exact(seen - dropped - packed, 0)
         self.packed_tokens, self.dropped = packed, dropped
 
-    def verify(self) -> None:
+    def check_loaded(self) -> None:
         for name, tensor in self.filled().items():
             name = name.removesuffix("_wrapped")
             if name in ("k_codes", "v_codes"):

@@ -14,9 +14,9 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 # Models that turn the keys of every layer with the function and class below, but for those in `no_rope_layers`.
-TURNING = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3")
+SERVED_MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3")
 # Their frequencies change with the longest position seen, so positions must stay below where they first do.
-_CHANGING = ("dynamic", "longrope")
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class Rope:
@@ -36,31 +36,33 @@ class Rope:
             parameters, self._of_type = parameters[layer_type], {"layer_type": layer_type}
             scaling = f"{layer_type}_{scaling}"
         self._scaling = scaling
-        self.changes = parameters.get("rope_type", "default") in _CHANGING
+        self.changes = parameters.get("rope_type", "default") in _LENGTH_DEPENDENT
         self.limit = int(decoder.max_position_embeddings)
         if self.changes:
             self.limit = int(parameters.get("original_max_position_embeddings") or self.limit)
         # What was asked last, and the angles.
         self._last: tuple[tuple, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]] | None = None
 
-    def turn(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    def rerotate(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """`x` `(B, H, T, D)` turned by `by` `(B or 1, T)` positions, computed in fp32."""
-        return self._turn(x, self._angles(by, x.device))
+        return self._rerotate(x, self._angles(by, x.device))
 
-    def turn_back(self, x: torch.Tensor, gap: int, ahead: int = 0, first: torch.Tensor | None = None) -> torch.Tensor:
-        """As `turn`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn.
+    def rerotate_back(
+        self, x: torch.Tensor, gap: int, ahead: int = 0, leftpad: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `rerotate`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn.
 
         Args:
-            first: `(B,)`, of what the gap of each row is less; None for 0.
+            leftpad: `(B,)`, of what the gap of each row is less; None for 0.
         """
         asked, last = (gap, ahead, x.shape[2], x.device), self._last
-        if last is None or last[0] != asked or not _alike(last[1], first):
+        if last is None or last[0] != asked or not _known_equal(last[1], leftpad):
             tokens = torch.arange(x.shape[2], device=x.device)[None]
-            by = ahead - (gap + tokens - (0 if first is None else first[:, None])).clamp(min=0)
-            self._last = last = (asked, first, self._angles(by, x.device))
-        return self._turn(x, last[2])
+            by = ahead - (gap + tokens - (0 if leftpad is None else leftpad[:, None])).clamp(min=0)
+            self._last = last = (asked, leftpad, self._angles(by, x.device))
+        return self._rerotate(x, last[2])
 
-    def _turn(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def _rerotate(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         wide = x.float()
         return self._apply(wide, wide[:, :0], *angles)[0].to(x.dtype)
 
@@ -70,9 +72,9 @@ class Rope:
         return cos / scaling, sin / scaling
 
 
-def ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
+def layer_ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
     """The turning of each layer's keys, None for a layer that does not turn them; None where it is not known."""
-    if decoder.model_type not in TURNING:
+    if decoder.model_type not in SERVED_MODELS:
         return None
     types = getattr(decoder, "layer_types", None) or ["full_attention"] * decoder.num_hidden_layers
     turned = getattr(decoder, "no_rope_layers", None) or [1] * decoder.num_hidden_layers
@@ -80,7 +82,7 @@ def ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
     return [of_type[kind] if use else None for kind, use in zip(types, turned, strict=True)]
 
 
-def _alike(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def _known_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     """Whether both are known to hold the same numbers: a GPU is not asked, for its answer would stall it."""
     if one is None or other is None:
         return one is other

@@ -29,15 +29,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .base import KVCache
-from .quantized import QuantizedKVCache
-from .sliding import SlidingWindowKVCache
-from .static import StaticKVCache
+from .registry import CLASSES
 
 VERSION = 2
 MAX_HEADER_BYTES = 4 << 20  # some 1 KiB a layer is written
 _MAX_MESSAGE = 2000  # characters: what a file says may be long
 
-_CLASSES: dict[str, type[KVCache]] = {c.__name__: c for c in (StaticKVCache, SlidingWindowKVCache, QuantizedKVCache)}
 _DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
 _KEYS = {"version", "cache", "settings", "model", "dtype", "layers", "token_ids_sha256"}
@@ -114,8 +111,8 @@ def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
 
 def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     """The metadata of a cache's file, as JSON can hold it."""
-    if _CLASSES.get(type(cache).__name__) is not type(cache):
-        raise ValueError(f"caches that can be saved are {list(_CLASSES)}, got {type(cache).__name__}")
+    if CLASSES.get(type(cache).__name__) is not type(cache):
+        raise ValueError(f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}")
     empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")
@@ -199,7 +196,7 @@ def _load(path: Path, config: PreTrainedConfig, token_ids: TokenIds | None) -> K
     if digest != strings["sha256"]:
         raise ValueError(f"it is damaged: its sha256 is {digest}, and was {strings['sha256']}")
     for layer in cache.layers:
-        layer.verify()
+        layer.check_loaded()
     return cache
 
 
@@ -223,8 +220,8 @@ def _is_count(value: Any) -> bool:
 def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
     """An unused cache of the class and settings that the file names."""
     name, settings = said["cache"], said["settings"]
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise ValueError(f"it holds a cache of class {name!r}, known are {list(_CLASSES)}")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"it holds a cache of class {name!r}, known are {list(CLASSES)}")
     if not isinstance(settings, dict):
         raise ValueError(f"the settings of its {name} are {settings!r}")
     # A calibration's own checks follow; a string would be the path of a file to read. Of bits strings may be said.
@@ -233,7 +230,7 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         if not all(item is None or _is_count(item) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"the settings of its {name} are {settings}: numbers are 0 to {_LARGEST}")
     try:
-        cache = _CLASSES[name](config, **settings)
+        cache = CLASSES[name](config, **settings)
     except TypeError as error:
         raise ValueError(f"the settings of its {name} are {settings}: {error}") from error
     if cache.settings != settings:
@@ -287,7 +284,7 @@ def _prepare(cache: KVCache, said: dict[str, Any], device: str) -> None:
     try:
         for layer, found in zip(cache.layers, said["layers"], strict=True):
             like = one.expand(found["batch_size"], found["kv_heads"], found["seen"], found["head_dim"])
-            layer.prepare(like, {name: found[name] for name in layer.counts})
+            layer.allocate_for(like, {name: found[name] for name in layer.counts})
     except RuntimeError as error:  # PyTorch's, of numbers that overflow and of memory that is not there
         raise ValueError(f"buffers of the sizes it names cannot be made: {error}") from error
 

@@ -6,11 +6,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from .base import KVCache
+from .consistency import changing_all
 from .layer import KVLayer
-from .positions import Stand, go_on, limit_of
+from .positions import StreamPosition, go_on, limit_of
 from .ring import SLACK, KVSlidingLayer
-from .rope import TURNING, ropes
-from .whole import changing
+from .rope import SERVED_MODELS, layer_ropes
 
 MAX_SINKS = 64
 
@@ -44,24 +44,24 @@ class SlidingWindowKVCache(KVCache):
         if type(sinks) is not int or not 0 <= sinks <= MAX_SINKS or sinks >= window:
             raise ValueError(f"sinks must be an int from 0 to {MAX_SINKS} below window={window}, got {sinks!r}")
         decoder = config.get_text_config(decoder=True)
-        turns = ropes(decoder)
-        if sinks and turns is None:
+        ropes = layer_ropes(decoder)
+        if sinks and ropes is None:
             raise ValueError(
                 f"{decoder.model_type}: sinks={sinks} are turned with the model's rotary position embedding, which is "
-                f"known of {', '.join(TURNING)}; sinks=0 works"
+                f"known of {', '.join(SERVED_MODELS)}; sinks=0 works"
             )
-        self._limit = limit_of(turns, window + SLACK + sinks)
+        self._limit = limit_of(ropes, window + SLACK + sinks)
 
         def make_layer(layer_idx: int, heads: int | None, dim: int | None, native: int | None) -> KVLayer:
             own, forced = (window, True) if native is None or window < native else (native, False)
-            rope = None if turns is None else turns[layer_idx]
+            rope = None if ropes is None else ropes[layer_idx]
             layer = KVSlidingLayer(own, None, layer_idx, heads, dim, forced, sinks if forced else 0, rope)
             layer.is_sliding = native is not None  # which of the model's masks it gets
             return layer
 
         super().__init__(config, make_layer)
         self.settings = {"window": window, "sinks": sinks}
-        self._stand: Stand | None = None  # None before the first tokens
+        self._stream_position: StreamPosition | None = None  # None before the first tokens
 
     def positions(
         self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
@@ -81,11 +81,11 @@ class SlidingWindowKVCache(KVCache):
             return asked
         seen = self.get_seq_length()
         if asked is None:
-            start = 0 if self._stand is None else self._stand.start
+            start = 0 if self._stream_position is None else self._stream_position.start
             asked = torch.arange(start + seen, start + seen + new, device=device)[None]
         if asked.ndim != 2 or asked.shape[1] != new:
             raise ValueError(f"position_ids {tuple(asked.shape)} must be (B, {new})")
-        stand = go_on(self._stand, asked, seen, padded)
+        position = go_on(self._stream_position, asked, seen, padded)
         if self._limit.changes and new > self._limit.positions:
             raise ValueError(
                 f"{new} tokens at once exceed the {self._limit.positions} positions at which the model's rotary "
@@ -95,13 +95,13 @@ class SlidingWindowKVCache(KVCache):
         rebased = rings[0].rebased
         by = min(ring.oldest for ring in rings) - rebased
         if seen + new - rebased > self._limit.positions and by > 0:
-            self.check_whole()  # or what is torn would look whole again afterwards
-            with changing(self.layers, "turning of keys"):
+            self.check_consistent_layers()  # or what is torn would look whole again afterwards
+            with changing_all(self.layers, "turning of keys"):
                 for ring in rings:
                     ring.rebase(by)
             rebased += by
-        self._stand = stand
-        return asked if stand.start + rebased == 0 else asked - (stand.start + rebased)
+        self._stream_position = position
+        return asked if position.start + rebased == 0 else asked - (position.start + rebased)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -109,12 +109,12 @@ class SlidingWindowKVCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        self._stand = None
+        self._stream_position = None
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._forget_end()  # the row that was ahead may be gone
 
     def _forget_end(self) -> None:
-        if self._stand is not None:
-            self._stand = Stand(self._stand.start)
+        if self._stream_position is not None:
+            self._stream_position = StreamPosition(self._stream_position.start)

@@ -7,8 +7,8 @@ import functools
 from transformers import PreTrainedConfig
 
 from .base import KVCache, check_max_cache_len
-from .exact import exact_layer
-from .offload import chain, offloaded_layer
+from .offload import link_offloaded, make_offloaded_layer
+from .static_layer import make_static_layer
 
 
 class StaticKVCache(KVCache):
@@ -35,14 +35,16 @@ class StaticKVCache(KVCache):
         check_max_cache_len(max_cache_len)
         if offload and max_cache_len is None:
             raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
-        super().__init__(config, functools.partial(offloaded_layer if offload else exact_layer, max_cache_len))
+        super().__init__(
+            config, functools.partial(make_offloaded_layer if offload else make_static_layer, max_cache_len)
+        )
         if offload:
-            chain(self.layers)
+            link_offloaded(self.layers)
         self.offloads = offload
         self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean
 
     def fork(self) -> KVCache:
         twin = super().fork()
         if self.offloads:
-            chain(twin.layers)
+            link_offloaded(twin.layers)
         return twin

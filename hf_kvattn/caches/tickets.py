@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 # The package's one registry: a number in a tensor leads to an object through nothing else.
-_holders: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
 @torch.inference_mode(False)
-def issue(cache: Any) -> torch.Tensor:
+def issue_ticket(cache: Any) -> torch.Tensor:
     """A new ticket for `cache`: int64 `(1,)` on the CPU."""
     number = next(_numbers)
-    _holders[number] = cache
+    _caches[number] = cache
     return torch.tensor([number], device="cpu")  # whatever the default device is
 
 
-def holder(ticket: torch.Tensor) -> Any:
+def cache_of(ticket: torch.Tensor) -> Any:
     """The cache that `ticket` was issued for."""
-    return _holders[int(ticket)]
+    return _caches[int(ticket)]

@@ -175,7 +175,7 @@ def _costs(i: int, k: torch.Tensor, v: torch.Tensor, bits: int, group_size: int)
     """What the codes that a cache makes of `k` and of `v` cost, summed over tokens, in nats."""
     layer = KVQuantizedLayer(QuantSettings(bits, bits, group_size, 0, SINKS), None, i)
     layer.append(k, v)
-    layer.settle()
+    layer.finish_attention()
     costs = []
     for x, stored in zip((k, v), layer.dense(), strict=True):
         assert x.grad is not None

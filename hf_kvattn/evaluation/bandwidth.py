@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from hf_kvattn import dispatch
 from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.static import StaticKVCache
 from hf_kvattn.evaluation.throughput import ratio
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 
 READ_BYTES = 256 << 20
@@ -110,10 +110,10 @@ def _filled(
         cache = QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=shape[2])
     for layer in cache.layers:
         layer.append(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
-        layer.settle()
+        layer.finish_attention()
     return cache
 
 
 def _call(q: torch.Tensor, layer: Any) -> AttendCall:
-    k, v, packed, *_ = layer.kv()
+    k, v, packed, *_ = layer.stored_kv()
     return AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed)

@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn import dispatch
 from hf_kvattn.caches.static import StaticKVCache
 from hf_kvattn.evaluation import stated, throughput
 from hf_kvattn.evaluation.variants import PeakMemory, Variant
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.modules import CachedSelfAttention
 
@@ -145,7 +145,7 @@ def measure_caches(
         caches = [StaticKVCache(config, max_cache_len=length) for _ in range(copies)]
         for cache in caches:
             cache.layers[0].append(keys, keys)
-            cache.layers[0].settle()
+            cache.layers[0].finish_attention()
         layouts[name] = {"kv_heads": kv_heads, "window": limit, "cache_bytes": caches[0].nbytes, "copies": copies}
         stored = [cache.layers[0].dense() for cache in caches]
         calls = [AttendCall(q, k, v, CACHE_DIM**-0.5, window=limit) for k, v in stored]

@@ -26,8 +26,11 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ..kernels import triton_attention, triton_decode, triton_kernels, triton_quantize
 from ..kernels.call import AttendCall, PackedKV, SinkKV
+from ..kernels.triton import attention as triton_attention
+from ..kernels.triton import attention_kernels as triton_kernels
+from ..kernels.triton import backend as triton_backend
+from ..kernels.triton import quantize as triton_quantize
 from ..quant.codecs import FP8, Bits, codes_dtype, has_zero, stored_bits
 from ..quant.layout import BLOCK
 
@@ -200,7 +203,7 @@ def all_cases() -> list[Case]:
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
             padded, amd = triton.next_power_of_2(dim), target.startswith("gfx")
-            most = triton_attention.tile_for(triton_decode.MAX_QUERIES * 8, padded, 3 in mix, amd).rows
+            most = triton_attention.tile_for(triton_backend.MAX_QUERIES * 8, padded, 3 in mix, amd).rows
             cases += [Case("decode", target, dim, rows, *mix) for rows in sorted({16, most})]
             if mix in ((8, 4), (0, 0)):  # which take most and least registers
                 cases.append(Case("decode", target, dim, most, *mix, lengths=True))
@@ -223,7 +226,7 @@ def compile_case(case: Case) -> dict[str, int]:
     with compile_only(case.target):
         call = fake_call(case.head_dim, *bits, query_heads=2 * max(case.rows, 8), padded=True)
         if case.sinks:
-            call.sinks = SinkKV(call.k, call.v, call.q, 9, call.first)
+            call.sinks = SinkKV(call.k, call.v, call.q, 9, call.leftpad)
         if case.kernel == "quantize":
             packed = call.packed
             assert packed is not None
@@ -273,8 +276,8 @@ def fake_call(
             make(*lead, groups, BLOCK) if has_zero(v_bits) else None,
         )
     k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
-    first = make(1, dtype=torch.int32) if padded else None
-    return AttendCall(make(1, 1, query_heads, dim).transpose(1, 2), k, v, dim**-0.5, first=first, packed=packed)
+    leftpad = make(1, dtype=torch.int32) if padded else None
+    return AttendCall(make(1, 1, query_heads, dim).transpose(1, 2), k, v, dim**-0.5, leftpad=leftpad, packed=packed)
 
 
 def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
@@ -297,12 +300,12 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
         of_blocks, of_mean = (packed.tokens // BLOCK - splits.block_begin) * block, dim * 4
     keys = of_blocks + (exact - splits.exact_begin) * 2 * dim * item
     queries, n_splits = rows * dim * item, max(1, splits.packed + splits.exact)
-    first = 0 if call.first is None else 4
+    leftpad = 0 if call.leftpad is None else 4
     result = rows * (dim * item + 4)
     merging = n_splits * rows * (2 * dim * 4 + 3 * 4)  # stored, and loaded again: the log-sum-exps twice
-    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_mean + first)) + merging + result
+    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_mean + leftpad)) + merging + result
     heads = batch * kv_heads
-    return heads * moved, heads * (keys + queries + of_mean + result) + (0 if call.first is None else 4 * batch)
+    return heads * moved, heads * (keys + queries + of_mean + result) + (0 if call.leftpad is None else 4 * batch)
 
 
 TRAFFIC = (  # query heads, KV heads, head_dim, packed tokens, bits

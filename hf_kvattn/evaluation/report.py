@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn import dispatch
 from hf_kvattn.evaluation import inputs, markdown, plots, quality_tables, speed_tables
 from hf_kvattn.evaluation.drawing import require_plotting
+from hf_kvattn.kernels import dispatch
 
 
 @dataclass(frozen=True)

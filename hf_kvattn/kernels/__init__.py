@@ -1,7 +1,7 @@
 """Attention backends, one module each.
 
 `reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU), `flash` (flash-attn on an NVIDIA GPU),
-`triton_decode` (quantized caches on a GPU).
+`triton_backend` (quantized caches on a GPU).
 
 A backend module has three functions:
 

@@ -20,22 +20,22 @@ class SinkKV:
         q: `(B, Hq, Tq, D)`, the queries turned so that against `k` they stand as far from the sinks as if no token
             lay between the sinks and the window.
         evicted: tokens of a row without padding that query 0 does not see any more; negative while it sees all. Query
-            `i` of row `b` sees the first `min(S, evicted + i - first[b])` sinks, in addition to its window.
-        first: `(B,)` int32, the position of each row's first token, or None for 0.
+            `i` of row `b` sees the first `min(S, evicted + i - leftpad[b])` sinks, in addition to its window.
+        leftpad: `(B,)` int32, the position of each row's first token, or None for 0.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     q: torch.Tensor
     evicted: int
-    first: torch.Tensor | None = None
+    leftpad: torch.Tensor | None = None
 
     def visible(self) -> torch.Tensor:
         """Which sinks each query sees, `(B or 1, 1, Tq, S)` bool."""
         device = self.q.device
         left = self.evicted + torch.arange(self.q.shape[2], device=device)[:, None]
-        if self.first is not None:
-            left = left - self.first.to(device)[:, None, None, None]
+        if self.leftpad is not None:
+            left = left - self.leftpad.to(device)[:, None, None, None]
         seen = torch.arange(self.k.shape[2], device=device) < left
         return seen if seen.ndim == 4 else seen[None, None]
 
@@ -46,9 +46,9 @@ class AttendCall:
 
     Query `i` stands at key position `Tk - Tq + i` (bottom-right aligned). Without `mask`, key `j` is visible to it when
 
-        first[b] <= j    and    j <= position  (if causal)    and    j > position - window  (if window)
+        leftpad[b] <= j    and    j <= position  (if causal)    and    j > position - window  (if window)
 
-    so that with Tq = 3, Tk = 5, window = 3 and first = 1:
+    so that with Tq = 3, Tk = 5, window = 3 and leftpad = 1:
 
         position 2:  . # # . .
         position 3:  . # # # .
@@ -65,8 +65,8 @@ class AttendCall:
         causal: whether a query sees only keys up to its own position.
         window: visible keys including the query's own (transformers' meaning), or None for all.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2), or None.
-        first: `(B,)` int32, first visible key of each row (left padding), or None for 0.
-        mask: replaces `causal`, `window` and `first`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
+        leftpad: `(B,)` int32, first visible key of each row (left padding), or None for 0.
+        mask: replaces `causal`, `window` and `leftpad`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
             (added to the scores after the softcap), or None.
         dropout: probability of dropping a weight, for training.
         packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` stand before them,
@@ -86,7 +86,7 @@ class AttendCall:
     causal: bool = True
     window: int | None = None
     softcap: float | None = None
-    first: torch.Tensor | None = None
+    leftpad: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     dropout: float = 0.0
     packed: PackedKV | None = None
@@ -144,8 +144,8 @@ class AttendCall:
             rules.append(key <= position)
         if self.window is not None and self.window < kv_len:
             rules.append(key > position - self.window)
-        if self.first is not None:
-            rules.append(key >= self.first.to(device)[:, None, None, None])
+        if self.leftpad is not None:
+            rules.append(key >= self.leftpad.to(device)[:, None, None, None])
         if not rules:
             return None
         allowed = rules[0]

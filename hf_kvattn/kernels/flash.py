@@ -87,7 +87,7 @@ def unsupported(call: AttendCall) -> str | None:
 def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
     """Where the tokens from `begin` on lie, in one piece or two: the position of each one's first token, its slots."""
     slots = call.k.shape[2]
-    everything = call.tokens == slots and not begin and call.first is None
+    everything = call.tokens == slots and not begin and call.leftpad is None
     if not call.slot or (everything and call.q.shape[2] == 1):  # the order of keys does not matter to one query
         return [(begin, slice(begin, call.kv_len))]
     to_wrap = min(call.kv_len, slots - call.slot)
@@ -110,11 +110,11 @@ def attend(call: AttendCall) -> torch.Tensor:
     parts = []
     for start, slots in _pieces(call, begin):
         padding = {}
-        if call.first is not None:
+        if call.leftpad is not None:
             # With the length: without it the kernels read whole tiles as if nothing were padded.
             length = slots.stop - slots.start
-            first = (call.first.to(q.device, torch.int32) - start).clamp(0, length)
-            padding = {"cache_leftpad": first, "cache_seqlens": length}
+            leftpad = (call.leftpad.to(q.device, torch.int32) - start).clamp(0, length)
+            padding = {"cache_leftpad": leftpad, "cache_seqlens": length}
         k, v = (t[:, :, slots].transpose(1, 2) for t in (call.k, call.v))
         parts.append(launch(q, k, v, causal=call.causal, window_size=sides, **padding))
     if call.sinks is not None:
@@ -130,7 +130,7 @@ def append_attend(
     """Writes the new token of each row into the whole buffers of `call`, in place, and attends to it and those before.
 
     Args:
-        call: one query a row over buffers of all slots; `window` and `first` are in `reach` already.
+        call: one query a row over buffers of all slots; `window` and `leftpad` are in `reach` already.
         k, v: `(B, Hkv, 1, D)`, the new tokens.
         slot: `(B,)` int32 on the GPU, where each row's token goes.
         reach: `(B,)` int32 on the GPU, how many tokens before it each query sees.

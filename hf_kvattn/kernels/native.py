@@ -143,9 +143,9 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
-    first = None if call.first is None else call.first.to(torch.int32).contiguous()
+    leftpad = None if call.leftpad is None else call.leftpad.to(torch.int32).contiguous()
     sinks = call.sinks
-    sink_first = None if sinks is None or sinks.first is None else sinks.first.to(torch.int32).contiguous()
+    sink_leftpad = None if sinks is None or sinks.leftpad is None else sinks.leftpad.to(torch.int32).contiguous()
     args = _ARGS.pack(
         _DTYPES[q.dtype],
         call.causal,
@@ -163,14 +163,14 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        0 if first is None else first.data_ptr(),
+        0 if leftpad is None else leftpad.data_ptr(),
         out.data_ptr(),
         0 if lse is None else lse.data_ptr(),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
         *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
-        *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_first)),
+        *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_leftpad)),
     )
     packed = _NOTHING_PACKED
     if call.packed is not None:
@@ -188,8 +188,8 @@ def _side_by_side(t: torch.Tensor) -> torch.Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
-    """The fields of the struct from `sinks` to `sink_kv_stride`; `first` must live as long as the call."""
+def _sink_args(sinks: SinkKV, leftpad: torch.Tensor | None) -> tuple[int, ...]:
+    """The fields of the struct from `sinks` to `sink_kv_stride`; `leftpad` must live as long as the call."""
     q, k, v = sinks.q, sinks.k, sinks.v
     assert q.stride(-1) == k.stride(-1) == 1 and k.stride() == v.stride()  # as caches allocate them
     return (
@@ -198,7 +198,7 @@ def _sink_args(sinks: SinkKV, first: torch.Tensor | None) -> tuple[int, ...]:
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        0 if first is None else first.data_ptr(),
+        0 if leftpad is None else leftpad.data_ptr(),
         *q.stride()[:3],
         *k.stride()[:3],
     )

@@ -36,8 +36,8 @@ def attend_with_lse(call: AttendCall) -> tuple[torch.Tensor, torch.Tensor]:
     if call.sinks is not None:
         sinks = call.sinks
         sink_k, sink_v = (t.float().repeat_interleave(group, dim=1) for t in (sinks.k, sinks.v))
-        beside = _capped(sinks.q.float() @ sink_k.transpose(-1, -2) * call.scale, call)
-        scores = torch.cat([beside.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
+        sink_scores = _capped(sinks.q.float() @ sink_k.transpose(-1, -2) * call.scale, call)
+        scores = torch.cat([sink_scores.masked_fill(~sinks.visible(), -torch.inf), scores], -1)
         v = torch.cat([sink_v, v], 2)
     lse = torch.logsumexp(scores, dim=-1)
     if call.s_aux is not None:

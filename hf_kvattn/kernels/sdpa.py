@@ -47,10 +47,10 @@ def attend(call: AttendCall) -> torch.Tensor:
         return _ring(call)
     if call.mask is not None:
         return _grouped(call, call.k, call.v, call.mask)
-    if q_len == 1 and call.first is None:
+    if q_len == 1 and call.leftpad is None:
         begin = max(0, kv_len - (call.window or kv_len))  # one query: the window is a slice
         return _grouped(call, call.k[:, :, begin:], call.v[:, :, begin:], None)
-    if call.first is None and not windowed and (q_len == kv_len or not call.causal):
+    if call.leftpad is None and not windowed and (q_len == kv_len or not call.causal):
         out = scaled_dot_product_attention(
             call.q, call.k, call.v, dropout_p=call.dropout, is_causal=call.causal, scale=call.scale, enable_gqa=True
         )
@@ -67,8 +67,8 @@ def _blocks(call: AttendCall) -> Iterator[AttendCall]:
         begin = max(0, kv_len - q_len + start - window + 1)
         keys, queries = slice(begin, kv_len - q_len + stop), slice(start, stop)
         block = replace(call, q=call.q[:, :, queries], k=call.k[:, :, keys], v=call.v[:, :, keys])
-        if call.first is not None:
-            block.first = call.first - begin
+        if call.leftpad is not None:
+            block.leftpad = call.leftpad - begin
         if call.sinks is not None:
             sinks = call.sinks
             block.sinks = replace(sinks, q=sinks.q[:, :, queries], evicted=sinks.evicted + start)

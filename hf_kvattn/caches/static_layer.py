@@ -33,11 +33,11 @@ class KVStaticLayer(KVLayer):
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         return {"k": (self._k, self.seen), "v": (self._v, self.seen)}
 
-    def adopt(self, buffers: dict[str, torch.Tensor]) -> None:
+    def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         self._k, self._v = buffers["k"], buffers["v"]
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.ready(k, v)
+        self.make_ready(k, v)
         end = self.seen + k.shape[2]
         if end > self.capacity:
             self._allocate(end)
@@ -66,7 +66,7 @@ class KVStaticLayer(KVLayer):
         """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
         self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
-        self.untouched = min(self.untouched, self.seen)
+        self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
 
     def select(self, rows: torch.Tensor) -> None:
         stored = self.seen
@@ -76,14 +76,14 @@ class KVStaticLayer(KVLayer):
             self._allocate(stored)
             self.seen = stored
         self._k[:, :, :stored], self._v[:, :, :stored] = k, v
-        self.untouched = 0
+        self.unchanged_prefix = 0
 
     def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
         for buffer in (self._k, self._v):
             buffer[target, :, start : self.seen] = buffer[source, :, start : self.seen]
 
 
-def exact_layer(
+def make_static_layer(
     max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
 ) -> KVLayer:
     """A layer that keeps its tokens as they are: all of them, or those in its window."""

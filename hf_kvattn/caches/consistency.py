@@ -12,24 +12,24 @@ from collections.abc import Iterator, Sequence
 from .layer import KVLayer
 
 
-def check_whole(layers: Sequence[KVLayer]) -> None:
+def check_consistent_layers(layers: Sequence[KVLayer]) -> None:
     """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
-    whole, longest = _lengths(layers)
-    if whole != longest:
+    complete, longest = _lengths(layers)
+    if complete != longest:
         raise ValueError(
-            f"a forward was interrupted half way: layers hold {whole} to {longest} tokens; crop({whole - longest}) "
+            f"a forward was interrupted half way: layers hold {complete} to {longest} tokens; crop({complete - longest}) "
             "goes back to the last whole step"
         )
 
 
 @contextlib.contextmanager
-def changing(layers: Sequence[KVLayer], change: str) -> Iterator[None]:
+def changing_all(layers: Sequence[KVLayer], change: str) -> Iterator[None]:
     """For what is done to all layers or to none: they stay torn where the body does not come to its end."""
     for layer in layers:
-        layer.torn = change
+        layer.inconsistent = change
     yield
     for layer in layers:
-        layer.torn = None
+        layer.inconsistent = None
 
 
 def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
@@ -38,16 +38,16 @@ def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
     Raises:
         ValueError: a length that not all layers hold, or that one of them cannot go back to; nothing has changed then.
     """
-    whole, longest = _lengths(layers)
+    complete, longest = _lengths(layers)
     kept = longest + tokens_to_remove
-    if tokens_to_remove > 0 or not 0 <= kept <= whole:
+    if tokens_to_remove > 0 or not 0 <= kept <= complete:
         raise ValueError(
-            f"crop takes a number from {-longest} (all stored tokens) to {whole - longest}, got {tokens_to_remove}"
+            f"crop takes a number from {-longest} (all stored tokens) to {complete - longest}, got {tokens_to_remove}"
         )
     for layer in layers:
         layer.check_crop(kept - layer.seen)
     if tokens_to_remove:
-        with changing(layers, "crop"):
+        with changing_all(layers, "crop"):
             for layer in layers:
                 layer.crop(kept - layer.seen)
 
@@ -55,5 +55,5 @@ def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
 def _lengths(layers: Sequence[KVLayer]) -> tuple[int, int]:
     """Tokens of which all layers hold everything, and those of the longest; ValueError where one is torn."""
     for layer in layers:
-        layer.check_torn()
-    return min([layer.whole for layer in layers]), max([layer.seen for layer in layers])
+        layer.check_consistent()
+    return min([layer.complete_tokens for layer in layers]), max([layer.seen for layer in layers])

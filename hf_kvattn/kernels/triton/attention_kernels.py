@@ -1,4 +1,4 @@
-"""The Triton kernels of decode attention over quantized and exact tokens; `triton_attention.py` launches them.
+"""The Triton kernels of decode attention over quantized and exact tokens; `attention.py` launches them.
 
 The tokens are split over programs (flash-decoding), each of which serves all query rows of its KV head: codes are
 loaded once, as they lie in memory, and become numbers in registers. Their scales are loaded once a block and spread by
@@ -105,7 +105,7 @@ def _add_tile(
     there,
     key,
     position,
-    first,
+    leftpad,
     scale,
     softcap,
     window,
@@ -121,7 +121,7 @@ def _add_tile(
         scores = (softcap * 1.4426950408889634) * (1 - 2 / (tl.exp2(scores * 2.8853900817779268) + 1))
     else:
         scores = scores * (scale * 1.4426950408889634)
-    visible = (there & (key >= first))[None, :] & (key[None, :] > position[:, None] - window)
+    visible = (there & (key >= leftpad))[None, :] & (key[None, :] > position[:, None] - window)
     if CAUSAL:
         visible = visible & (key[None, :] <= position[:, None])
     scores = tl.where(visible, scores, -float("inf"))
@@ -142,7 +142,7 @@ def decode_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    first_ptr,
+    leftpad_ptr,
     lengths_ptr,  # (2,) int32: the packed and the exact tokens that there are, in the place of the host's; or None
     k_codes,
     k_scale,
@@ -204,10 +204,10 @@ def decode_attention_kernel(
     row_at = (head * HEADS_PER_KV + rows // q_len).to(tl.int64) * stride_qh + (rows % q_len) * stride_qt
     row_mask = (rows < row_count)[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + d[None, :], mask=row_mask, other=0)
-    first = 0
-    if first_ptr is not None:
-        first = tl.load(first_ptr + batch)
-    seen_from = first  # no query sees a key before it; what the host knows of a window is in the splits' begins
+    leftpad = 0
+    if leftpad_ptr is not None:
+        leftpad = tl.load(leftpad_ptr + batch)
+    seen_from = leftpad  # no query sees a key before it; what the host knows of a window is in the splits' begins
     if lengths_ptr is not None:
         exact = tl.load(lengths_ptr + 1)
         kv_len = exact
@@ -215,7 +215,7 @@ def decode_attention_kernel(
             packed_tokens = tl.load(lengths_ptr)
             blocks = packed_tokens // 32
             kv_len += packed_tokens
-        seen_from = tl.maximum(first, kv_len - q_len - window + 1)
+        seen_from = tl.maximum(leftpad, kv_len - q_len - window + 1)
     position = kv_len - q_len + rows % q_len
 
     top = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -239,7 +239,7 @@ def decode_attention_kernel(
             scores = tl.dot(q, tl.trans(k)) + of_mean[:, None]
             token = at * 32 + tl.arange(0, TILE)
             top, total, acc = _add_tile(
-                scores, v.to(q.dtype), token < end * 32, start + token, position, first, scale, softcap, window,
+                scores, v.to(q.dtype), token < end * 32, start + token, position, leftpad, scale, softcap, window,
                 top, total, acc, CAUSAL, SOFTCAP,
             )  # fmt: skip
 
@@ -260,9 +260,9 @@ def decode_attention_kernel(
         scores = tl.dot(q, tl.trans(k))
         key = tl.where(token < start, token, token + packed_tokens)
         if SINKS:
-            key += first
+            key += leftpad
         top, total, acc = _add_tile(
-            scores, v, there, key, position, first, scale, softcap, window,
+            scores, v, there, key, position, leftpad, scale, softcap, window,
             top, total, acc, CAUSAL, SOFTCAP,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """`torch.compile`: the ops that stand in a graph for all that depends on how full a cache is.
 
 While a model is traced, the hooks of `enable` put three ops into the graph: `begin` (the new tokens' positions),
-`first_visible` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
+`leftpad_of_rows` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
 caches, dispatch and kernels as without it. No length is part of the graph, so it serves all of them.
 
 With transformers' own caches, or none, the model's graph keeps what it does with them, and `attend` stands for the
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
+from ..attention import kvattn_attention
+from ..caches.base import KVCache
+from ..caches.sliding import SlidingWindowKVCache
+from ..caches.tickets import cache_of
+from ..masks import left_padding
 from . import append_attend
-from .attention import kvattn_attention
-from .caches.base import KVCache
-from .caches.sliding import SlidingWindowKVCache
-from .caches.tickets import holder
-from .graphs import DecodeSteps, compact_masks, new_tokens
-from .masks import left_padding
+from .decode_steps import DecodeSteps, compact_masks, new_tokens
 
 
 def own_positions(
@@ -45,8 +45,8 @@ def _begin(
     ticket: torch.Tensor, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Positions `(B or 1, T)` of the new `tokens`, `(B, T)` or `(B, T, hidden)`; the time to notice a torn cache."""
-    cache: KVCache = holder(ticket)
-    cache.check_whole()
+    cache: KVCache = cache_of(ticket)
+    cache.check_consistent_layers()
     positions = position_ids
     if isinstance(cache, SlidingWindowKVCache):
         positions = own_positions(cache, tokens, position_ids, mask)
@@ -62,18 +62,18 @@ def _begin_fake(ticket, tokens, position_ids, mask):
     return position_ids.new_empty(position_ids.shape)
 
 
-def _first_visible(ticket: torch.Tensor, mask: torch.Tensor, new: int, sliding: bool) -> torch.Tensor:
+def _leftpad(ticket: torch.Tensor, mask: torch.Tensor, new: int, sliding: bool) -> torch.Tensor:
     """First visible key of each row, `(B,)` int32, counted from the first that layers see; `mask` is `(B, tokens)`."""
-    layer = next(layer for layer in holder(ticket).layers if layer.is_sliding is sliding)
-    first = left_padding(mask.bool(), *layer.get_mask_sizes(new))
-    if isinstance(first, bool):
+    layer = next(layer for layer in cache_of(ticket).layers if layer.is_sliding is sliding)
+    leftpad = left_padding(mask.bool(), *layer.get_mask_sizes(new))
+    if isinstance(leftpad, bool):
         raise ValueError(
             f"attention_mask {tuple(mask.shape)}: a compiled step takes padding at the left, in a mask over all tokens"
         )
-    return torch.zeros_like(mask[:, 0], dtype=torch.int32) if first is None else first.to(torch.int32)
+    return torch.zeros_like(mask[:, 0], dtype=torch.int32) if leftpad is None else leftpad.to(torch.int32)
 
 
-def _first_visible_fake(ticket, mask, new, sliding):
+def _leftpad_fake(ticket, mask, new, sliding):
     return mask.new_empty(mask.shape[0], dtype=torch.int32)
 
 
@@ -114,7 +114,7 @@ def _step(
     ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
 ) -> torch.Tensor:
     """Stores `k` and `v` in layer `layer_idx` and gives the attention of `q`, by the rules that `_attend` takes."""
-    layer = holder(ticket).layers[layer_idx]
+    layer = cache_of(ticket).layers[layer_idx]
     layer.append(k, v)
     return _attend(q, k, v, *rules, layer)
 
@@ -126,10 +126,10 @@ def _step_fake(ticket, layer_idx, *arguments):
 _RULES = "Tensor? mask, float? scaling, bool is_causal, int? window, float? softcap, Tensor? s_aux"
 _OPS: dict[str, tuple[str, Callable, Callable]] = {
     "begin": ("Tensor(a!) ticket, Tensor tokens, Tensor? position_ids, Tensor? mask", _begin, _begin_fake),
-    "first_visible": (
+    "leftpad": (
         "Tensor(a!) ticket, Tensor mask, SymInt new, bool sliding",
-        _first_visible,
-        _first_visible_fake,
+        _leftpad,
+        _leftpad_fake,
     ),
     "step": (
         f"Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, {_RULES}",
@@ -164,12 +164,12 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
     positions = torch.ops.hf_kvattn.begin(cache.ticket, tokens, asked, plain)
     if mask is None or plain is not None:
 
-        def first_visible(sliding: bool) -> torch.Tensor | None:
+        def leftpad_of_rows(sliding: bool) -> torch.Tensor | None:
             if plain is None:
                 return None
-            return torch.ops.hf_kvattn.first_visible(cache.ticket, plain, tokens.shape[1], sliding)
+            return torch.ops.hf_kvattn.leftpad_of_rows(cache.ticket, plain, tokens.shape[1], sliding)
 
-        mask = compact_masks(decoder.config, tokens, first_visible)
+        mask = compact_masks(decoder.config, tokens, leftpad_of_rows)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}
 
 

@@ -1,6 +1,6 @@
 """Batch rows that take each other's place, as in beam search, without moving what they have in common.
 
-`alike` `(B, B)`, int64 on the CPU: leading tokens that two rows are known to have in common.
+`common_prefix` `(B, B)`, int64 on the CPU: leading tokens that two rows are known to have in common.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import torch
 from .layer import KVLayer
 
 
-def choose_rows(layers: Sequence[KVLayer], rows: torch.Tensor, alike: torch.Tensor) -> torch.Tensor:
-    """Row i of every layer becomes what row `rows[i]` was; returns `alike` of the new rows.
+def reorder_rows(layers: Sequence[KVLayer], rows: torch.Tensor, common_prefix: torch.Tensor) -> torch.Tensor:
+    """Row i of every layer becomes what row `rows[i]` was; returns `common_prefix` of the new rows.
 
     Args:
         layers: changed in place; all of one batch size and length.
         rows: `(B',)`, from 0, on the CPU.
-        alike: of the rows as they are; of another batch size (one before a `reset`) it says nothing.
+        common_prefix: of the rows as they are; of another batch size (one before a `reset`) it says nothing.
     """
     batch_size, seen = layers[0].batch_size, layers[0].seen
-    if len(alike) != batch_size:
-        alike = torch.zeros(batch_size, batch_size, dtype=torch.long)
+    if len(common_prefix) != batch_size:
+        common_prefix = torch.zeros(batch_size, batch_size, dtype=torch.long)
     if len(rows) == batch_size:
         target = (rows != torch.arange(batch_size)).nonzero().flatten()
         source = rows[target]
-        start = int(alike[target, source].min())
+        start = int(common_prefix[target, source].min())
         for layer in layers:
             layer.copy_rows(target.to(layer.device), source.to(layer.device), start)
     else:
         for layer in layers:
             layer.select(rows.to(layer.device))
-    return torch.where(rows[:, None] == rows, seen, alike[rows][:, rows])
+    return torch.where(rows[:, None] == rows, seen, common_prefix[rows][:, rows])

@@ -10,7 +10,7 @@ import torch
 _ALIGN = 64  # bytes
 
 
-class Frozen:
+class SharedTensors:
     """A copy of some tensors, of which any number of views can be had, each private to its owner.
 
     The copy lies in an anonymous file that every view maps copy-on-write: the system keeps one copy of each page

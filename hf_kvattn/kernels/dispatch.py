@@ -12,10 +12,11 @@ from types import ModuleType
 
 import torch
 
-from .kernels import flash, native, reference, sdpa, triton_decode
-from .kernels.call import AttendCall
-from .quant.blocks import quantize_blocks
-from .quant.codecs import Bits
+from ..quant.blocks import quantize_blocks
+from ..quant.codecs import Bits
+from . import flash, native, reference, sdpa
+from .call import AttendCall
+from .triton import backend as triton_backend
 
 logger = logging.getLogger("hf_kvattn")
 
@@ -24,7 +25,7 @@ BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "native": native,
     "flash": flash,
-    "triton": triton_decode,
+    "triton": triton_backend,
 }
 
 # Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
@@ -107,10 +108,10 @@ def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
 def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
     if call.q.device.type == "cuda":
         if call.packed is not None:
-            return triton_decode, sdpa, reference
+            return triton_backend, sdpa, reference
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
         special = call.slot > 0 or not sdpa.is_plain(call)
-        return (flash, triton_decode, sdpa, reference) if special else (flash, sdpa, reference)
+        return (flash, triton_backend, sdpa, reference) if special else (flash, sdpa, reference)
     if call.q.device.type != "cpu":
         return sdpa, reference
     few = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) <= NATIVE_MAX_ROWS
@@ -122,7 +123,7 @@ def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
 
 def quantizer(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> Callable[..., None]:
     """What turns blocks of such keys (and values) into codes, as `quant.blocks.quantize_blocks` does: equal results."""
-    module = triton_decode if k.device.type == "cuda" else native
+    module = triton_backend if k.device.type == "cuda" else native
     reason = module.unavailable() or module.cannot_quantize(k, k_bits, v_bits)
     if reason is None:
         return module.quantize_blocks

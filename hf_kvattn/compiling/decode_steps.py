@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from . import dispatch
+from ..caches.base import KVCache
+from ..caches.layer import KVLayer
+from ..caches.quantized import QuantizedKVCache
+from ..caches.quantized_layer import KVQuantizedLayer
+from ..caches.static import StaticKVCache
+from ..kernels import dispatch
+from ..masks import compact_mask, left_padding, read_compact_mask
+from ..quant.layout import BLOCK
 from .append_attend import ExactPart, PackedPart
-from .caches.base import KVCache
-from .caches.layer import KVLayer
-from .caches.quantized import QuantizedKVCache
-from .caches.quantized_layer import KVQuantizedLayer
-from .caches.static import StaticKVCache
-from .masks import compact_mask, left_padding, read_compact_mask
-from .quant.layout import BLOCK
 
 
 class DecodeSteps:
@@ -39,8 +39,8 @@ class DecodeSteps:
     Attributes:
         lengths: `(B,)` int32 on the GPU, tokens stored before the step.
         counts: `(2,)` int32 there, of quantized layers: tokens in blocks, and exact ones, the new one included.
-        first: `(B,)` int32 there, left padding.
-        looked: whether `first` is that of the mask; looking at it waits for the GPU, once.
+        leftpad: `(B,)` int32 there, left padding.
+        looked: whether `leftpad` is that of the mask; looking at it waits for the GPU, once.
         layers: each layer's part.
         backend: the choice in force at the step.
     """
@@ -56,7 +56,7 @@ class DecodeSteps:
         if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in cache.layers):
             raise ValueError("they hold no rings of blocks, as in a QuantizedKVCache of a model with sliding windows")
         self.cache = cache
-        self.lengths = self.first = self.counts = torch.empty(0)
+        self.lengths = self.leftpad = self.counts = torch.empty(0)
         self.looked = False
         self.layers: list[ExactPart | PackedPart] = []
         self.backend = "auto"
@@ -76,48 +76,48 @@ class DecodeSteps:
         for layer in self.cache.layers:
             layer.seen += 1
         for layer in self.cache.layers:
-            layer.settle()
+            layer.finish_attention()
         out.past_key_values = self.cache
         return out
 
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
         """What the host does before a step."""
-        self.cache.check_whole()
+        self.cache.check_consistent_layers()
         layers = self.cache.layers
         quantized = [layer for layer in layers if isinstance(layer, KVQuantizedLayer)]
         buffer, _ = next(iter(layers[0].buffers().values()))
         new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
         layers[0].check(new, new)  # for all: whole layers of a cache have one batch size, length and capacity
         for each in quantized:
-            each.examine(wait=False)
+            each.raise_if_not_finite(wait=False)
         if not self.looked:
             self._look_at(mask, tokens.shape[0], layers[0])
         for layer in layers:
-            layer.settle()  # where an interrupt came between a step and this
+            layer.finish_attention()  # where an interrupt came between a step and this
         self.backend = dispatch.chosen_backend()
         self._look_at_buffers()
         for layer in layers:
-            layer.claim()
+            layer.reserve_slot()
         self.lengths.fill_(self.cache.get_seq_length())
         if quantized:  # all of them hold the same tokens in blocks
             self.counts[0] = quantized[0].packed_tokens
             self.counts[1] = quantized[0].stored - quantized[0].packed_tokens + 1
 
     def _look_at(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
-        """Writes `first`, of a mask `(B, tokens)` or None."""
-        first: torch.Tensor | bool | None = None
+        """Writes `leftpad`, of a mask `(B, tokens)` or None."""
+        leftpad: torch.Tensor | bool | None = None
         if mask is not None:
             fits = isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[0] == batch
-            first = fits and left_padding(mask.bool(), layer.seen + 1, 0)
-        if isinstance(first, bool):
+            leftpad = fits and left_padding(mask.bool(), layer.seen + 1, 0)
+        if isinstance(leftpad, bool):
             raise ValueError(
                 f"attention_mask {getattr(mask, 'shape', type(mask))}: steps in a CUDA graph take padding at the left, "
                 "in a mask (B, tokens); compile_config with mode='default' takes others"
             )
-        if self.first.shape != (batch,):
+        if self.leftpad.shape != (batch,):
             made = (torch.empty(n, dtype=torch.int32, device=layer.device) for n in (batch, batch, 2))
-            self.lengths, self.first, self.counts = made
-        self.first.copy_(first) if first is not None else self.first.zero_()
+            self.lengths, self.leftpad, self.counts = made
+        self.leftpad.copy_(leftpad) if leftpad is not None else self.leftpad.zero_()
         self.looked = True
 
     @torch.inference_mode(False)
@@ -152,7 +152,7 @@ class DecodeSteps:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = self.lengths[:1, None].long()
-        masks = compact_masks(decoder.config, new_tokens(kwargs), lambda sliding: self.first)
+        masks = compact_masks(decoder.config, new_tokens(kwargs), lambda sliding: self.leftpad)
         return {**kwargs, "position_ids": positions, "attention_mask": masks}
 
     def attend(
@@ -171,9 +171,9 @@ class DecodeSteps:
         scale = q.shape[-1] ** -0.5 if scaling is None else scaling
         tensors, rules = (layer.k, layer.v, q, k, v), (softcap, s_aux, self.backend)
         if isinstance(layer, PackedPart):
-            stored = (self.counts, self.first, layer.packed, layer.layout)
+            stored = (self.counts, self.leftpad, layer.packed, layer.layout)
             return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *rules)
-        numbers = (self.lengths, self.first, scale, window, layer.wraps)
+        numbers = (self.lengths, self.leftpad, scale, window, layer.wraps)
         return torch.ops.hf_kvattn.append_attend(*tensors, *numbers, *rules)
 
 
@@ -183,16 +183,16 @@ def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def compact_masks(
-    config: Any, tokens: torch.Tensor, first: Callable[[bool], torch.Tensor | None]
+    config: Any, tokens: torch.Tensor, leftpad: Callable[[bool], torch.Tensor | None]
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Compact masks for a decoder of `config`, as transformers would hand them to it in `create_masks_for_generate`.
 
     Args:
-        first: what `compact_mask` takes, for layers with a sliding window or without.
+        leftpad: what `compact_mask` takes, for layers with a sliding window or without.
     """
 
     def compact(sliding: bool) -> torch.Tensor:
-        return compact_mask(first(sliding), config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+        return compact_mask(leftpad(sliding), config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
 
     if hasattr(config, "layer_types"):  # one mask for each kind of layer, or one for all
         return {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}

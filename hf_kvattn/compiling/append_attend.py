@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from . import dispatch
-from .kernels import flash, triton_decode
-from .kernels.call import AttendCall
-from .quant.packed import PackedKV
+from ..kernels import dispatch, flash
+from ..kernels.call import AttendCall
+from ..kernels.triton import backend as triton_backend
+from ..quant.packed import PackedKV
 
 
 def _append_attend(
@@ -24,7 +24,7 @@ def _append_attend(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: torch.Tensor,
-    first: torch.Tensor,
+    leftpad: torch.Tensor,
     scale: float,
     window: int | None,
     wraps: bool,
@@ -39,7 +39,7 @@ def _append_attend(
         q: `(B, Hq, 1, D)`.
         k, v: `(B, Hkv, 1, D)`.
         lengths: `(B,)` int32, tokens stored before, the same for all rows.
-        first: `(B,)` int32, the position of each row's first token (left padding).
+        leftpad: `(B,)` int32, the position of each row's first token (left padding).
         window: visible keys including the query's own, or None for all.
         wraps: whether the buffers are rings: token `t` lies in slot `t % slots`.
         backend: `dispatch.chosen_backend()` at the time of the step.
@@ -47,7 +47,7 @@ def _append_attend(
     _check(k_buffer, k, lengths)
     slots = k_buffer.shape[2]
     slot = lengths % slots if wraps else lengths
-    reach = (lengths - first).clamp(0, None if window is None else window - 1)
+    reach = (lengths - leftpad).clamp(0, None if window is None else window - 1)
     call = AttendCall(q, k_buffer, v_buffer, scale, softcap=softcap, s_aux=s_aux)
     with dispatch.backend(backend):
         # Where it appends, the library wants a slot for each query head of a group.
@@ -71,7 +71,7 @@ def _check(k_buffer: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor) -> No
 
 
 def _append_attend_fake(
-    k_buffer, v_buffer, q, k, v, lengths, first, scale, window, wraps, softcap, s_aux, backend
+    k_buffer, v_buffer, q, k, v, lengths, leftpad, scale, window, wraps, softcap, s_aux, backend
 ) -> torch.Tensor:
     _check(k_buffer, k, lengths)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
@@ -84,7 +84,7 @@ def _append_attend_packed(
     k: torch.Tensor,
     v: torch.Tensor,
     counts: torch.Tensor,
-    first: torch.Tensor,
+    leftpad: torch.Tensor,
     packed: list[torch.Tensor | None],
     layout: list[int],
     scale: float,
@@ -104,29 +104,29 @@ def _append_attend_packed(
     slot = counts[1:].long() - 1
     k_exact.index_copy_(2, slot, k)
     v_exact.index_copy_(2, slot, v)
-    call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, first=first)
+    call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, leftpad=leftpad)
     call.packed = PackedKV(*layout, *packed)  # type: ignore[arg-type]  # None are the zeros that 8 bits do not have
     with dispatch.backend(backend):
-        if dispatch.serving(call) is triton_decode:
-            return triton_decode.attend(call, counts)
+        if dispatch.serving(call) is triton_backend:
+            return triton_backend.attend(call, counts)
         call.mask = _there(call, counts)
         return dispatch.attend(call).contiguous()
 
 
 def _there(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
     """The mask `(B, 1, 1, Tk)` of the tokens that are there, where `call` has room for more."""
-    assert call.packed is not None and call.first is not None
+    assert call.packed is not None and call.leftpad is not None
     start, room = call.packed.start, call.packed.tokens
     key = torch.arange(call.kv_len, device=counts.device)
     in_blocks = (key >= start) & (key < start + room)
     exact = torch.where(key < start, key, key - room)  # where among the exact ones
     there = torch.where(in_blocks, key < start + counts[0], exact < counts[1])
     position = torch.where(key < start + room, key, exact + counts[0])
-    return (there & (position >= call.first[:, None]))[:, None, None]
+    return (there & (position >= call.leftpad[:, None]))[:, None, None]
 
 
 def _append_attend_packed_fake(
-    k_exact, v_exact, q, k, v, counts, first, packed, layout, scale, softcap, s_aux, backend
+    k_exact, v_exact, q, k, v, counts, leftpad, packed, layout, scale, softcap, s_aux, backend
 ) -> torch.Tensor:
     _check(k_exact, k, counts)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
@@ -136,13 +136,13 @@ _NEW = "Tensor q, Tensor k, Tensor v"
 # Of `torch.ops.hf_kvattn`: arguments, implementation, fake implementation.
 OPS: dict[str, tuple[str, Callable, Callable]] = {
     "append_attend": (
-        f"Tensor(a!) k_buffer, Tensor(b!) v_buffer, {_NEW}, Tensor lengths, Tensor first, float scale, int? window, "
+        f"Tensor(a!) k_buffer, Tensor(b!) v_buffer, {_NEW}, Tensor lengths, Tensor leftpad, float scale, int? window, "
         "bool wraps, float? softcap, Tensor? s_aux, str backend",
         _append_attend,
         _append_attend_fake,
     ),
     "append_attend_packed": (
-        f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor first, Tensor?[] packed, int[] layout, "
+        f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, int[] layout, "
         "float scale, float? softcap, Tensor? s_aux, str backend",
         _append_attend_packed,
         _append_attend_packed_fake,

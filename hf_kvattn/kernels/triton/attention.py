@@ -1,5 +1,5 @@
 """Decode attention in Triton over quantized and exact tokens: which program takes which, and the op that launches both
-kernels (`triton_kernels.py`).
+kernels (`attention_kernels.py`).
 
 This module needs triton and is imported when the first call comes.
 """
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from ..quant import rotation
-from ..quant.layout import BLOCK
-from ..quant.packed import PackedKV
-from .call import AttendCall, SinkKV
-from .triton_kernels import decode_attention_kernel, merge_splits_kernel
+from ...quant import rotation
+from ...quant.layout import BLOCK
+from ...quant.packed import PackedKV
+from ..call import AttendCall, SinkKV
+from .attention_kernels import decode_attention_kernel, merge_splits_kernel
 
 MAX_SPLITS = 128
 _SPLIT_PAYS = 16  # a split reads so many times the bytes that its partial result costs,
@@ -116,10 +116,10 @@ def launch(
     partial_lse = torch.empty(partial.shape[:-1], dtype=torch.float32, device=device)
     _queue_decode(call, call.kv_len, lengths, tile, splits, partial, partial_lse)
     if (sinks := call.sinks) is not None:  # exact tokens with queries of their own: the last split
-        beside = AttendCall(sinks.q, sinks.k, sinks.v, call.scale, softcap=call.softcap, first=sinks.first)
+        sink_call = AttendCall(sinks.q, sinks.k, sinks.v, call.scale, softcap=call.softcap, leftpad=sinks.leftpad)
         last = partial.narrow(2, own_splits, 1), partial_lse.narrow(2, own_splits, 1)
         all_of_them = Splits(0, 0, 2 * tile.blocks, 0, 1)
-        _queue_decode(beside, sinks.evicted + q_len - 1, None, tile, all_of_them, *last, n_splits)
+        _queue_decode(sink_call, sinks.evicted + q_len - 1, None, tile, all_of_them, *last, n_splits)
     merge_splits_kernel[(q_len, q_heads, batch)](
         partial,
         partial_lse,
@@ -165,7 +165,7 @@ def _queue_decode(
         q,
         k,
         v,
-        call.first,
+        call.leftpad,
         lengths,
         *((None,) * 7 if packed is None else packed.arrays()),
         partial,
@@ -233,7 +233,7 @@ def decode_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    first: torch.Tensor | None,
+    leftpad: torch.Tensor | None,
     packed: list[torch.Tensor | None],
     layout: list[int],
     tokens: int | None,
@@ -249,7 +249,7 @@ def decode_attention(
     lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
-    call = _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
+    call = _call(q, k, v, leftpad, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
     call.s_aux = s_aux
     return launch(call, multiprocessors, lengths)
 
@@ -259,7 +259,7 @@ def _(
     q,
     k,
     v,
-    first,
+    leftpad,
     packed,
     layout,
     tokens,
@@ -275,7 +275,7 @@ def _(
     lengths=None,
 ):
     batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, first, s_aux, lengths, *packed, *sinks):
+    for tensor in (k, v, leftpad, s_aux, lengths, *packed, *sinks):
         torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
     return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
 
@@ -290,7 +290,7 @@ def op_arguments(call: AttendCall) -> tuple:
         call.q,
         call.k,
         call.v,
-        _on_device(call.first, call.q.device),
+        _on_device(call.leftpad, call.q.device),
         [] if packed is None else list(packed.arrays()),
         [] if packed is None else [packed.start, packed.tokens, packed.k_bits, packed.v_bits, packed.slot],
         call.tokens,
@@ -301,19 +301,24 @@ def op_arguments(call: AttendCall) -> tuple:
         call.softcap,
         []
         if sinks is None
-        else [sinks.k, sinks.v, sinks.q, *([] if sinks.first is None else [_on_device(sinks.first, call.q.device)])],
+        else [
+            sinks.k,
+            sinks.v,
+            sinks.q,
+            *([] if sinks.leftpad is None else [_on_device(sinks.leftpad, call.q.device)]),
+        ],
         0 if sinks is None else sinks.evicted,
         call.s_aux,
     )
 
 
-def _on_device(first: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if first is None else first.to(device, torch.int32)
+def _on_device(leftpad: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if leftpad is None else leftpad.to(device, torch.int32)
 
 
-def _call(q, k, v, first, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted) -> AttendCall:
+def _call(q, k, v, leftpad, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted) -> AttendCall:
     """The inverse of `op_arguments`."""
-    call = AttendCall(q, k, v, scale, causal, window, softcap, first, tokens=tokens, slot=slot)
+    call = AttendCall(q, k, v, scale, causal, window, softcap, leftpad, tokens=tokens, slot=slot)
     if sinks:
         own_k, own_v, own_q, *own_first = sinks
         call.sinks = SinkKV(own_k, own_v, own_q, evicted, *own_first)

@@ -1,5 +1,5 @@
 """Triton on a GPU, for quantized caches: decode attention that reads them packed (the backend `triton`), and blocks
-quantized in one kernel. What serves what, without triton; the kernels are in `triton_kernels.py`, `triton_quantize.py`.
+quantized in one kernel. What serves what, without triton; the kernels are in `attention_kernels.py`, `quantize.py`.
 
 Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
@@ -12,9 +12,9 @@ import importlib.util
 
 import torch
 
-from ..quant.codecs import Bits
-from ..quant.packed import PackedKV
-from .call import AttendCall
+from ...quant.codecs import Bits
+from ...quant.packed import PackedKV
+from ..call import AttendCall
 
 MAX_QUERIES = 16
 # In float32 the products leave the tensor cores, and the kernels spill: up to 1,392 bytes a thread on sm_80 (head_dim
@@ -79,13 +79,13 @@ def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tenso
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU.
 
     Args:
-        lengths: of a launch that is captured once for all lengths; see `triton_attention.launch`.
+        lengths: of a launch that is captured once for all lengths; see `attention.launch`.
     """
-    from . import triton_attention  # triton is an optional dependency
+    from . import attention  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):
-        out, _ = triton_attention.decode_attention(
-            *triton_attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device), lengths=lengths
+        out, _ = attention.decode_attention(
+            *attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device), lengths=lengths
         )
     return out
 
@@ -103,12 +103,12 @@ def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
 
 def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     """`quant.blocks.quantize_blocks` on the GPU of `k`. Queued."""
-    from . import triton_quantize  # triton is an optional dependency
+    from . import quantize  # triton is an optional dependency
 
     k_codes, k_scale, k_zero, k_mean, *values = into.arrays()
     arrays = (k_mean, k_codes, k_scale, k_zero, *values)
     with torch.cuda.device(k.device):
-        triton_quantize.quantize_blocks(k, v, *arrays, into.k_bits, into.v_bits, slot)
+        quantize.quantize_blocks(k, v, *arrays, into.k_bits, into.v_bits, slot)
 
 
 @functools.lru_cache

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..quant import rotation
-from ..quant.codecs import has_zero
-from ..quant.layout import BLOCK
-from .triton_kernels import rotate
+from ...quant import rotation
+from ...quant.codecs import has_zero
+from ...quant.layout import BLOCK
+from .attention_kernels import rotate
 
 
 @triton.jit

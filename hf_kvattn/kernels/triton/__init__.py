@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs: attention over packed and exact tokens, and the quantization of blocks."""
