@@ -33,6 +33,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .attention import NAME, kvattn_attention
 from .caches.base import KVCache
 from .caches.configs import check_config
+from .caches.quantized import QuantizedKVCache
 from .caches.registry import CACHES, COMPLETE
 from .caches.sliding import SlidingWindowKVCache
 from .compiling.decode_steps import DecodeSteps
@@ -78,8 +79,8 @@ def enable(
         model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
         cache: what a `generate()` that passes no cache gets, a fresh one each time: a name of
             `caches.registry.COMPLETE` (`"static"`, `"int8"`, `"int4"`...), a callable `config -> Cache`, or None to
-            leave `generate()` as it is. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the model was loaded from,
-            where there is one.
+            leave `generate()` as it is. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder
+            that the model was loaded from, where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
             package's caches: as its `compile_config` says, else `compiled.default_config()`. The first step of a model
             and batch size then takes a minute or so.
@@ -255,7 +256,7 @@ def _calibrated(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfi
     if not folder or not path.is_file():
         return CACHES[cache]
     calibration = Calibration.load(path)
-    make_cache = functools.partial(CACHES[cache].cls, calibration=calibration)
+    make_cache = functools.partial(QuantizedKVCache, calibration=calibration)
     make_cache(model.config)  # refuses another model's, now rather than in generate()
     logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
     return make_cache

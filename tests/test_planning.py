@@ -13,7 +13,8 @@ import hf_kvattn
 from hf_kvattn import __main__ as command_line
 from hf_kvattn import planning
 from hf_kvattn.evaluation import inputs
-from hf_kvattn.planning import VARIANTS, Plan, cache_bytes, model_bytes
+from hf_kvattn.caches.registry import CACHES, COMPLETE
+from hf_kvattn.planning import Plan, cache_bytes, model_bytes
 
 BIG = {"num_hidden_layers": 2, "hidden_size": 128}  # heads of 32: groups of 32 divide them
 MODELS = {
@@ -28,7 +29,7 @@ MODELS = {
 
 def real_cache(name: str, config, batch: int, dtype: torch.dtype, context: int, chunks: list[int]):
     """The cache of that name on the CPU, filled to the last token in these chunks."""
-    cache = VARIANTS[name](config, max_cache_len=context)
+    cache = CACHES[name](config, max_cache_len=context)
     heads, dim = config.num_key_value_heads, config.head_dim
     for count in chunks:
         for layer in range(config.num_hidden_layers):
@@ -41,17 +42,17 @@ def real_cache(name: str, config, batch: int, dtype: torch.dtype, context: int, 
 
 @pytest.mark.parametrize("shape", [(1, 1, [1]), (3, 36, [36]), (2, 37, [5, 32]), (1, 300, [260, 1, 1, 38])], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", COMPLETE)
 def test_bytes_are_those_that_the_cache_allocates(name, model, shape):
     batch, context, chunks = shape
     for dtype in (torch.bfloat16, torch.float32):
         cache = real_cache(name, MODELS[model], batch, dtype, context, chunks)
-        assert cache_bytes(VARIANTS[name], MODELS[model], batch, dtype, context) == cache.nbytes
+        assert cache_bytes(CACHES[name], MODELS[model], batch, dtype, context) == cache.nbytes
 
 
 def test_bytes_of_generate_with_an_enabled_model():
     model = tiny_model(**BIG)
-    for make in VARIANTS.values():
+    for make in map(CACHES.get, COMPLETE):
         cache = make(model.config, max_cache_len=13 + 60)
         with hf_kvattn.enabled(model):
             generate(model, prompt(), new_tokens=60, past_key_values=cache)
@@ -74,7 +75,7 @@ def test_the_longest_context_is_the_last_that_fits(model):
     result = hf_kvattn.plan(config, 3, 100, torch.float16, budget)
     left = budget - result.weights_bytes
     for name, row in result.rows.items():
-        size = functools.partial(cache_bytes, VARIANTS[name], config, 3, torch.float16)
+        size = functools.partial(cache_bytes, CACHES[name], config, 3, torch.float16)
         assert size(row.longest_context) <= left < size(row.longest_context + 1)
         assert row.cache_bytes == size(100) and row.fits
     sizes = [row.longest_context for row in result.rows.values()]
@@ -91,7 +92,7 @@ def test_the_choice_is_the_most_exact_that_fits():
     config = MODELS["llama"]
     longest = {n: r.longest_context for n, r in asked(config, context=1).rows.items()}
     assert asked(config, context=longest["static"]).choice == "static"
-    for better, next_one in zip(list(VARIANTS), list(VARIANTS)[1:], strict=False):
+    for better, next_one in zip(COMPLETE, COMPLETE[1:], strict=False):
         assert asked(config, context=longest[better] + 1).choice == next_one
     nothing = asked(config, context=longest["int2"] + 1)
     assert nothing.choice is None and "nothing here fits" in str(nothing)

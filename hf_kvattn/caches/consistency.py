@@ -17,8 +17,8 @@ def check_consistent_layers(layers: Sequence[KVLayer]) -> None:
     complete, longest = _lengths(layers)
     if complete != longest:
         raise ValueError(
-            f"a forward was interrupted half way: layers hold {complete} to {longest} tokens; crop({complete - longest}) "
-            "goes back to the last whole step"
+            f"a forward was interrupted half way: layers hold {complete} to {longest} tokens; "
+            f"crop({complete - longest}) goes back to the last whole step"
         )
 
 

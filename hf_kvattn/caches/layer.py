@@ -30,8 +30,9 @@ class KVLayer(CacheLayerMixin):
     - `stored`: tokens in the buffer now;
     - `capacity`: tokens that the buffer has room for.
 
-    `unchanged_prefix` of the leading tokens have not changed since the cache last looked (`KVCache._note_changes`). `inconsistent` names a
-    change that was interrupted half way: nothing can be read any more, only `reset` helps (`caches/consistency.py`).
+    `unchanged_prefix` counts leading tokens that have not changed since `KVCache._note_changes` last ran. `inconsistent`
+    names a change that was interrupted half way: nothing can be read any more, and only `reset` helps
+    (`caches/consistency.py`).
 
     `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
     """

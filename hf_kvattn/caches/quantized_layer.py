@@ -35,9 +35,9 @@ class QuantSettings:
 class KVQuantizedLayer(KVLayer):
     """One layer: the first `sinks` tokens exact, then blocks of 32 tokens as packed codes, then the newest ones exact.
 
-    `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once, when
-    attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes never change
-    again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
+    `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once,
+    when attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes
+    never change again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
 
     With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
     """

@@ -1,4 +1,4 @@
-"""`CACHES`: the caches that have a name, one row each. Everything that takes or lists a cache's name reads this table."""
+"""`CACHES`: the caches that have a name, one row each. Whatever takes or lists cache names reads this table."""
 
 from __future__ import annotations
 

@@ -142,8 +142,8 @@ OPS: dict[str, tuple[str, Callable, Callable]] = {
         _append_attend_fake,
     ),
     "append_attend_packed": (
-        f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, int[] layout, "
-        "float scale, float? softcap, Tensor? s_aux, str backend",
+        f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, "
+        "int[] layout, float scale, float? softcap, Tensor? s_aux, str backend",
         _append_attend_packed,
         _append_attend_packed_fake,
     ),
