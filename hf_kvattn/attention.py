@@ -1,8 +1,16 @@
-"""The attention function that transformers calls under the name `kvattn`: its arguments become one `AttendCall`."""
+"""The attention function that transformers calls under the name `kvattn`, and what it is handed for a layer's cache.
+
+    kvattn_attention(module, q, k, v, mask, ..., kv_handle=handle)  ->  handle.attend(q, k, v, rules)
+
+The hook of `enable` (`plugin.py`) adds `kv_handle`. There are three kinds of handle, all with that one method:
+`LayerHandle` here, `TracedHandle` while a model is traced (`compiling/ops.py`), and `StepHandle` in a step that a CUDA
+graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over the keys and values it is given.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -11,8 +19,112 @@ from .kernels import dispatch
 from .kernels.call import AttendCall, SinkKV
 from .masks import is_compact, read_compact_mask
 
+if TYPE_CHECKING:
+    from .caches.base import KVCache
+    from .caches.layer import KVLayer
+
 NAME = "kvattn"
-_UNSERVED = ("position_bias", "cache", "block_table", "head_mask")
+
+# Keywords that transformers hands to every attention function and that change nothing here: what they stand for is in
+# the mask or the positions already, or concerns other parts of the model.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "deterministic",
+        "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "return_dict",
+        "seq_idx",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+
+
+@dataclass(slots=True)
+class Rules:
+    """What a model asks of one attention besides queries, keys and values.
+
+    Attributes:
+        mask: what `kvattn_mask` returned, or a custom 4-D mask `(B or 1, Hq or 1, Tq, Tk)`, bool or float.
+        scaling: factor of the scores; None means `D ** -0.5`.
+        is_causal: whether a query sees only keys up to its own position, where there is no mask.
+        window: visible keys including the query's own, where there is no mask; None means all.
+        softcap: scores become `softcap * tanh(score / softcap)`; None means no cap.
+        s_aux: learned sinks, `(Hq,)` scores without values (gpt-oss).
+        dropout: probability of dropping a weight, for training.
+    """
+
+    mask: torch.Tensor | None
+    scaling: float | None
+    is_causal: bool
+    window: int | None
+    softcap: float | None
+    s_aux: torch.Tensor | None
+    dropout: float = 0.0
+
+    def for_op(self) -> tuple:
+        """The fields that the ops of `compiling/ops.py` take, in their order: all but `dropout`."""
+        return self.mask, self.scaling, self.is_causal, self.window, self.softcap, self.s_aux
+
+    def check_inference(self, query: torch.Tensor) -> None:
+        """Raises ValueError where a compiled step cannot serve: dropout, or gradients for `query`."""
+        if self.dropout or (torch.is_grad_enabled() and query.requires_grad):
+            raise ValueError(
+                f"a compiled step through a cache is for inference: torch.no_grad(), no dropout={self.dropout}"
+            )
+
+
+class Handle(Protocol):
+    """One layer's cache, as the attention function meets it."""
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, the new `key` and `value` among them.
+
+        Args:
+            key, value: `(B, Hkv, T, D)`, the new tokens.
+
+        Returns:
+            `(B, T, Hq, D)`, contiguous.
+        """
+
+
+class LayerHandle:
+    """One layer of a cache during the forward of one attention module.
+
+    It stands in for the cache there: `update` stores the new tokens and returns only those, so that the past is never
+    gathered; `attend` then reads the layer's own storage. Anything else that a module asks of its cache is the cache's
+    own answer.
+
+    Raises:
+        ValueError: the cache has no such layer, or an interrupted forward left its layers inconsistent.
+    """
+
+    def __init__(self, cache: KVCache, index: int):
+        if index == 0:  # also where the caller's own masks ask this cache nothing
+            cache.check_consistent_layers()
+        self._cache, self._layer = cache, cache.layer(index)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx != self._layer.layer_idx:
+            raise ValueError(f"layer {self._layer.layer_idx} of the cache was asked to store layer {layer_idx}")
+        self._layer.append(key_states, value_states)
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+        return attend_layer(self._layer, query, key, value, rules)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):  # copying and pickling ask an empty instance for these
+            raise AttributeError(name)
+        return getattr(self._cache, name)
 
 
 def kvattn_attention(
@@ -27,86 +139,98 @@ def kvattn_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    kv_layer=None,
-    kv_ticket: tuple[torch.Tensor, int] | None = None,
-    kv_step: tuple | None = None,
-    **kwargs,
+    kv_handle: Handle | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of `query` over `kv_layer`'s stored tokens, or over `key` and `value` where there is no such layer.
+    """Attention of `query` over the tokens of `kv_handle`, or over `key` and `value` without one.
 
     Args:
         module: the attention module; `is_causal` is read from it when not given.
         query: `(B, Hq, Tq, D)`.
-        key: `(B, Hkv, Tk, D)`; with `kv_layer` the new tokens only, which the layer already holds.
+        key: `(B, Hkv, Tk, D)`; with `kv_handle` the new tokens only.
         value: as `key`.
-        attention_mask: what `kvattn_mask` returned, or a custom 4-D mask `(B or 1, Hq or 1, Tq, Tk)`, bool or float.
-        scaling: factor of the scores; None means `D ** -0.5`.
-        s_aux: learned attention sinks, `(Hq,)` scores without values (gpt-oss).
-        kv_layer: a layer of one of this package's caches, put here by the hook of `enable`.
-        kv_ticket: while a model is traced, in the place of `kv_layer`: the cache's ticket and the layer's index. The
-            new tokens are not stored yet.
-        kv_step: in a step that a CUDA graph is to hold, in the place of `kv_layer`: the `graphs.DecodeSteps` and
-            the layer's index. The new token is not stored yet.
+        attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux: see `Rules`.
+        kv_handle: put here by the hook of `enable`.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous, and None (no attention weights).
 
     Raises:
-        ValueError: an argument that changes the result and cannot be served, or a mask of another length than the keys.
+        ValueError: a keyword that is not known and might change the result, or a mask of another length than the keys.
     """
-    for name in _UNSERVED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} (layer {module.layer_idx})")
-    if kwargs.get("output_attentions"):
-        raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
+    for name, given in kwargs.items():
+        if given is None or name in _HARMLESS:
+            continue
+        if name != "output_attentions":
+            raise ValueError(f"attention implementation {NAME!r} does not serve {name!r} ({type(module).__name__})")
+        if given:
+            raise ValueError(f"attention implementation {NAME!r} keeps no weights: output_attentions needs 'eager'")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if kv_ticket is not None or kv_step is not None:
-        if dropout or (torch.is_grad_enabled() and query.requires_grad):
-            raise ValueError(f"a compiled step through a cache is for inference: torch.no_grad(), no {dropout=}")
-        if kv_step is not None:
-            steps, index = kv_step
-            return steps.attend(index, query, key, value, attention_mask, scaling, softcap, s_aux), None
-        assert kv_ticket is not None
-        step = torch.ops.hf_kvattn.step
-        rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
-        return step(*kv_ticket, query, key, value, *rules), None
-    call = AttendCall(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap)
-    call.dropout, call.s_aux = dropout, s_aux
-    if torch.compiler.is_dynamo_compiling() and kv_layer is None and not dropout and not call.needs_grad:
-        rules = (attention_mask, scaling, is_causal, sliding_window, softcap, s_aux)
-        return torch.ops.hf_kvattn.attend(query, key, value, *rules), None
-    if kv_layer is not None:
-        call.k, call.v, call.packed, call.tokens, call.slot = kv_layer.stored_kv()
-    if attention_mask is None:
-        call.causal = is_causal
-        call.window = sliding_window if call.causal else None
-    elif is_compact(attention_mask):
-        call.leftpad, call.window = read_compact_mask(attention_mask)
-    else:
-        q_len, kv_len = query.shape[2], call.kv_len
-        if attention_mask.shape[-2:] != (q_len, kv_len):
-            raise ValueError(f"mask {tuple(attention_mask.shape)} does not fit {q_len} queries and {kv_len} keys")
-        call.mask = attention_mask
-    if kv_layer is not None:
-        _apply_layer_window(call, kv_layer)
+    rules = Rules(attention_mask, scaling, is_causal, sliding_window, softcap, s_aux, dropout)
+    if kv_handle is not None:
+        return kv_handle.attend(query, key, value, rules), None
+    if torch.compiler.is_dynamo_compiling() and not dropout:
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        if not needs_grad:
+            return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
+    return attend_dense(query, key, value, rules), None
+
+
+def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+    """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
+    call = AttendCall(query, key, value, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    _apply_mask(call, rules)
+    return dispatch.attend(call).contiguous()
+
+
+def attend_layer(
+    layer: KVLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+) -> torch.Tensor:
+    """Attention over what `layer` holds; the new tokens `key` and `value` are stored there already.
+
+    Returns:
+        `(B, Tq, Hq, D)`, contiguous. A backward pass through it raises: a cache holds no autograd graph.
+    """
+    k, v, packed, tokens, slot = layer.stored_kv()
+    call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    call.packed, call.tokens, call.slot = packed, tokens, slot
+    _apply_mask(call, rules)
+    _apply_layer_window(call, layer)
     out = dispatch.attend(call)
-    if kv_layer is not None:
-        kv_layer.finish_attention()
-        out = cut_graph(out, query, key, value)
-    return out.contiguous(), None
+    layer.finish_attention(dispatch.quantize_blocks)
+    return cut_graph(out, query, key, value).contiguous()
 
 
-def _apply_layer_window(call: AttendCall, kv_layer) -> None:
+def _scale(query: torch.Tensor, rules: Rules) -> float:
+    return query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
+
+
+def _apply_mask(call: AttendCall, rules: Rules) -> None:
+    """Writes dropout, and what is visible, into `call`."""
+    call.dropout, mask = rules.dropout, rules.mask
+    if mask is None:
+        call.causal = rules.is_causal
+        call.window = rules.window if call.causal else None
+    elif is_compact(mask):
+        call.leftpad, call.window = read_compact_mask(mask)
+    else:
+        q_len, kv_len = call.q.shape[2], call.kv_len
+        if mask.shape[-2:] != (q_len, kv_len):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit {q_len} queries and {kv_len} keys")
+        call.mask = mask
+
+
+def _apply_layer_window(call: AttendCall, layer: KVLayer) -> None:
     """The window that a cache forces on the model, and the sinks beside it."""
-    if kv_layer.forces_window:
+    if layer.forces_window:
         if not call.causal:
-            raise ValueError(f"a window of {kv_layer.sliding_window} is forced on causal attention only")
+            raise ValueError(f"a window of {layer.sliding_window} is forced on causal attention only")
         if call.mask is None:
-            call.window = kv_layer.sliding_window
-        elif (seen := replace(call, mask=None, leftpad=None, window=kv_layer.sliding_window).visible()) is not None:
+            call.window = layer.sliding_window
+        elif (visible := replace(call, mask=None, leftpad=None, window=layer.sliding_window).visible()) is not None:
             is_bool = call.mask.dtype == torch.bool
-            call.mask = call.mask & seen if is_bool else call.mask.masked_fill(~seen, -torch.inf)
-    sink_inputs = kv_layer.sink_inputs(call.q, call.leftpad)
-    if sink_inputs is not None:
-        call.sinks = SinkKV(*sink_inputs)
+            call.mask = call.mask & visible if is_bool else call.mask.masked_fill(~visible, -torch.inf)
+    sinks = layer.sink_inputs(call.q, call.leftpad)
+    if sinks is not None:
+        call.sinks = SinkKV(*sinks)

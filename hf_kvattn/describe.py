@@ -63,8 +63,7 @@ def describe(model: PreTrainedModel | None = None) -> Description:
 def _taken(call: AttendCall) -> tuple[str, str | None]:
     chosen = dispatch.chosen_backend()
     if chosen == "auto":
-        module, reason = dispatch.auto_choice(call)
-        return dispatch.name_of(module), reason
+        return dispatch.auto_choice(call)
     reason = dispatch.BACKENDS[chosen].unsupported(call)
     return (chosen, None) if reason is None else ("raises", reason)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .attention import kvattn_attention
+from .attention import LayerHandle, kvattn_attention
 from .caches.base import KVCache
 from .caches.layer import KVLayer
 from .caches.static import StaticKVCache
@@ -89,10 +89,12 @@ class CachedSelfAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        layer = None if cache is None else _only_layer(cache)
-        if layer is not None:
-            layer.append(k, v)
-        out, _ = kvattn_attention(self, q, k, v, None, is_causal=True, sliding_window=self.window, kv_layer=layer)
+        handle = None
+        if cache is not None:
+            _only_layer(cache)
+            handle = LayerHandle(cache, 0)
+            handle.update(k, v, 0)
+        out, _ = kvattn_attention(self, q, k, v, None, is_causal=True, sliding_window=self.window, kv_handle=handle)
         return self.o_proj(out.flatten(2))
 
     def prefill(self, x: torch.Tensor, cache: KVCache) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """`enable` and `disable`: the door between a transformers model and this package.
 
-transformers calls `past_key_values.update(k, v, layer_idx)` inside an attention module and hands the result to the
-attention function, which never sees the cache. `enable` puts a forward pre-hook on each attention module: when the
-cache is one of ours, the hook swaps in that layer's writer and adds `kv_layer=`, which flows through the module's
-keyword arguments to our attention function. Nothing global is armed and no forward is copied; with any other cache,
-or none, the hook does nothing.
+transformers calls `past_key_values.update(k, v, layer_idx)` inside an attention module, and hands the result to the
+attention function, which never sees the cache. `enable` puts a forward pre-hook on each attention module. When the
+cache is one of ours, the hook puts the layer's handle in its place and hands the same handle on as `kv_handle`, through
+the module's keyword arguments, to our attention function. No forward is copied and no state is global. With any other
+cache, or none, the hook does nothing.
 """
 
 from __future__ import annotations
@@ -30,21 +30,14 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import NAME, kvattn_attention
+from .attention import NAME, LayerHandle, kvattn_attention
 from .caches.base import KVCache
 from .caches.configs import check_config
 from .caches.quantized import QuantizedKVCache
 from .caches.registry import CACHES, COMPLETE
-from .caches.sliding import SlidingWindowKVCache
-from .compiling.decode_steps import DecodeSteps
-from .compiling.ops import (
-    checked_config,
-    compiled_step,
-    default_config,
-    own_positions,
-    register_ops,
-    trace_inputs,
-)
+from .compiling.decode_steps import DecodeSteps, StepHandle, new_tokens
+from .compiling.ops import TracedHandle, register_ops, stream_positions, trace_inputs
+from .compiling.step import checked_config, compiled_step, default_config
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
 
@@ -82,8 +75,8 @@ def enable(
             leave `generate()` as it is. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder
             that the model was loaded from, where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
-            package's caches: as its `compile_config` says, else `compiled.default_config()`. The first step of a model
-            and batch size then takes a minute or so.
+            package's caches: as its `compile_config` says, else as `compiling.step.default_config()`. The first step of
+            a model and batch size then takes a minute or so.
 
     Raises:
         ValueError: an unsupported model, with the reason, an unknown cache name, or a calibration that is broken or
@@ -107,7 +100,7 @@ def enable(
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
     hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
-    hooks.append(model.get_decoder().register_forward_pre_hook(_own_positions, with_kwargs=True))
+    hooks.append(model.get_decoder().register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
     ours: dict[str, Callable] = {}
     if make_cache is not None or compile:
         ours["generate"] = _generate
@@ -154,6 +147,7 @@ def is_enabled(model: PreTrainedModel) -> bool:
 
 
 def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
+    """The hook before an attention module's forward: puts the layer's handle in the place of one of our caches."""
     cache = kwargs.get("past_key_values")
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
     if not isinstance(cache, (KVCache, DecodeSteps)) or _implementation(module) != NAME:
@@ -164,15 +158,21 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
+    handle: StepHandle | TracedHandle | LayerHandle
     if isinstance(cache, DecodeSteps):
-        return args, {**kwargs, "past_key_values": None, "kv_step": (cache, index)}
-    if torch.compiler.is_compiling():
-        return args, {**kwargs, "past_key_values": None, "kv_ticket": (cache.ticket, index)}
-    return args, {**kwargs, "past_key_values": cache.writer(index), "kv_layer": cache.layers[index]}
+        handle = StepHandle(cache, index)
+    elif torch.compiler.is_compiling():
+        handle = TracedHandle(cache.ticket, index)
+    else:
+        handle = LayerHandle(cache, index)
+    return args, {**kwargs, "past_key_values": handle, "kv_handle": handle}
 
 
-def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
-    """Positions of an endless stream are the cache's business: the model's would leave what it was trained on."""
+def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
+    """The hook before the decoder's forward: positions and masks where the cache, not the model, knows them.
+
+    Positions of an endless stream are the cache's: the model's would leave what it was trained on.
+    """
     if args:
         kwargs, args = {**inspect.signature(decoder.forward).bind(*args, **kwargs).arguments}, ()
         kwargs |= kwargs.pop("kwargs", {})
@@ -188,10 +188,9 @@ def _own_positions(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         return None
     if torch.compiler.is_compiling():
         return args, trace_inputs(decoder, cache, kwargs)
-    if not isinstance(cache, SlidingWindowKVCache):
+    if not cache.counts_positions:
         return None
-    tokens = next(t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-    positions = own_positions(cache, tokens, kwargs.get("position_ids"), kwargs.get("attention_mask"))
+    positions = stream_positions(cache, new_tokens(kwargs), kwargs.get("position_ids"), kwargs.get("attention_mask"))
     return args, {**kwargs, "position_ids": positions}
 
 
@@ -225,7 +224,7 @@ def _create_masks_for_generate(self, *args, **kwargs):
     steps = getattr(kwargs.get("past_key_values"), "steps", None)
     if steps is not None and kwargs["inputs_embeds"].shape[1] == 1:
         if kwargs.get("is_first_iteration"):  # a part of a prompt: what comes may be padded otherwise
-            steps.looked = False
+            steps.leftpad_known = False
         return kwargs["attention_mask"]
     own = inspect.getattr_static(type(self), "create_masks_for_generate", None)
     make_masks = create_masks_for_generate if own is None else own.__get__(self)

@@ -5,6 +5,7 @@ import functools
 import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.attention import LayerHandle
 
 # What they hold is what they were given, as long as the tests need it: stock's tokens are due.
 EXACT = {
@@ -46,6 +47,6 @@ def forward(cache, new) -> None:
     """As on an enabled model: the layer's writer, what attention reads, and the compression after it."""
     cache.get_mask_sizes(new[0][0].shape[2], 0)
     for index, (k, v) in enumerate(new):
-        cache.writer(index).update(k, v, index)
+        LayerHandle(cache, index).update(k, v, index)
         cache.layers[index].stored_kv()
         cache.layers[index].finish_attention()

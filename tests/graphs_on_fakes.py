@@ -58,7 +58,7 @@ def filled(family, padded=True, bits=None):
         steps = DecodeSteps(cache)
         if padded:  # what was found in a mask before
             steps.lengths, steps.leftpad = torch.ones(2, 2, dtype=torch.int32).unbind()
-            steps.counts, steps.looked = torch.ones(2, dtype=torch.int32), True
+            steps.counts, steps.leftpad_known = torch.ones(2, dtype=torch.int32), True
     return model, steps, {"input_ids": ids[:, :1], "position_ids": ids[:, :1], "past_key_values": cache}
 
 
@@ -138,13 +138,13 @@ def test_nor_does_that_of_the_packed_op(served_by, monkeypatch):
     _, steps, _ = filled("llama", bits=4)
     if served_by == "triton":
         monkeypatch.setattr(dispatch, "serving", lambda call: triton_backend)
-        monkeypatch.setattr(triton_backend, "attend", lambda call, n: given.append(n) or call.q.transpose(1, 2))
+        monkeypatch.setattr(triton_backend, "attend_lengths", lambda call, n: given.append(n) or call.q.transpose(1, 2))
     steps._begin(torch.ones(2, 1, dtype=torch.long, device="cuda"), None)
     part = steps.layers[0]
     with torch.device("cuda"):
         q, k, s_aux = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 1, 16), torch.empty(4)
     rules = (0.25, None, s_aux if served_by == "sinks" else None, "auto")
-    packed = (steps.counts, steps.leftpad, part.packed, part.layout)
+    packed = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
     out = append_attend._append_attend_packed(part.k, part.v, q, k, k, *packed, *rules)
     assert (out.device.type, out.shape, len(given)) == ("cuda", (2, 1, 4, 16), served_by == "triton")
 

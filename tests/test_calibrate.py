@@ -113,7 +113,11 @@ def test_a_calibrated_cache_has_its_layers_bits_and_reads_them(tmp_path):
         assert isinstance(cache.layers[1], KVStaticLayer)
         for i in (0, 2):
             settings = cache.layers[i].settings
-            assert (settings.k_bits, settings.v_bits, settings.group_size) == (made.key_bits[i], made.value_bits[i], 16)
+            assert (settings.k_codec.bits, settings.v_codec.bits, settings.group_size) == (
+                made.key_bits[i],
+                made.value_bits[i],
+                16,
+            )
             assert cache.layers[i].packed_tokens == 64
             assert cache.layers[i]._packed["v_codes"].shape[-1] == 4 * made.value_bits[i] * 16
     assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])

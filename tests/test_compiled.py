@@ -15,7 +15,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches import tickets
-from hf_kvattn.compiling.ops import checked_config
+from hf_kvattn.compiling.step import checked_config
 from hf_kvattn.kernels import reference, sdpa
 
 CACHES = {
@@ -387,7 +387,7 @@ def test_the_ops_do_what_they_declare():
         mask = torch.zeros(2, 1, 1, 2, dtype=torch.int32)
         for layer in range(3):
             arguments = (cache.ticket, layer, q, k, k, mask, 0.25, True, None, None, None)
-            torch.library.opcheck(ops.step.default, arguments, test_utils=checks)
+            torch.library.opcheck(ops.append_and_attend.default, arguments, test_utils=checks)
         seen = cache.get_seq_length()
         padded = torch.ones(2, seen + 1, dtype=torch.long)
         torch.library.opcheck(ops.leftpad.default, (cache.ticket, padded, 1, False), test_utils=checks)

@@ -49,7 +49,7 @@ def test_flash_computes_what_the_reference_does(launches, name, dtype):
     if call.sinks is not None and call.q.shape[2] > 1:
         assert "one query at a time" in flash.unsupported(on_it)
         return
-    assert flash.unsupported(on_it) is None and dispatch.auto_choice(on_it) == (flash, None)
+    assert flash.unsupported(on_it) is None and dispatch.auto_choice(on_it) == ("flash", None)
     out = dispatch.attend(on_it)
     assert out.device.type == "cuda"
     assert_close_to_reference(out.data_on_cpu, call)
@@ -64,7 +64,7 @@ def test_learned_sinks_take_their_share(launches, name):
     call = problem(name, torch.bfloat16)
     call.s_aux = 3 * torch.randn(call.q.shape[1])
     on_it = moved(call)
-    assert dispatch.auto_choice(on_it) == (flash, None)
+    assert dispatch.auto_choice(on_it) == ("flash", None)
     out = dispatch.attend(on_it).data_on_cpu
     assert_close_to_reference(out, call)
     call.s_aux = None

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, plugin
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
-from hf_kvattn.compiling import ops as compiled
+from hf_kvattn.compiling import step as compiled
 from hf_kvattn.compiling.decode_steps import DecodeSteps
 from hf_kvattn.kernels import dispatch, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
@@ -273,7 +273,7 @@ def test_an_interrupt_at_any_line_of_a_step_is_noticed_or_harmless():
         lines = itertools.count(1)
 
         def trace(frame, event, argument):
-            if not frame.f_code.co_filename.endswith("/hf_kvattn/graphs.py"):
+            if not frame.f_code.co_filename.endswith("/hf_kvattn/compiling/decode_steps.py"):
                 return None
             if event == "line" and next(lines) == number:
                 raise KeyboardInterrupt
@@ -469,9 +469,9 @@ def packed_step(name, bits, start=4):
     arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
     counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
     leftpad = torch.zeros(len(call.q), dtype=torch.int32) if call.leftpad is None else call.leftpad
-    layout = [start, packed.k_codes.shape[2] * 32, packed.k_bits, packed.v_bits]
+    codecs, layout = [packed.k_codec.name, packed.v_codec.name], [start, packed.k_codes.shape[2] * 32]
     new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
-    return [*exact_buffers, *new, counts, leftpad, arrays, layout, call.scale, call.softcap, None, "auto"], call
+    return [*exact_buffers, *new, counts, leftpad, arrays, codecs, layout, call.scale, call.softcap, None, "auto"], call
 
 
 @pytest.mark.parametrize("bits", [8, "fp8", 4, 3, 2])
@@ -511,7 +511,7 @@ def test_triton_is_given_the_counts_and_the_most_there_can_be(name, monkeypatch)
         return reference.attend(found)
 
     monkeypatch.setattr(dispatch, "serving", lambda given: triton_backend)
-    monkeypatch.setattr(triton_backend, "attend", attend)
+    monkeypatch.setattr(triton_backend, "attend_lengths", attend)
     assert_close_to_reference(torch.ops.hf_kvattn.append_attend_packed(*arguments), as_dense(call))
 
 

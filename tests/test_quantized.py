@@ -23,13 +23,14 @@ from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.quant import affine, float8
 from hf_kvattn.quant.blocks import quantize_blocks
-from hf_kvattn.quant.codecs import FP8, KEYS, VALUES, dequantize, has_zero, quantize, stored_bits
+from hf_kvattn.quant.codecs import CODECS, codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
 from hf_kvattn.quant.packed import PackedKV
 from hf_kvattn.quant.rotation import rotate, size_for
 
+FP8 = "fp8"
 BITS = [8, 4, 3, 2]
-CODECS = [FP8, *BITS]
+ALL_BITS = [FP8, *BITS]
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
@@ -37,9 +38,10 @@ CODECS = [FP8, *BITS]
 @pytest.mark.parametrize(("pack", "unpack"), [(pack_keys, unpack_keys), (pack_values, unpack_values)])
 def test_packing_loses_nothing_and_takes_the_bytes_it_says(pack, unpack, bits, dim):
     codes = torch.randint(0, 2**bits, (2, 3, BLOCK, dim), dtype=torch.uint8)
-    packed = pack(codes, bits)
+    planes = codec_for(bits).planes
+    packed = pack(codes, planes)
     assert packed.shape == (2, 3, 4 * bits * dim) and packed.dtype == torch.uint8
-    assert torch.equal(unpack(packed, bits), codes)
+    assert torch.equal(unpack(packed, planes), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -55,7 +57,7 @@ def test_the_packed_layout_is_the_documented_one(bits):
         per = 8 // bits
         return packed[unit // per * 64 + i].item() >> (unit % per * bits) & (2**bits - 1)
 
-    keys, values = pack_keys(codes, bits), pack_values(codes, bits)
+    keys, values = (pack(codes, codec_for(bits).planes) for pack in (pack_keys, pack_values))
     for token, channel in torch.cartesian_prod(torch.arange(BLOCK), torch.arange(32)).tolist():
         expected = codes[token, channel].item()
         assert code(keys, channel // 4 * 2 + token // 16, token % 16 * 4 + channel % 4) == expected
@@ -90,15 +92,16 @@ def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
         x[:] = 0
     if kind == "two":
         x[:, 2:] = x[:, :1]
-    full = quantize(x, 8, -1, KEYS) if bits == 8 else affine.quantize(x, bits, dim=-1)
+    codec = codec_for(bits)
+    full = codec.quantize(x, -1, (1.0,))
     codes, scale, zero = full
-    error = (dequantize(codes, scale, zero) - x).abs()
+    error = (codec.dequantize(codes, scale, zero) - x).abs()
     # Zero and scale are rounded to bfloat16, 2^-9 relative, before the codes are chosen: half a step inside the range,
     # and at its ends what the rounded scale falls short of.
     size = x.abs().amax(-1, keepdim=True)
     short = scale * (2**bits - 1) * 2**-8 + (0 if zero is None else zero.abs() * 2**-8)
     assert (scale >= 0).all() and (error <= scale / 2 + short + size * 1e-6).all() and int(codes.max()) < 2**bits
-    shrunk = dequantize(*quantize(x, bits, -1, KEYS)) - x  # never a worse sum of fourth powers
+    shrunk = codec.dequantize(*codec.quantize(x, -1, codec.key_shares)) - x  # never a worse sum of fourth powers
     assert (shrunk.double().pow(4).sum(-1) <= error.double().pow(4).sum(-1) * (1 + 1e-5) + 1e-30).all()
 
 
@@ -110,9 +113,9 @@ def test_fp8_rounds_by_a_sixteenth_at_most(seed, offset, spread, outlier):
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
     x[:, 5] *= outlier
     x[2] = 0
-    codes, scale, zero = quantize(x, FP8, -1, KEYS)
+    codes, scale, zero = CODECS["fp8"].quantize(x, -1, (1.0,))
     assert codes.dtype == torch.float8_e4m3fn and zero is None and (scale >= 0).all()
-    read, size = dequantize(codes, scale, zero), x.abs().amax(-1, keepdim=True)
+    read, size = CODECS["fp8"].dequantize(codes, scale, zero), x.abs().amax(-1, keepdim=True)
     assert read.isfinite().all() and (read[2] == 0).all()
     # What the scale, of 8 bits, falls short of at the end of the range is less than the last step.
     assert ((read - x).abs() <= x.abs() * 2**-4 + scale * 2**-10 + size * 1e-6).all()
@@ -132,24 +135,25 @@ def test_fp8_codes_are_those_of_the_format():
 def test_packing_keeps_fp8_codes():
     codes = torch.randn(2, BLOCK, 48).mul(100).to(torch.float8_e4m3fn)
     for pack, unpack in ((pack_keys, unpack_keys), (pack_values, unpack_values)):
-        packed, as_bytes = pack(codes, 8), codes.view(torch.uint8)
-        assert packed.dtype == codes.dtype and torch.equal(packed.view(torch.uint8), pack(as_bytes, 8))
-        assert torch.equal(unpack(packed, 8).view(torch.uint8), as_bytes)
+        packed, as_bytes = pack(codes, (8,)), codes.view(torch.uint8)
+        assert packed.dtype == codes.dtype and torch.equal(packed.view(torch.uint8), pack(as_bytes, (8,)))
+        assert torch.equal(unpack(packed, (8,)).view(torch.uint8), as_bytes)
 
 
 def test_a_shrunk_range_has_finer_steps_where_that_helps():
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     for bits in (2, 3):
-        plain, best = affine.quantize(x, bits, -1), quantize(x, bits, -1, KEYS)
-        errors = [(dequantize(*made) - x).pow(4).sum() for made in (plain, best)]
+        codec = codec_for(bits)
+        plain, best = affine.quantize(x, bits, -1), codec.quantize(x, -1, codec.key_shares)
+        errors = [(codec.dequantize(*made) - x).pow(4).sum() for made in (plain, best)]
         assert errors[1] < 0.8 * errors[0] and (best[1] <= plain[1]).all()
-        assert min(KEYS[bits]) * 0.98 <= (best[1] / plain[1]).min()
+        assert min(codec.key_shares) * 0.98 <= (best[1] / plain[1]).min()
 
 
 def packed_problem(
     name: str,
-    k_bits: int,
-    v_bits: int,
+    k_bits: int | str,
+    v_bits: int | str,
     dtype=torch.float32,
     split: float = 0.7,
     start: int = 0,
@@ -165,11 +169,11 @@ def packed_problem(
     count = max(1, int((length - start) * split) // BLOCK)
     done, group = count * BLOCK, 16 if dim % 32 else 32
     k, v = (t[:, :, start : start + done].float() for t in (call.k, call.v))
-    mean = k.mean(2)
-    k_codes, k_scale, k_zero = quantize((k - mean[:, :, None]).unflatten(2, (count, BLOCK)), k_bits, -2, KEYS)
-    v_codes, v_scale, v_zero = quantize(
-        rotate(v).unflatten(2, (count, BLOCK)).unflatten(-1, (-1, group)), v_bits, -1, VALUES
-    )
+    mean, k_codec, v_codec = k.mean(2), codec_for(k_bits), codec_for(v_bits)
+    blocks = (k - mean[:, :, None]).unflatten(2, (count, BLOCK))
+    k_codes, k_scale, k_zero = k_codec.quantize(blocks, -2, k_codec.key_shares)
+    groups = rotate(v).unflatten(2, (count, BLOCK)).unflatten(-1, (-1, group))
+    v_codes, v_scale, v_zero = v_codec.quantize(groups, -1, v_codec.value_shares)
 
     def roomy(tensor, poison):
         if tensor is None:
@@ -180,13 +184,13 @@ def packed_problem(
     call.packed = PackedKV(
         start,
         done,
-        stored_bits(k_bits),
-        stored_bits(v_bits),
-        roomy(pack_keys(k_codes, stored_bits(k_bits)), 255),
+        k_codec,
+        v_codec,
+        roomy(pack_keys(k_codes, k_codec.planes), 255),
         roomy(k_scale[..., 0, :].bfloat16(), 1e30),
         roomy(None if k_zero is None else k_zero[..., 0, :].bfloat16(), 1e30),
         mean,
-        roomy(pack_values(v_codes.flatten(-2), stored_bits(v_bits)), 255),
+        roomy(pack_values(v_codes.flatten(-2), v_codec.planes), 255),
         roomy(v_scale[..., 0].transpose(-1, -2).bfloat16(), 1e30),
         roomy(None if v_zero is None else v_zero[..., 0].transpose(-1, -2).bfloat16(), 1e30),
     )
@@ -357,7 +361,7 @@ def test_what_kernels_are_told_follows_the_arrays():
 @pytest.mark.parametrize("bits", FP8_MIXES, ids=str)
 def test_native_leaves_fp8_to_sdpa_with_one_reason(bits, caplog):
     call = packed_problem("long-split", *bits)
-    assert call.packed.codecs == bits
+    assert (call.packed.k_codec, call.packed.v_codec) == tuple(map(codec_for, bits))
     dispatch._log_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):
         for _ in range(2):
@@ -405,7 +409,7 @@ def test_blocks_are_quantized_once_and_first_and_newest_tokens_are_exact(sinks, 
         )
 
 
-@pytest.mark.parametrize("bits", CODECS)
+@pytest.mark.parametrize("bits", ALL_BITS)
 def test_bytes_and_bits_are_those_allocated(bits):
     cache = QuantizedKVCache(tiny_config(), bits=bits, group_size=16, max_cache_len=320)
     for i in range(3):
@@ -416,13 +420,13 @@ def test_bytes_and_bits_are_those_allocated(bits):
     per_group = 2 if bits in (8, FP8) else 4  # a scale, and a zero
     codes, scales = 2 * numbers * (8 if bits == FP8 else bits) // 8, (numbers // BLOCK + numbers // 16) * per_group
     exact, mean = 2 * 2 * 2 * (4 + BLOCK) * 16 * 4, 2 * 2 * 16 * 4
-    assert cache.nbytes == 3 * (codes + scales + exact + mean) and has_zero(bits) == (bits not in (8, FP8))
+    assert cache.nbytes == 3 * (codes + scales + exact + mean) and codec_for(bits).symmetric == (bits in (8, FP8))
     assert cache.bits_per_element == 8 * cache.nbytes / (3 * 2 * 2 * 2 * 320 * 16)
 
 
 @pytest.mark.parametrize("family", ["llama-g3", "gemma3", "gemma2", "mistral", "gpt-oss"])
 @pytest.mark.parametrize("left_padding", [0, 5])
-@pytest.mark.parametrize("bits", CODECS)
+@pytest.mark.parametrize("bits", ALL_BITS)
 def test_backends_agree_with_each_other_and_with_a_model_that_is_not_enabled(family, left_padding, bits):
     """From the same stored codes on: codes made anew may round to the other side, and a random model amplifies that."""
     model, inputs = tiny_model(family), prompt(75, left_padding=left_padding)
@@ -457,7 +461,7 @@ def test_more_bits_are_nearer_to_stock():
     with torch.no_grad():
         stock = model(ids).logits[:, 101:]
         with hf_kvattn.enabled(model):
-            for bits in CODECS:
+            for bits in ALL_BITS:
                 cache = QuantizedKVCache(model.config, bits=bits, group_size=16)
                 model(ids[:, :101], past_key_values=cache)
                 logits = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(101, 160)]
@@ -620,8 +624,8 @@ def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], gr
     for x, b, rest in (("k", bits[0], (dim,)), ("v", bits[1], (dim // group, BLOCK))):
         made[f"{x}_codes"] = torch.full((*lead, slots, 4 * b * dim), 9, dtype=torch.uint8)
         scale, zero = (torch.full((*lead, slots, *rest), 7.0, dtype=torch.bfloat16) for _ in range(2))
-        made |= {f"{x}_scale": scale, f"{x}_zero": zero if has_zero(b) else None}
-    return PackedKV(0, 0, *bits, k_mean=torch.randn(*lead, dim), **made)
+        made |= {f"{x}_scale": scale, f"{x}_zero": None if codec_for(b).symmetric else zero}
+    return PackedKV(0, 0, *map(codec_for, bits), k_mean=torch.randn(*lead, dim), **made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -637,7 +641,7 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(variant, bits, dtype):
         ours = blank((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
         expected = copy.deepcopy(ours)
         quantize_blocks(k.to(dtype), v.to(dtype), expected, slot=2)
-        assert dispatch.quantizer(k.to(dtype), *bits) is native.quantize_blocks
+        assert dispatch.quantizer(k.to(dtype), *map(codec_for, bits)) is native.quantize_blocks
         native.quantize_blocks(k.to(dtype), v.to(dtype), ours, slot=2)
         for i, (array, other) in enumerate(zip(ours.arrays(), expected.arrays(), strict=True)):
             assert array is None or torch.equal(array, other), (i, dim, blocks)
@@ -647,15 +651,15 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(variant, bits, dtype):
 def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
     dispatch._log_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):
-        assert dispatch.quantizer(torch.zeros(1, 1, 32, dim), *bits) is quantize_blocks
+        assert dispatch.quantizer(torch.zeros(1, 1, 32, dim), *map(codec_for, bits)) is quantize_blocks
     assert "blocks are quantized with PyTorch's operations, because native kernels quantize" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("bits", "capability", "reason"),
     [
-        ((8, 3), (9, 0), "not keys to 8 and values to 3"),
-        ((FP8, 4), (9, 0), "not keys to fp8 and values to 4"),
+        ((8, 3), (9, 0), "not keys to int8 and values to int3"),
+        ((FP8, 4), (9, 0), "not keys to fp8 and values to int4"),
         ((4, 4), (7, 5), "needs? 8.0"),
         ((4, 8), (8, 0), None),
     ],
@@ -667,7 +671,7 @@ def test_triton_quantizes_where_it_serves_and_one_reason_is_logged_where_not(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with fake_cuda(capability), caplog.at_level("INFO", "hf_kvattn"):
         k = on_gpu(torch.randn(2, 2, 32, 16))
-        chosen = {dispatch.quantizer(k, *bits) for _ in range(3)}
+        chosen = {dispatch.quantizer(k, *map(codec_for, bits)) for _ in range(3)}
     assert chosen == {triton_backend.quantize_blocks if reason is None else quantize_blocks}
     logged = [record.getMessage() for record in caplog.records]
     assert len(logged) == (reason is not None)

@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache
+from hf_kvattn.attention import LayerHandle
 
 
 def tokens(count: int = 3, batch: int = 2, heads: int = 2, dim: int = 16, dtype=torch.float32):
@@ -56,9 +57,9 @@ def test_layers_beyond_the_models_are_refused():
     with pytest.raises(ValueError, match="3 layers.*layer 3"):
         filled().update(*tokens(), 3)
     with pytest.raises(ValueError, match="3 layers.*layer 7"):
-        filled().writer(7)
+        LayerHandle(filled(), 7)
     with pytest.raises(ValueError, match="layer 1 .* store layer 2"):
-        filled().writer(1).update(*tokens(), 2)
+        LayerHandle(filled(), 1).update(*tokens(), 2)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])

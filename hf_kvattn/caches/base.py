@@ -23,28 +23,6 @@ def check_max_cache_len(max_cache_len: int | None) -> None:
         raise ValueError(f"max_cache_len must be an int of at least 1, or None, got {max_cache_len!r}")
 
 
-class LayerWriter:
-    """Stands in for the cache in one attention module's forward: `update` stores, and returns the new tokens only.
-
-    The attention function then reads the layer itself, so the past is never gathered. Anything else that a module asks
-    of its cache is the cache's own answer.
-    """
-
-    def __init__(self, cache: KVCache, layer: KVLayer):
-        self._cache, self._layer = cache, layer
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx != self._layer.layer_idx:
-            raise ValueError(f"layer {self._layer.layer_idx} of the cache was asked to store layer {layer_idx}")
-        self._layer.append(key_states, value_states)
-        return key_states, value_states
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):  # copying and pickling ask an empty instance for these
-            raise AttributeError(name)
-        return getattr(self._cache, name)
-
-
 class KVCache(Cache):
     """A transformers `Cache` whose layers are `KVLayer`s, one for each layer of the model.
 
@@ -59,6 +37,7 @@ class KVCache(Cache):
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
     is_compileable = False  # True during a `generate()` that compiles; transformers compiles by itself where it is
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
+    counts_positions = False  # whether `positions` answers with other positions than the model's
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
@@ -189,17 +168,22 @@ class KVCache(Cache):
                 layer.device = next(iter(layer.filled().values())).device
         return self
 
-    def writer(self, layer_idx: int) -> LayerWriter:
-        """The stand-in for this cache in the forward of attention layer `layer_idx`."""
-        if layer_idx == 0:  # also where the caller's own masks ask this cache nothing
-            self.check_consistent_layers()
-        return LayerWriter(self, self._layer(layer_idx))
+    def positions(
+        self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
+    ) -> torch.Tensor | None:
+        """Position ids `(B or 1, T)` of the next `new` tokens, where the model would use `asked`; None for its own."""
+        return asked
+
+    def graph_obstacle(self) -> str | None:
+        """What a CUDA graph requires and this cache does not have, or None."""
+        return f"a StaticKVCache or QuantizedKVCache with max_cache_len, not a {type(self).__name__}"
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """Stores new tokens `(B, Hkv, T, D)` of a layer; returns all its keys and values, dense."""
-        return self._layer(layer_idx).update(key_states, value_states, *args, **kwargs)
+        return self.layer(layer_idx).update(key_states, value_states, *args, **kwargs)
 
-    def _layer(self, layer_idx: int) -> KVLayer:
+    def layer(self, layer_idx: int) -> KVLayer:
+        """One layer; ValueError where there is none of that index."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
         return self.layers[layer_idx]

@@ -10,7 +10,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..autograd import cut_graph
+from ..quant.blocks import Quantize, quantize_blocks
 from ..quant.packed import PackedKV
+
+GROWTH = 1.5  # of buffers without a fixed capacity, each time they are full
 
 
 class Stored(NamedTuple):
@@ -30,8 +33,8 @@ class KVLayer(CacheLayerMixin):
     - `stored`: tokens in the buffer now;
     - `capacity`: tokens that the buffer has room for.
 
-    `unchanged_prefix` counts leading tokens that have not changed since `KVCache._note_changes` last ran. `inconsistent`
-    names a change that was interrupted half way: nothing can be read any more, and only `reset` helps
+    `unchanged_prefix` counts leading tokens that have not changed since `KVCache._note_changes` last ran.
+    `inconsistent` names a change that was interrupted half way: nothing can be read any more, and only `reset` helps
     (`caches/consistency.py`).
 
     `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
@@ -80,8 +83,8 @@ class KVLayer(CacheLayerMixin):
     def reserve_slot(self) -> None:
         """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
 
-    def finish_attention(self) -> None:
-        """Called when the attention over what was appended is done: the time to compress it."""
+    def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
+        """Called when the attention over what was appended is done: the time to compress it, with `quantize`."""
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # transformers assigns to its own layers' only

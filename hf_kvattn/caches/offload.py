@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..quant.blocks import Quantize, quantize_blocks
 from .layer import KVLayer
 from .static_layer import KVStaticLayer, make_static_layer
 
@@ -55,7 +56,7 @@ class KVOffloadedLayer(KVStaticLayer):
             far[:, :, new].copy_(near[:, :, new], non_blocking=True)
         self.seen = new.stop
 
-    def finish_attention(self) -> None:
+    def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         self._here = None
 
     def prefetch(self) -> None:

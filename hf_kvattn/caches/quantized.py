@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..quant.calibration import Calibration, check_group_size
-from ..quant.codecs import Bits, check_bits
+from ..quant.codecs import codec_for
 from .base import KVCache, check_max_cache_len
 from .configs import kv_shape
 from .layer import KVLayer
@@ -54,9 +54,9 @@ class QuantizedKVCache(KVCache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        bits: Bits = 4,
-        key_bits: Bits | None = None,
-        value_bits: Bits | None = None,
+        bits: int | str = 4,
+        key_bits: int | str | None = None,
+        value_bits: int | str | None = None,
         group_size: int = 32,
         residual_length: int | None = None,
         skip_layers: Sequence[int] = (),
@@ -70,7 +70,7 @@ class QuantizedKVCache(KVCache):
             k_bits = [bits if key_bits is None else key_bits] * n_layers
             v_bits = [bits if value_bits is None else value_bits] * n_layers
             for each in (k_bits[0], v_bits[0]):
-                check_bits(each)
+                codec_for(each)
             check_group_size(group_size)
         else:
             if (bits, key_bits, value_bits, group_size, tuple(skip_layers)) != (4, None, None, 32, ()):
@@ -99,8 +99,9 @@ class QuantizedKVCache(KVCache):
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:
             if layer_idx in skipped:
                 return make_static_layer(max_cache_len, layer_idx, *shape)
-            first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
-            settings = QuantSettings(k_bits[layer_idx], v_bits[layer_idx], group_size, residual, first)
+            exact_first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
+            codecs = codec_for(k_bits[layer_idx]), codec_for(v_bits[layer_idx])
+            settings = QuantSettings(*codecs, group_size, residual, exact_first)
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
@@ -113,3 +114,10 @@ class QuantizedKVCache(KVCache):
         if calibration is not None:
             made_with = {"calibration": made.as_json()}
         self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}
+
+    def graph_obstacle(self) -> str | None:
+        if self.settings["max_cache_len"] is None:
+            return "a cache that does not grow: give QuantizedKVCache a max_cache_len"
+        if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in self.layers):
+            return "blocks in order, not in rings, as a QuantizedKVCache of a model with sliding windows keeps them"
+        return None

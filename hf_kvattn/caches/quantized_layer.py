@@ -8,16 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.dispatch import quantizer
-from ..quant.codecs import Bits, codes_dtype, has_zero, stored_bits
+from ..quant.blocks import Quantize, quantize_blocks
+from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .layer import KVLayer, Stored, ring_spans
+from .layer import GROWTH, KVLayer, Stored, ring_spans
 from .ring import SLACK, overwritten
 
 logger = logging.getLogger("hf_kvattn")
 
-_GROWTH = 1.5
 _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
 
 
@@ -25,19 +24,19 @@ _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a
 class QuantSettings:
     """What `QuantizedKVCache` was asked for; see there."""
 
-    k_bits: Bits
-    v_bits: Bits
+    k_codec: Codec
+    v_codec: Codec
     group_size: int
     residual_length: int
-    sinks: int
+    exact_first: int  # its argument `sinks`
 
 
 class KVQuantizedLayer(KVLayer):
-    """One layer: the first `sinks` tokens exact, then blocks of 32 tokens as packed codes, then the newest ones exact.
+    """One layer: the first `exact_first` tokens exact, then blocks of 32 tokens as codes, then the newest ones exact.
 
     `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once,
     when attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes
-    never change again. Between forwards `sinks + residual_length + 31` tokens are exact at most.
+    never change again. Between forwards `exact_first + residual_length + 31` tokens are exact at most.
 
     With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
     """
@@ -88,15 +87,15 @@ class KVQuantizedLayer(KVLayer):
         """`tokens` in blocks from `slot` on; the tensors themselves."""
         settings, arrays = self.settings, self._packed
         return PackedKV(
-            settings.sinks,
+            settings.exact_first,
             tokens,
-            stored_bits(settings.k_bits),
-            stored_bits(settings.v_bits),
-            _as_codes(arrays["k_codes"], settings.k_bits),
+            settings.k_codec,
+            settings.v_codec,
+            _as_codes(arrays["k_codes"], settings.k_codec),
             arrays["k_scale"],
             arrays.get("k_zero"),
             arrays["k_mean"],
-            _as_codes(arrays["v_codes"], settings.v_bits),
+            _as_codes(arrays["v_codes"], settings.v_codec),
             arrays["v_scale"],
             arrays.get("v_zero"),
             slot,
@@ -107,11 +106,11 @@ class KVQuantizedLayer(KVLayer):
         k, v, packed, *_ = self.stored_kv()
         if packed is None:
             return k, v
-        sinks, newest = slice(0, packed.start), slice(packed.start, None)
+        first, newest = slice(0, packed.start), slice(packed.start, None)
         packed_k, packed_v = packed.dense(0, packed.tokens // BLOCK)
         return (
-            torch.cat([k[:, :, sinks], packed_k.to(k.dtype), k[:, :, newest]], 2),
-            torch.cat([v[:, :, sinks], packed_v.to(v.dtype), v[:, :, newest]], 2),
+            torch.cat([k[:, :, first], packed_k.to(k.dtype), k[:, :, newest]], 2),
+            torch.cat([v[:, :, first], packed_v.to(v.dtype), v[:, :, newest]], 2),
         )
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -146,7 +145,7 @@ class KVQuantizedLayer(KVLayer):
             raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
         blocks = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self._least_exact) // BLOCK
         if self.sliding_window is not None:
-            ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` wants it
+            ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
         self._packed = {}
         self._allocate(blocks)
@@ -155,55 +154,77 @@ class KVQuantizedLayer(KVLayer):
 
     @property
     def _least_exact(self) -> int:
-        return self.settings.sinks + self.settings.residual_length
+        return self.settings.exact_first + self.settings.residual_length
 
-    def finish_attention(self) -> None:
-        """Quantizes the oldest whole blocks of the tail, leaving at least `residual_length` tokens exact.
+    def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
+        """Quantizes the oldest whole blocks of the newest tokens, and leaves at least `residual_length` tokens exact.
 
-        On a GPU nothing waits to hear whether they are finite: `raise_if_not_finite` says so later.
+        On a GPU no step waits to hear whether they are finite: `raise_if_not_finite` says so later.
 
         Raises:
             ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
         """
-        exact, sinks = self._exact, self.settings.sinks
-        count = max(0, exact - self._least_exact) // BLOCK
-        if not count:
+        blocks = max(0, self._exact - self._least_exact) // BLOCK
+        if not blocks:
             return
-        done = sinks + count * BLOCK
-        finite = torch.stack([tensor[:, :, sinks:done].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
+        self._check_finite(blocks * BLOCK)
+        first = (self.dropped + self.packed_tokens) // BLOCK  # the number of the first new block in the stream
+        dropped = self._make_room(first, blocks)
+        self.inconsistent = "quantization"  # from here on a ring's old blocks are overwritten
+        self.unchanged_prefix = min(
+            self.unchanged_prefix, self.dropped + self.settings.exact_first + self.packed_tokens
+        )
+        self._write_blocks(first, max(0, dropped - first), blocks, quantize)
+        self._move_exact_forward(blocks * BLOCK)
+        self.packed_tokens = (first + blocks - dropped) * BLOCK
+        self.dropped = dropped * BLOCK
+        self.inconsistent = None
+
+    def _check_finite(self, tokens: int) -> None:
+        """Refuses NaN and infinite numbers in the `tokens` that are to be quantized; on a GPU it only asks."""
+        part = slice(self.settings.exact_first, self.settings.exact_first + tokens)
+        finite = torch.stack([tensor[:, :, part].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
         if self.device.type == "cuda":
             answer, answered = finite.to("cpu", non_blocking=True), torch.cuda.Event()
             answered.record(torch.cuda.current_stream(self.device))
             self._finite_checks += ((answer, answered),)
         elif name := _not_finite(finite):
             raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
-        first = (self.dropped + self.packed_tokens) // BLOCK
+
+    def _make_room(self, first: int, blocks: int) -> int:
+        """Makes room for `blocks` from block number `first` on; returns the number of the oldest block that stays."""
         slots, dropped = self._packed["k_codes"].shape[2], self.dropped // BLOCK
         if self.sliding_window is not None:
-            dropped = max(dropped, first + count - slots)
+            dropped = max(dropped, first + blocks - slots)
             dropped += dropped % 2
-        elif first + count > slots:
-            slots = max(first + count, int((first + count) * _GROWTH))
-            self._allocate(slots)
-        self.inconsistent = "quantization"  # from here on a ring's old blocks are overwritten
-        self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + sinks + self.packed_tokens)
-        start = max(0, dropped - first)  # what no later token sees is not quantized at all
-        if not self.packed_tokens:  # offsets that no block must spend its range on: means of the first tokens
-            part = slice(sinks + start * BLOCK, min(done, sinks + (start + _CHUNK_BLOCKS) * BLOCK))
+        elif first + blocks > slots:
+            self._allocate(max(first + blocks, int((first + blocks) * GROWTH)))
+        return dropped
+
+    def _write_blocks(self, first: int, start: int, stop: int, quantize: Quantize) -> None:
+        """Quantizes blocks [start, stop) of the exact tokens; block `i` becomes block number `first + i`.
+
+        Those before `start` no later token sees: they are not quantized at all.
+        """
+        lead, slots = self.settings.exact_first, self._packed["k_codes"].shape[2]
+        if not self.packed_tokens:  # means of the first tokens: offsets that no block must spend its range on
+            part = slice(lead + start * BLOCK, lead + min(stop, start + _CHUNK_BLOCKS) * BLOCK)
             self._packed["k_mean"].copy_(self._exact_k[:, :, part].float().mean(2))
-        while start < count:
+        while start < stop:
             slot = (first + start) % slots
-            stop = min(start + _CHUNK_BLOCKS, count, start + slots - slot)
-            part = slice(sinks + start * BLOCK, sinks + stop * BLOCK)
-            self._write_blocks(slot, self._exact_k[:, :, part], self._exact_v[:, :, part])
-            start = stop
-        rest = self._exact_k[:, :, done:exact].clone(), self._exact_v[:, :, done:exact].clone()
-        self._shrink_exact(sinks)
-        after = slice(sinks, sinks + exact - done)
-        self._exact_k[:, :, after], self._exact_v[:, :, after] = rest
-        self.packed_tokens = (first + count - dropped) * BLOCK
-        self.dropped = dropped * BLOCK
-        self.inconsistent = None
+            end = min(start + _CHUNK_BLOCKS, stop, start + slots - slot)
+            part = slice(lead + start * BLOCK, lead + end * BLOCK)
+            quantize(self._exact_k[:, :, part], self._exact_v[:, :, part], self.packed(0), slot)
+            start = end
+
+    def _move_exact_forward(self, tokens: int) -> None:
+        """Closes the gap that `tokens` leave behind the first ones among the exact tokens, now that they are codes."""
+        lead, exact = self.settings.exact_first, self._exact
+        rest = slice(lead + tokens, exact)
+        k, v = self._exact_k[:, :, rest].clone(), self._exact_v[:, :, rest].clone()
+        self._shrink_exact(lead)
+        after = slice(lead, exact - tokens)
+        self._exact_k[:, :, after], self._exact_v[:, :, after] = k, v
 
     def raise_if_not_finite(self, wait: bool) -> None:
         """Raises ValueError, until `reset`, where a GPU has answered that what it quantized was NaN or infinite.
@@ -225,21 +246,17 @@ class KVQuantizedLayer(KVLayer):
                 )
         self._finite_checks = tuple(pending)
 
-    def _write_blocks(self, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Quantizes whole blocks `(B, Hkv, n * 32, D)` into the slots from `first` on."""
-        into = self.packed(0)
-        quantizer(k, *into.codecs)(k, v, into, first)
-
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
         """Room for `blocks` blocks; codes that are there move, they are not made again."""
         lead, dim = (self.batch_size, self.kv_heads), self.head_dim
-        bits, groups = {"k": self.settings.k_bits, "v": self.settings.v_bits}, dim // self.settings.group_size
-        widths = {x: 4 * stored_bits(of_x) * dim for x, of_x in bits.items()}
+        codecs, groups = {"k": self.settings.k_codec, "v": self.settings.v_codec}, dim // self.settings.group_size
         scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
-        shapes: dict[str, tuple[int, ...]] = {f"{x}_codes": (*lead, blocks, widths[x]) for x in "kv"}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{x}_codes": (*lead, blocks, 4 * codec.bits * dim) for x, codec in codecs.items()
+        }
         shapes |= {f"{x}_scale": scales[x] for x in "kv"}
-        shapes |= {f"{x}_zero": scales[x] for x in "kv" if has_zero(bits[x])}
+        shapes |= {f"{x}_zero": scales[x] for x in "kv" if not codecs[x].symmetric}
         used = self.packed_tokens // BLOCK
         self._last_packed = None  # else it would keep the old arrays
         grown = {}
@@ -277,20 +294,20 @@ class KVQuantizedLayer(KVLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last `-tokens_to_remove` tokens. A block that is cut becomes exact tokens again, dequantized."""
         self.check_crop(tokens_to_remove)
-        kept, sinks = self.seen + tokens_to_remove, self.settings.sinks
+        kept, lead = self.seen + tokens_to_remove, self.settings.exact_first
         if not kept:
             return self.reset()
         kept_here = kept - self.dropped
         self.unchanged_prefix = min(self.unchanged_prefix, kept)
-        self._shrink_exact(max(sinks, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
-        if kept_here < sinks + self.packed_tokens:
-            block, cut = divmod(max(0, kept_here - sinks), BLOCK)
+        self._shrink_exact(max(lead, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
+        if kept_here < lead + self.packed_tokens:
+            block, cut = divmod(max(0, kept_here - lead), BLOCK)
             if cut:
                 packed = self.stored_kv().packed
                 assert packed is not None
-                slots = slice(sinks, sinks + BLOCK)
+                slots = slice(lead, lead + BLOCK)
                 self._exact_k[:, :, slots], self._exact_v[:, :, slots] = packed.dense(block, block + 1)
-                self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + sinks + block * BLOCK)
+                self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + lead + block * BLOCK)
             self.packed_tokens = block * BLOCK
         self.seen = kept
 
@@ -324,22 +341,22 @@ class KVQuantizedLayer(KVLayer):
         if self.sliding_window is not None:
             return super().copy_rows(target, source, start)
         blocks = self.packed_tokens // BLOCK
-        first = max(0, start - self.settings.sinks) // BLOCK
+        first = max(0, start - self.settings.exact_first) // BLOCK
         for name, array in self._packed.items() if first < blocks else ():
             changed = slice(None) if name == "k_mean" else slice(first, blocks)
             array[target, :, changed] = array[source, :, changed]
         beyond = start - self.packed_tokens  # all that differs may be among the newest tokens
-        exact = slice(beyond if beyond > self.settings.sinks else 0, self._exact)
+        exact = slice(beyond if beyond > self.settings.exact_first else 0, self._exact)
         for buffer in (self._exact_k, self._exact_v):
             buffer[target, :, exact] = buffer[source, :, exact]
 
     def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         seen, packed, dropped = (counts[name] for name in self.counts)
-        sinks, window = self.settings.sinks, self.sliding_window
+        lead, window = self.settings.exact_first, self.sliding_window
         outside = max(0, seen - window + 1) if window is not None else 0
-        if packed % BLOCK or dropped % (2 * BLOCK) or (packed and dropped + packed > seen - sinks) or dropped > outside:
+        if packed % BLOCK or dropped % (2 * BLOCK) or (packed and dropped + packed > seen - lead) or dropped > outside:
             raise ValueError(
-                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {dropped} dropped and {sinks} "
+                f"layer {self.layer_idx}: {packed} tokens in blocks of {BLOCK} after {dropped} dropped and {lead} "
                 f"exact ones do not fit into {seen} tokens"
             )
         super().allocate_for(like, counts)
@@ -356,7 +373,7 @@ class KVQuantizedLayer(KVLayer):
         for name, tensor in self.filled().items():
             name = name.removesuffix("_wrapped")
             if name in ("k_codes", "v_codes"):
-                tensor = _as_codes(tensor, self.settings.k_bits if name == "k_codes" else self.settings.v_bits)
+                tensor = _as_codes(tensor, self.settings.k_codec if name == "k_codes" else self.settings.v_codec)
                 if tensor.dtype == torch.uint8:
                     continue
                 tensor = tensor.bfloat16()  # which has isfinite
@@ -366,10 +383,9 @@ class KVQuantizedLayer(KVLayer):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
 
 
-def _as_codes(stored: torch.Tensor, bits: Bits) -> torch.Tensor:
+def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:
     """Codes as kernels read them. Layers store bytes: PyTorch can neither pickle nor compare float8 tensors."""
-    dtype = codes_dtype(bits)
-    return stored if stored.dtype == dtype else stored.view(dtype)
+    return stored if stored.dtype == codec.dtype else stored.view(codec.dtype)
 
 
 def _not_finite(finite: torch.Tensor) -> str | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..quant.blocks import Quantize, quantize_blocks
 from .layer import KVLayer, Stored, ring_spans
 from .rope import Rope
 
@@ -183,7 +184,7 @@ class KVSlidingLayer(KVLayer):
         self._sink_k = torch.where(wanted, k.gather(2, index), self._sink_k)
         self._sink_v = torch.where(wanted, v.gather(2, index), self._sink_v)
 
-    def finish_attention(self) -> None:
+    def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         self._chunk = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

@@ -38,6 +38,8 @@ class SlidingWindowKVCache(KVCache):
             embedding is not known to be a rotary one.
     """
 
+    counts_positions = True
+
     def __init__(self, config: PreTrainedConfig, window: int, sinks: int = 0):
         if type(window) is not int or window < 1:
             raise ValueError(f"window must be an int of at least 1, got {window!r}")

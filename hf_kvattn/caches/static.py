@@ -43,6 +43,13 @@ class StaticKVCache(KVCache):
         self.offloads = offload
         self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean
 
+    def graph_obstacle(self) -> str | None:
+        if self.offloads:
+            return "layers that stay on the GPU: a StaticKVCache without offload=True"
+        if self.settings["max_cache_len"] is None:
+            return "a cache that does not grow: give StaticKVCache a max_cache_len"
+        return None
+
     def fork(self) -> KVCache:
         twin = super().fork()
         if self.offloads:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .layer import KVLayer
+from .layer import GROWTH, KVLayer
 from .ring import KVSlidingLayer
 
 _MIN_CAPACITY = 256
-_GROWTH = 1.5
 
 
 class KVStaticLayer(KVLayer):
@@ -55,7 +54,7 @@ class KVStaticLayer(KVLayer):
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, needed: int) -> None:
         """Makes room for `needed` tokens: all of a fixed capacity, else geometrically, moving what is stored."""
-        capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * _GROWTH))
+        capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * GROWTH))
         shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
         k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
         if self.seen:

@@ -1,5 +1,6 @@
-"""The ops of `graphs.py`: a new token of each row is stored, and its query attends; numbers that change are tensors.
+"""The ops of `decode_steps.py`: each stores a new token of each row and gives the attention of its query.
 
+Numbers that change from step to step are tensors.
 They are pure functions of tensors and constants but for the buffers, which they declare to mutate. With flash-attn and
 Triton the kernels read the lengths themselves; elsewhere PyTorch's SDPA runs over the whole buffers under a mask.
 """
@@ -11,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import dispatch, flash
+from ..kernels import dispatch
 from ..kernels.call import AttendCall
-from ..kernels.triton import backend as triton_backend
+from ..quant.codecs import CODECS
 from ..quant.packed import PackedKV
 
 
@@ -50,9 +51,9 @@ def _append_attend(
     reach = (lengths - leftpad).clamp(0, None if window is None else window - 1)
     call = AttendCall(q, k_buffer, v_buffer, scale, softcap=softcap, s_aux=s_aux)
     with dispatch.backend(backend):
-        # Where it appends, the library wants a slot for each query head of a group.
-        if dispatch.serving(call) is flash and q.shape[1] <= slots * k.shape[1]:
-            return flash.append_attend(call, k, v, slot, reach, wraps)
+        serving = dispatch.serving(call)
+        if hasattr(serving, "append_attend") and not serving.cannot_append(call):
+            return serving.append_attend(call, k, v, slot, reach, wraps)
         k_buffer.index_copy_(2, slot[:1].long(), k)
         v_buffer.index_copy_(2, slot[:1].long(), v)
         ages = (slot[:, None] - torch.arange(slots, device=slot.device)) % slots
@@ -86,6 +87,7 @@ def _append_attend_packed(
     counts: torch.Tensor,
     leftpad: torch.Tensor,
     packed: list[torch.Tensor | None],
+    codecs: list[str],
     layout: list[int],
     scale: float,
     softcap: float | None,
@@ -98,22 +100,26 @@ def _append_attend_packed(
         k_exact, v_exact: `(B, Hkv, slots, D)`, mutated: the exact tokens before the blocks, then those after.
         counts: `(2,)` int32, tokens in blocks and exact ones, the new one included.
         packed: the arrays of a `PackedKV`, in its order.
-        layout: its `start`, `tokens` (as many as there is room for), `k_bits` and `v_bits`.
+        codecs: names in `CODECS` of its keys and values.
+        layout: its `start` and `tokens` (as many as there is room for).
     """
     _check(k_exact, k, counts)
     slot = counts[1:].long() - 1
     k_exact.index_copy_(2, slot, k)
     v_exact.index_copy_(2, slot, v)
     call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, leftpad=leftpad)
-    call.packed = PackedKV(*layout, *packed)  # type: ignore[arg-type]  # None are the zeros that 8 bits do not have
+    k_codec, v_codec = (CODECS[name] for name in codecs)
+    start, tokens = layout
+    call.packed = PackedKV(start, tokens, k_codec, v_codec, *packed)  # type: ignore[arg-type]  # zero points may be None
     with dispatch.backend(backend):
-        if dispatch.serving(call) is triton_backend:
-            return triton_backend.attend(call, counts)
-        call.mask = _there(call, counts)
+        serving = dispatch.serving(call)
+        if hasattr(serving, "attend_lengths"):
+            return serving.attend_lengths(call, counts)
+        call.mask = _present(call, counts)
         return dispatch.attend(call).contiguous()
 
 
-def _there(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
+def _present(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
     """The mask `(B, 1, 1, Tk)` of the tokens that are there, where `call` has room for more."""
     assert call.packed is not None and call.leftpad is not None
     start, room = call.packed.start, call.packed.tokens
@@ -126,7 +132,7 @@ def _there(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _append_attend_packed_fake(
-    k_exact, v_exact, q, k, v, counts, leftpad, packed, layout, scale, softcap, s_aux, backend
+    k_exact, v_exact, q, k, v, counts, leftpad, packed, codecs, layout, scale, softcap, s_aux, backend
 ) -> torch.Tensor:
     _check(k_exact, k, counts)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
@@ -143,7 +149,7 @@ OPS: dict[str, tuple[str, Callable, Callable]] = {
     ),
     "append_attend_packed": (
         f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, "
-        "int[] layout, float scale, float? softcap, Tensor? s_aux, str backend",
+        "str[] codecs, int[] layout, float scale, float? softcap, Tensor? s_aux, str backend",
         _append_attend_packed,
         _append_attend_packed_fake,
     ),
@@ -164,4 +170,5 @@ class PackedPart(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     packed: list[torch.Tensor | None]
+    codecs: list[str]
     layout: list[int]

@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
+from ..attention import Rules
 from ..caches.base import KVCache
 from ..caches.layer import KVLayer
-from ..caches.quantized import QuantizedKVCache
 from ..caches.quantized_layer import KVQuantizedLayer
-from ..caches.static import StaticKVCache
 from ..kernels import dispatch
 from ..masks import compact_mask, left_padding, read_compact_mask
 from ..quant.layout import BLOCK
@@ -40,24 +39,17 @@ class DecodeSteps:
         lengths: `(B,)` int32 on the GPU, tokens stored before the step.
         counts: `(2,)` int32 there, of quantized layers: tokens in blocks, and exact ones, the new one included.
         leftpad: `(B,)` int32 there, left padding.
-        looked: whether `leftpad` is that of the mask; looking at it waits for the GPU, once.
+        leftpad_known: whether `leftpad` is that of the mask. To read the mask waits for the GPU, once.
         layers: each layer's part.
         backend: the choice in force at the step.
     """
 
     def __init__(self, cache: KVCache):
-        name = type(cache).__name__
-        if not isinstance(cache, (StaticKVCache, QuantizedKVCache)):
-            raise ValueError(f"they hold a StaticKVCache or QuantizedKVCache with max_cache_len, not a {name}")
-        if isinstance(cache, StaticKVCache) and cache.offloads:
-            raise ValueError("they hold layers that stay on the GPU: StaticKVCache without offload=True")
-        if cache.settings["max_cache_len"] is None:
-            raise ValueError(f"they hold no cache that grows: give {name} a max_cache_len")
-        if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in cache.layers):
-            raise ValueError("they hold no rings of blocks, as in a QuantizedKVCache of a model with sliding windows")
+        if obstacle := cache.graph_obstacle():
+            raise ValueError(f"CUDA graphs require {obstacle}")
         self.cache = cache
         self.lengths = self.leftpad = self.counts = torch.empty(0)
-        self.looked = False
+        self.leftpad_known = False
         self.layers: list[ExactPart | PackedPart] = []
         self.backend = "auto"
         self._buffers: list[torch.Tensor] = []  # those of `layers`, ready for graphs
@@ -66,8 +58,8 @@ class DecodeSteps:
         """The output of `compiled`, or of `model` where the cache is empty still, for `kwargs` with this cache.
 
         Raises:
-            ValueError: a full or torn cache, another batch size, a mask that says more than left padding; nothing has
-                changed then.
+            ValueError: a full or inconsistent cache, another batch size, a mask that says more than left padding;
+                nothing has changed then.
         """
         if not self.cache.get_seq_length():
             return model(**kwargs)
@@ -76,7 +68,7 @@ class DecodeSteps:
         for layer in self.cache.layers:
             layer.seen += 1
         for layer in self.cache.layers:
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
         out.past_key_values = self.cache
         return out
 
@@ -90,12 +82,12 @@ class DecodeSteps:
         layers[0].check(new, new)  # for all: whole layers of a cache have one batch size, length and capacity
         for each in quantized:
             each.raise_if_not_finite(wait=False)
-        if not self.looked:
-            self._look_at(mask, tokens.shape[0], layers[0])
+        if not self.leftpad_known:
+            self._read_leftpad(mask, tokens.shape[0], layers[0])
         for layer in layers:
-            layer.finish_attention()  # where an interrupt came between a step and this
+            layer.finish_attention(dispatch.quantize_blocks)  # where an interrupt came between a step and this
         self.backend = dispatch.chosen_backend()
-        self._look_at_buffers()
+        self._prepare_buffers()
         for layer in layers:
             layer.reserve_slot()
         self.lengths.fill_(self.cache.get_seq_length())
@@ -103,7 +95,7 @@ class DecodeSteps:
             self.counts[0] = quantized[0].packed_tokens
             self.counts[1] = quantized[0].stored - quantized[0].packed_tokens + 1
 
-    def _look_at(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
+    def _read_leftpad(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
         """Writes `leftpad`, of a mask `(B, tokens)` or None."""
         leftpad: torch.Tensor | bool | None = None
         if mask is not None:
@@ -118,10 +110,10 @@ class DecodeSteps:
             made = (torch.empty(n, dtype=torch.int32, device=layer.device) for n in (batch, batch, 2))
             self.lengths, self.leftpad, self.counts = made
         self.leftpad.copy_(leftpad) if leftpad is not None else self.leftpad.zero_()
-        self.looked = True
+        self.leftpad_known = True
 
     @torch.inference_mode(False)
-    def _look_at_buffers(self) -> None:
+    def _prepare_buffers(self) -> None:
         """Makes new buffers ready for graphs: at a fixed address, as compilers are told, and finite everywhere."""
         found = [pair for layer in self.cache.layers for pair in layer.buffers().values()]
         if self._buffers and all(one is other for one, (other, _) in zip(self._buffers, found, strict=True)):
@@ -144,8 +136,8 @@ class DecodeSteps:
             return ExactPart(k, v, k.shape[2] < self.cache.settings["max_cache_len"])
         buffers = {name: tensor for name, (tensor, _) in layer.buffers().items()}
         packed = layer.packed(buffers["k_codes"].shape[2] * BLOCK)  # as many as there is room for
-        layout = [packed.start, packed.tokens, packed.k_bits, packed.v_bits]
-        return PackedPart(buffers["exact_k"], buffers["exact_v"], list(packed.arrays()), layout)
+        codecs, layout = [packed.k_codec.name, packed.v_codec.name], [packed.start, packed.tokens]
+        return PackedPart(buffers["exact_k"], buffers["exact_v"], list(packed.arrays()), codecs, layout)
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the decoder is called with: positions and masks of tensors alone."""
@@ -155,26 +147,33 @@ class DecodeSteps:
         masks = compact_masks(decoder.config, new_tokens(kwargs), lambda sliding: self.leftpad)
         return {**kwargs, "position_ids": positions, "attention_mask": masks}
 
-    def attend(
-        self,
-        index: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor,
-        scaling: float | None,
-        softcap: float | None,
-        s_aux: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The op of layer `index`: arguments as in `kvattn_attention`, `mask` one that `inputs` made."""
-        layer, window = self.layers[index], read_compact_mask(mask)[1]
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        tensors, rules = (layer.k, layer.v, q, k, v), (softcap, s_aux, self.backend)
-        if isinstance(layer, PackedPart):
-            stored = (self.counts, self.leftpad, layer.packed, layer.layout)
-            return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *rules)
-        numbers = (self.lengths, self.leftpad, scale, window, layer.wraps)
-        return torch.ops.hf_kvattn.append_attend(*tensors, *numbers, *rules)
+
+class StepHandle:
+    """The handle of one layer in a step that a CUDA graph holds: one op stores the new token and attends.
+
+    Args:
+        steps: of the cache.
+        index: of the layer.
+    """
+
+    def __init__(self, steps: DecodeSteps, index: int):
+        self._steps, self._index = steps, index
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """`rules.mask` is one that `DecodeSteps.inputs` made."""
+        rules.check_inference(query)
+        assert rules.mask is not None
+        steps, part, window = self._steps, self._steps.layers[self._index], read_compact_mask(rules.mask)[1]
+        scale = query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
+        tensors, how = (part.k, part.v, query, key, value), (rules.softcap, rules.s_aux, steps.backend)
+        if isinstance(part, PackedPart):
+            stored = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
+            return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *how)
+        numbers = (steps.lengths, steps.leftpad, scale, window, part.wraps)
+        return torch.ops.hf_kvattn.append_attend(*tensors, *numbers, *how)
 
 
 def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:

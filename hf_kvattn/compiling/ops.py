@@ -1,40 +1,38 @@
-"""`torch.compile`: the ops that stand in a graph for all that depends on how full a cache is.
+"""The ops that stand in a compiled graph for all that depends on how full a cache is.
 
-While a model is traced, the hooks of `enable` put three ops into the graph: `begin` (the new tokens' positions),
-`leftpad_of_rows` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
-caches, dispatch and kernels as without it. No length is part of the graph, so it serves all of them.
+While a model is traced, the hooks of `enable` put three ops into the graph: `begin` (positions of the new tokens),
+`leftpad` (left padding) and `append_and_attend`. They are opaque: when the graph runs, they run the same caches,
+dispatch and kernels as without it. No length is part of the graph, so one graph serves all lengths.
 
-With transformers' own caches, or none, the model's graph keeps what it does with them, and `attend` stands for the
-attention: which backend is in force is asked when the graph runs, not when it is traced.
-
-Each of the three ops is given the cache's ticket (`caches/tickets.py`), a tensor that stands for everything the cache
+Each of the three is given the cache's ticket (`caches/tickets.py`), a tensor that stands for everything the cache
 stores. It is declared to be mutated, so that no compiler reorders, repeats or leaves out what happens to the cache.
+
+With transformers' own caches, or none, the model's graph keeps what it does with them, and the op `attend` stands for
+the attention: the backend in force is asked for when the graph runs, not when it is traced.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
 
-from ..attention import kvattn_attention
+from ..attention import Rules, attend_dense, attend_layer
 from ..caches.base import KVCache
-from ..caches.sliding import SlidingWindowKVCache
 from ..caches.tickets import cache_of
 from ..masks import left_padding
 from . import append_attend
-from .decode_steps import DecodeSteps, compact_masks, new_tokens
+from .decode_steps import compact_masks, new_tokens
 
 
-def own_positions(
-    cache: SlidingWindowKVCache, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
+def stream_positions(
+    cache: KVCache, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The positions at which `cache` wants the new tokens; see `SlidingWindowKVCache.positions`."""
+    """The positions at which `cache` wants the new tokens; see `KVCache.positions`."""
+    if not cache.counts_positions:
+        return position_ids
     padded = False
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.device.type == "cpu":  # a GPU's would stall it
         padded = not mask[:, -1].all()
@@ -44,12 +42,10 @@ def own_positions(
 def _begin(
     ticket: torch.Tensor, tokens: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Positions `(B or 1, T)` of the new `tokens`, `(B, T)` or `(B, T, hidden)`; the time to notice a torn cache."""
+    """Positions `(B or 1, T)` of the new `tokens`, `(B, T)` or `(B, T, hidden)`. Refuses an inconsistent cache."""
     cache: KVCache = cache_of(ticket)
     cache.check_consistent_layers()
-    positions = position_ids
-    if isinstance(cache, SlidingWindowKVCache):
-        positions = own_positions(cache, tokens, position_ids, mask)
+    positions = stream_positions(cache, tokens, position_ids, mask)
     if positions is None:
         seen = cache.get_seq_length()
         positions = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
@@ -77,50 +73,45 @@ def _leftpad_fake(ticket, mask, new, sliding):
     return mask.new_empty(mask.shape[0], dtype=torch.int32)
 
 
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float | None,
-    is_causal: bool,
-    window: int | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    kv_layer: Any = None,
-) -> torch.Tensor:
-    """The attention of `q` over `kv_layer`, or what another cache, or none, gave: as `kvattn_attention`."""
-    out, _ = kvattn_attention(
-        kv_layer,
-        q,
-        k,
-        v,
-        mask,
-        scaling=scaling,
-        is_causal=is_causal,
-        sliding_window=window,
-        softcap=softcap,
-        s_aux=s_aux,
-        kv_layer=kv_layer,
-    )
-    return out
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any) -> torch.Tensor:
+    return attend_dense(q, k, v, Rules(*rules))
 
 
 def _attend_fake(q, k, v, *rules):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _step(
+def _append_and_attend(
     ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
 ) -> torch.Tensor:
-    """Stores `k` and `v` in layer `layer_idx` and gives the attention of `q`, by the rules that `_attend` takes."""
+    """Stores `k` and `v` `(B, Hkv, T, D)` in layer `layer_idx`, and gives the attention of `q`."""
     layer = cache_of(ticket).layers[layer_idx]
     layer.append(k, v)
-    return _attend(q, k, v, *rules, layer)
+    return attend_layer(layer, q, k, v, Rules(*rules))
 
 
-def _step_fake(ticket, layer_idx, *arguments):
+def _append_and_attend_fake(ticket, layer_idx, *arguments):
     return _attend_fake(*arguments)
+
+
+class TracedHandle:
+    """The handle of a layer while a model is traced: the op in the graph stores and attends when the graph runs.
+
+    Args:
+        ticket: of the cache.
+        index: of the layer.
+    """
+
+    def __init__(self, ticket: torch.Tensor, index: int):
+        self._ticket, self._index = ticket, index
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        return key_states, value_states
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+        rules.check_inference(query)
+        append_and_attend = torch.ops.hf_kvattn.append_and_attend
+        return append_and_attend(self._ticket, self._index, query, key, value, *rules.for_op())
 
 
 _RULES = "Tensor? mask, float? scaling, bool is_causal, int? window, float? softcap, Tensor? s_aux"
@@ -131,10 +122,10 @@ _OPS: dict[str, tuple[str, Callable, Callable]] = {
         _leftpad,
         _leftpad_fake,
     ),
-    "step": (
+    "append_and_attend": (
         f"Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, {_RULES}",
-        _step,
-        _step_fake,
+        _append_and_attend,
+        _append_and_attend_fake,
     ),
     "attend": (f"Tensor q, Tensor k, Tensor v, {_RULES}", _attend, _attend_fake),
 }
@@ -171,59 +162,3 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
 
         mask = compact_masks(decoder.config, tokens, leftpad_of_rows)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}
-
-
-def default_config() -> CompileConfig:
-    """How `generate()` compiles where the user says nothing."""
-    return CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch.compile takes None
-
-
-def checked_config(
-    config: CompileConfig, device: torch.device, cache: KVCache
-) -> tuple[CompileConfig, DecodeSteps | None]:
-    """A copy of `config` that compiles on every device, and the steps of `cache` where it records CUDA graphs.
-
-    Raises:
-        ValueError: a mode that records CUDA graphs, on a GPU, with a cache that they cannot hold.
-    """
-    steps = None
-    if device.type == "cuda" and records_graphs(config):
-        try:
-            steps = DecodeSteps(cache)
-        except ValueError as error:
-            asked = f"options={config.options!r}" if config.mode is None else f"mode={config.mode!r}"
-            raise ValueError(
-                f"compile_config has {asked}, which records CUDA graphs: {error}. Without them, as with "
-                "mode='default' or 'max-autotune-no-cudagraphs', every cache is served"
-            ) from error
-    config = copy.copy(config)
-    config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
-    return config, steps
-
-
-def records_graphs(config: CompileConfig) -> bool:
-    """Whether a GPU's steps compiled like this are recorded as CUDA graphs."""
-    return config.mode in ("reduce-overhead", "max-autotune") or bool((config.options or {}).get("triton.cudagraphs"))
-
-
-def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
-    """`model` as a callable whose steps of one token are compiled as `config` says; longer ones (prompts) are not.
-
-    Where the cache has `steps`, their tensors stand for it.
-    """
-
-    def step(**kwargs):
-        return model(**kwargs)
-
-    # Code of its own: dynamo keeps graphs with the code, counts them there, and would find those of other settings.
-    step.__code__ = step.__code__.replace()
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    compiled = torch.compile(step, **fields)
-
-    def call(**kwargs):
-        steps = getattr(kwargs.get("past_key_values"), "steps", None)  # transformers' StaticCache has none
-        if new_tokens(kwargs).shape[1] > 1:
-            return model(**kwargs)
-        return compiled(**kwargs) if steps is None else steps.run(compiled, model, kwargs)
-
-    return call

@@ -29,8 +29,10 @@ from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
 from hf_kvattn.evaluation import perplexity, report
 from hf_kvattn.evaluation.variants import BASELINE, MakeCache, Variant
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.plugin import attention_modules
 from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
+from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
 
 BITS = (2, 3, 4, 8)
@@ -173,9 +175,9 @@ def measure(
 @torch.no_grad()
 def _costs(i: int, k: torch.Tensor, v: torch.Tensor, bits: int, group_size: int) -> list[float]:
     """What the codes that a cache makes of `k` and of `v` cost, summed over tokens, in nats."""
-    layer = KVQuantizedLayer(QuantSettings(bits, bits, group_size, 0, SINKS), None, i)
+    layer = KVQuantizedLayer(QuantSettings(codec_for(bits), codec_for(bits), group_size, 0, SINKS), None, i)
     layer.append(k, v)
-    layer.finish_attention()
+    layer.finish_attention(dispatch.quantize_blocks)
     costs = []
     for x, stored in zip((k, v), layer.dense(), strict=True):
         assert x.grad is not None

@@ -4,11 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
+
+
+class Feature(str, Enum):
+    """What a call may ask for beyond causal attention over dense keys.
+
+    A backend lists those that it serves and refuses all others: a new one is refused until a backend lists it.
+    """
+
+    BIDIRECTIONAL = "bidirectional attention"
+    DENSE_MASK = "dense mask"
+    DROPOUT = "dropout"
+    GRADIENTS = "gradients"
+    LEFT_PADDING = "left padding"
+    PACKED = "quantized keys and values"
+    RING = "ring buffers"
+    S_AUX = "learned sinks (s_aux)"
+    SINKS = "sinks beside the window"
+    SOFTCAP = "softcap"
+    WINDOW = "window"
 
 
 @dataclass(slots=True)
@@ -101,6 +121,35 @@ class AttendCall:
         if self.tokens is not None:
             return self.tokens
         return self.k.shape[2] + (0 if self.packed is None else self.packed.tokens)
+
+    def features(self) -> list[Feature]:
+        """What this call asks for beyond causal attention over dense keys."""
+        used = [] if self.causal else [Feature.BIDIRECTIONAL]
+        if self.window is not None:
+            used.append(Feature.WINDOW)
+        if self.softcap is not None:
+            used.append(Feature.SOFTCAP)
+        if self.leftpad is not None:
+            used.append(Feature.LEFT_PADDING)
+        if self.mask is not None:
+            used.append(Feature.DENSE_MASK)
+        if self.dropout > 0:
+            used.append(Feature.DROPOUT)
+        if self.packed is not None:
+            used.append(Feature.PACKED)
+        if self.tokens is not None:
+            used.append(Feature.RING)
+        if self.sinks is not None:
+            used.append(Feature.SINKS)
+        if self.s_aux is not None:
+            used.append(Feature.S_AUX)
+        if self.needs_grad:
+            used.append(Feature.GRADIENTS)
+        return used
+
+    def beyond(self, served: frozenset[Feature]) -> str | None:
+        """The features that are not among `served`, as `no dense mask, no dropout`; None where all are."""
+        return ", ".join([f"no {feature.value}" for feature in self.features() if feature not in served]) or None
 
     @property
     def needs_grad(self) -> bool:

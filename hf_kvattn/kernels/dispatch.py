@@ -6,21 +6,42 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 
-from ..quant.blocks import quantize_blocks
-from ..quant.codecs import Bits
+from ..quant import blocks
+from ..quant.blocks import Quantize
+from ..quant.codecs import Codec
+from ..quant.packed import PackedKV
 from . import flash, native, reference, sdpa
 from .call import AttendCall
 from .triton import backend as triton_backend
 
 logger = logging.getLogger("hf_kvattn")
 
-BACKENDS: dict[str, ModuleType] = {
+
+class Backend(Protocol):
+    """What a backend must have. Optional parts are methods that may be missing; `dispatch` asks for them by name:
+
+    - `cannot_quantize(k, k_codec, v_codec)` and `quantize_blocks(k, v, into, slot)`: turns blocks into codes;
+    - `cannot_append(call)` and `append_attend(call, k, v, slot, reach, wraps)`: stores a token and attends in one call;
+    - `attend_lengths(call, lengths)`: reads how many tokens there are from the device.
+    """
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used on this machine at all, or None."""
+
+    def unsupported(self, call: AttendCall) -> str | None:
+        """Why it cannot serve `call`, or None."""
+
+    def attend(self, call: AttendCall) -> torch.Tensor:
+        """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`."""
+
+
+BACKENDS: dict[str, Backend] = {
     "reference": reference,
     "sdpa": sdpa,
     "native": native,
@@ -28,9 +49,20 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton_backend,
 }
 
-# Up to this many query rows (query tokens x group) one pass over the cache is bound by memory and the native kernel
-# wins on every CPU, and beyond them where a window leaves out most keys, or where PyTorch's kernel has not all that is
-# asked for (0.1 of the time of what does it with several of PyTorch's).
+# The order in which `auto` asks the backends for each kind of call (`_kind`), the fastest first.
+PRIORITIES: dict[str, tuple[str, ...]] = {
+    "gpu, packed": ("triton", "sdpa", "reference"),
+    "gpu, in pieces": ("flash", "triton", "sdpa", "reference"),
+    "gpu": ("flash", "sdpa", "reference"),
+    "cpu, native leads": ("native", "sdpa", "reference"),
+    "cpu, torch leads": ("sdpa", "native", "reference"),
+    "other device": ("sdpa", "reference"),
+}
+QUANTIZERS: dict[str, str] = {"cuda": "triton", "cpu": "native"}  # by device; PyTorch's operations serve all others
+
+# Up to this many query rows (query tokens x group) one pass over the cache is bound by memory, and the native kernel is
+# the fastest on every CPU. Beyond them it is so where a window leaves out most keys, and where PyTorch's own kernel
+# lacks a feature: it is about 10 times faster than the tiled PyTorch fallback.
 NATIVE_MAX_ROWS = 128
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
@@ -80,65 +112,68 @@ def attend(call: AttendCall) -> torch.Tensor:
     return serving(call).attend(call)
 
 
-def serving(call: AttendCall) -> ModuleType:
-    """The backend that `call` is computed with; ValueError where the chosen one cannot serve it."""
+def serving(call: AttendCall) -> Any:
+    """The `Backend` that `call` is computed with; ValueError where the chosen one cannot serve it."""
     name = chosen_backend()
     if name == "auto":
-        return auto_choice(call)[0]
-    module = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
-    reason = module.unsupported(call)
+        return BACKENDS[auto_choice(call)[0]]
+    backend = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
+    reason = backend.unsupported(call)
     if reason:
         raise ValueError(f"backend {name!r} cannot serve this call: {reason}; choose another, or 'auto'")
-    return module
+    return backend
 
 
-def auto_choice(call: AttendCall) -> tuple[ModuleType, str | None]:
+def auto_choice(call: AttendCall) -> tuple[str, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     passed_over = None
-    for module in _fastest_first(call):
-        reason = module.unavailable() or module.unsupported(call)
+    for name in PRIORITIES[_kind(call)]:
+        reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(call)
         if reason is None:
             break
         passed_over = passed_over or reason
     if passed_over:
-        _log_once(f"auto backend: {name_of(module)}, because {passed_over}")
-    return module, passed_over
+        _log_once(f"auto backend: {name}, because {passed_over}")
+    return name, passed_over
 
 
-def _fastest_first(call: AttendCall) -> tuple[ModuleType, ...]:
-    if call.q.device.type == "cuda":
+def _kind(call: AttendCall) -> str:
+    """The row of `PRIORITIES` for `call`."""
+    device = call.q.device.type
+    if device == "cuda":
         if call.packed is not None:
-            return triton_backend, sdpa, reference
+            return "gpu, packed"
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
-        special = call.slot > 0 or not sdpa.is_plain(call)
-        return (flash, triton_backend, sdpa, reference) if special else (flash, sdpa, reference)
-    if call.q.device.type != "cpu":
-        return sdpa, reference
+        return "gpu, in pieces" if call.slot > 0 or not sdpa.is_plain(call) else "gpu"
+    if device != "cpu":
+        return "other device"
     few = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) <= NATIVE_MAX_ROWS
     local = call.window is not None and call.window < call.kv_len
-    if few or local or not sdpa.is_plain(call) or native.leads_in_prompts(call.q.dtype):
-        return native, sdpa, reference
-    return sdpa, native, reference
+    leads = few or local or not sdpa.is_plain(call) or native.leads_in_prompts(call.q.dtype)
+    return "cpu, native leads" if leads else "cpu, torch leads"
 
 
-def quantizer(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> Callable[..., None]:
-    """What turns blocks of such keys (and values) into codes, as `quant.blocks.quantize_blocks` does: equal results."""
-    module = triton_backend if k.device.type == "cuda" else native
-    reason = module.unavailable() or module.cannot_quantize(k, k_bits, v_bits)
+def quantizer(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> Quantize:
+    """The fastest function that turns blocks of keys such as `k`, `(B, Hkv, T, D)`, and their values into codes."""
+    backend: Any = BACKENDS.get(QUANTIZERS.get(k.device.type, ""))
+    if backend is None:
+        return blocks.quantize_blocks
+    reason = backend.unavailable() or backend.cannot_quantize(k, k_codec, v_codec)
     if reason is None:
-        return module.quantize_blocks
+        return backend.quantize_blocks
     _log_once(f"blocks are quantized with PyTorch's operations, because {reason}")
-    return quantize_blocks
+    return blocks.quantize_blocks
+
+
+def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
+    """`quant.blocks.quantize_blocks`, bit for bit, by the fastest function that serves these blocks."""
+    quantizer(k, into.k_codec, into.v_codec)(k, v, into, slot)
 
 
 def _usable(name: str, source: str) -> str:
     if _checked(name, source) != "auto" and (reason := BACKENDS[name].unavailable()):
         raise ValueError(f"backend {name!r} in {source} cannot be used here: {reason}")
     return name
-
-
-def name_of(module: ModuleType) -> str:
-    return next(name for name, backend_module in BACKENDS.items() if backend_module is module)
 
 
 @functools.lru_cache(maxsize=256)

@@ -19,8 +19,19 @@ from types import ModuleType
 
 import torch
 
-from .call import AttendCall
+from .call import AttendCall, Feature
 
+SERVED = frozenset(
+    {
+        Feature.BIDIRECTIONAL,
+        Feature.LEFT_PADDING,
+        Feature.RING,
+        Feature.S_AUX,
+        Feature.SINKS,
+        Feature.SOFTCAP,
+        Feature.WINDOW,
+    }
+)
 _FA2, _FA3 = "flash_attn", "flash_attn_interface"
 _INSTALL = "pip install flash-attn --no-build-isolation"
 
@@ -73,12 +84,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"flash-attn takes a head_dim of up to 256 in steps of 8 (it pads others, copying), not {q.shape[-1]}"
     if k.stride(-1) != 1 or v.stride(-1) != 1:
         return "flash-attn reads keys and values whose channels lie side by side"
-    if call.mask is not None:
-        return "flash-attn takes causal, window and left-padding rules, not a dense mask"
-    if call.dropout > 0 or call.needs_grad:
-        return "the flash backend is for inference: no dropout, no gradients"
-    if call.packed is not None:
-        return "flash-attn reads no quantized keys and values"
+    if beyond := call.beyond(SERVED):
+        return f"the flash backend serves {beyond}"
     if q.shape[2] > 1 and (call.sinks is not None or len(_pieces(call, 0)) > 1):
         return f"sinks, and ring buffers that wrap, are joined for one query at a time, not for {q.shape[2]}"
     return None
@@ -122,6 +129,13 @@ def attend(call: AttendCall) -> torch.Tensor:
         own_q, k, v = (t.transpose(1, 2) for t in (call.sinks.q, call.sinks.k, call.sinks.v))
         parts.append(launch(own_q, k, v, cache_seqlens=seen))
     return _joined(parts, call)
+
+
+def cannot_append(call: AttendCall) -> str | None:
+    """Why `append_attend` does not serve the buffers of `call`, or None."""
+    if call.q.shape[1] > call.k.shape[2] * call.k.shape[1]:
+        return "where flash-attn appends, it needs a slot for each query head of a group"
+    return None
 
 
 def append_attend(

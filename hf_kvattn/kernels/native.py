@@ -20,11 +20,25 @@ from pathlib import Path
 import torch
 
 from ..quant import rotation
-from ..quant.codecs import Bits
+from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .call import AttendCall, SinkKV
+from .call import AttendCall, Feature, SinkKV
 
+SERVED = frozenset(
+    {
+        Feature.BIDIRECTIONAL,
+        Feature.LEFT_PADDING,
+        Feature.PACKED,
+        Feature.RING,
+        Feature.S_AUX,
+        Feature.SINKS,
+        Feature.SOFTCAP,
+        Feature.WINDOW,
+    }
+)
+READ_CODECS = ("int8", "int4", "int3", "int2")
+WRITTEN_CODECS = ("int8", "int4")
 _ABI_VERSION = 5
 MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -114,16 +128,16 @@ def unsupported(call: AttendCall) -> str | None:
         return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
     if call.v.shape != call.k.shape:
         return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
-    if call.packed is not None and call.packed.has_fp8:
-        return "native kernels read codes that are whole numbers, not fp8"
-    if call.packed is not None and call.q.shape[-1] > 512:
-        return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
-    if call.mask is not None:
-        return "native kernels take causal, window and left-padding rules, not a dense mask"
+    if (packed := call.packed) is not None:
+        for codec in (packed.k_codec, packed.v_codec):
+            if codec.name not in READ_CODECS:
+                return f"native kernels read {', '.join(READ_CODECS)}, not {codec.name}"
+        if call.q.shape[-1] > 512:
+            return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
+    if beyond := call.beyond(SERVED):
+        return f"native kernels serve {beyond}"
     if call.sinks is not None and not (call.causal and call.sinks.k.shape[2] <= MAX_SINKS):
         return f"native kernels take up to {MAX_SINKS} sinks of causal attention"
-    if call.dropout > 0 or call.needs_grad:
-        return "native kernels are for inference: no dropout, no gradients"
     return None
 
 
@@ -225,10 +239,10 @@ def _addresses(packed: PackedKV) -> tuple[int, ...]:
     return tuple(0 if t is None else t.data_ptr() for t in packed.arrays())
 
 
-def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
+def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
-    if {k_bits, v_bits} - {8, 4}:
-        return f"native kernels quantize to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
+    if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
+        return f"native kernels quantize to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
     if k.dtype not in _DTYPES or k.shape[-1] > 512:
         return (
             f"native kernels quantize heads of up to 512 in float32, float16 or bfloat16, not {k.shape[-1]} {k.dtype}"

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from .call import AttendCall
+from .call import AttendCall, Feature
+
+SERVED = frozenset(
+    {
+        Feature.BIDIRECTIONAL,
+        Feature.DENSE_MASK,
+        Feature.DROPOUT,
+        Feature.GRADIENTS,
+        Feature.LEFT_PADDING,
+        Feature.PACKED,
+        Feature.RING,
+        Feature.S_AUX,
+        Feature.SINKS,
+        Feature.SOFTCAP,
+        Feature.WINDOW,
+    }
+)
 
 
 def unavailable() -> str | None:
@@ -12,7 +28,8 @@ def unavailable() -> str | None:
 
 
 def unsupported(call: AttendCall) -> str | None:
-    return None
+    beyond = call.beyond(SERVED)
+    return f"the reference serves {beyond}" if beyond else None
 
 
 def attend(call: AttendCall) -> torch.Tensor:

@@ -14,8 +14,22 @@ from itertools import chain
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import AttendCall
+from .call import AttendCall, Feature
 
+# What torch's function has, with masks where it has no argument,
+PLAIN = frozenset(
+    {
+        Feature.BIDIRECTIONAL,
+        Feature.DENSE_MASK,
+        Feature.DROPOUT,
+        Feature.GRADIENTS,
+        Feature.LEFT_PADDING,
+        Feature.RING,
+        Feature.WINDOW,
+    }
+)
+# and what is computed here, a tile of keys at a time, in inference.
+TILED = frozenset({Feature.PACKED, Feature.S_AUX, Feature.SINKS, Feature.SOFTCAP})
 TILE = 1024  # tokens dequantized at once, a multiple of 32
 WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
 
@@ -30,8 +44,11 @@ def is_plain(call: AttendCall) -> bool:
 
 
 def unsupported(call: AttendCall) -> str | None:
-    if not is_plain(call) and (call.dropout > 0 or call.needs_grad):
-        return "sdpa serves quantized keys and values, sinks, s_aux and softcap in inference: no dropout, no gradients"
+    served = PLAIN if is_plain(call) else (PLAIN | TILED) - {Feature.DROPOUT, Feature.GRADIENTS}
+    if beyond := call.beyond(served):
+        return f"sdpa serves {beyond}" + (
+            "" if is_plain(call) else "; softcap, sinks and quantized tokens in inference only"
+        )
     return None
 
 

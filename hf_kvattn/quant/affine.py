@@ -1,4 +1,4 @@
-"""Asymmetric integer codes of 4, 3 and 2 bits: `x` is about `code * scale + zero`, with a scale and a zero a group."""
+"""Affine codes of few bits (4, 3, 2): `x` is about `code * scale + zero`, a scale and a zero point for each group."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 
 
 def quantize(
-    x: torch.Tensor, bits: int, dim: int, shrink: tuple[float, ...] = (1.0,)
+    x: torch.Tensor, bits: int, dim: int, shares: tuple[float, ...] = (1.0,)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes of `x`, the numbers along `dim` being one group.
 
-    With few levels it pays to give up the ends of the range for finer steps. Of the shares of the range in `shrink`,
+    With few levels it pays to give up the ends of the range for finer levels. Of the shares of the range in `shares`,
     each group takes the one with the least sum of fourth powers of its errors: large errors are what attention
     notices (a plain least-squares choice measures worse).
 
     Args:
         x: any shape, finite; computed in fp32.
-        bits: 4, 3 or 2.
+        bits: of a code, 1 to 7.
         dim: the group's dimension.
-        shrink: shares of the range to try, each in (0, 1].
+        shares: of the range, to try, each in (0, 1].
 
     Returns:
         codes: uint8, the shape of `x`, each below `2 ** bits`;
@@ -28,10 +28,10 @@ def quantize(
     x = x.float()
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     best = _encode(x, low, high, bits)
-    if shrink == (1.0,):
+    if shares == (1.0,):
         return best
     best_error = None
-    for share in shrink:
+    for share in shares:
         trim = (1 - share) / 2 * (high - low)
         made = _encode(x, low + trim, high - trim, bits)
         error = (dequantize(*made) - x).square().square().sum(dim, keepdim=True)
@@ -56,5 +56,5 @@ def _encode(
     zero = low.bfloat16().float()
     # The rounded zero may lie above a nearly constant group: scale 0 then, never below.
     scale = ((high - zero).clamp(min=0) / (2**bits - 1)).bfloat16().float()
-    steps = torch.where(scale > 0, (x - zero) / scale, 0.0)
-    return steps.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, zero
+    levels = torch.where(scale > 0, (x - zero) / scale, 0.0)
+    return levels.round().clamp(0, 2**bits - 1).to(torch.uint8), scale, zero

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .codecs import KEYS, VALUES, quantize
 from .layout import BLOCK, pack_keys, pack_values
 from .packed import PackedKV
 from .rotation import rotate
+
+Quantize = Callable[[torch.Tensor, torch.Tensor, PackedKV, int], None]  # as `quantize_blocks`
 
 
 def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
@@ -16,15 +19,15 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
     Of `into`, `start`, `tokens` and its own `slot` do not count.
     """
     slots, groups = slice(slot, slot + k.shape[2] // BLOCK), into.v_scale.shape[3]
-    k_codec, v_codec = into.codecs
+    k_codec, v_codec = into.k_codec, into.v_codec
     blocks = (k.float() - into.k_mean[:, :, None]).unflatten(2, (-1, BLOCK))
-    codes, scale, zero = quantize(blocks, k_codec, -2, KEYS)
-    into.k_codes[:, :, slots], into.k_scale[:, :, slots] = pack_keys(codes, into.k_bits), scale[..., 0, :]
+    codes, scale, zero = k_codec.quantize(blocks, -2, k_codec.key_shares)
+    into.k_codes[:, :, slots], into.k_scale[:, :, slots] = pack_keys(codes, k_codec.planes), scale[..., 0, :]
     if into.k_zero is not None and zero is not None:
         into.k_zero[:, :, slots] = zero[..., 0, :]
-    turned = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (groups, -1))
-    codes, scale, zero = quantize(turned, v_codec, -1, VALUES)
-    into.v_codes[:, :, slots] = pack_values(codes.flatten(-2), into.v_bits)
+    rotated = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (groups, -1))
+    codes, scale, zero = v_codec.quantize(rotated, -1, v_codec.value_shares)
+    into.v_codes[:, :, slots] = pack_values(codes.flatten(-2), v_codec.planes)
     into.v_scale[:, :, slots] = scale[..., 0].transpose(-1, -2)
     if into.v_zero is not None and zero is not None:
         into.v_zero[:, :, slots] = zero[..., 0].transpose(-1, -2)

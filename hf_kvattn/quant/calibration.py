@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .codecs import check_bits, has_zero
+from .codecs import codec_for
 from .layout import BLOCK
 
 VERSION = 1
@@ -22,7 +22,7 @@ def check_group_size(group_size: int) -> None:
 
 def bits_with_scales(bits: int, group: int) -> float:
     """Bits that one number takes, its share of a group's bfloat16 scale and zero included."""
-    return bits + (32 if has_zero(bits) else 16) / group
+    return bits + (16 if codec_for(bits).symmetric else 32) / group
 
 
 def file_name(cache: str) -> str:
@@ -70,7 +70,7 @@ class Calibration:
             for each in bits:
                 if type(each) is not int:
                     raise ValueError(f"{name} must be ints, got {each!r}")
-                check_bits(each)
+                codec_for(each)
         skipped = self.skip_layers
         if type(skipped) is not tuple or any(type(i) is not int or not 0 <= i < self.layers for i in skipped):
             raise ValueError(f"skip_layers must be from 0 to {self.layers - 1}, got {skipped!r}")

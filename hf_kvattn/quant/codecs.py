@@ -1,4 +1,4 @@
-"""Which codec serves which number of bits, or `"fp8"`, with the settings that measure best.
+"""`CODECS`: how numbers become codes of few bits, one row a codec. A new width is a new row.
 
 Keys are grouped per channel inside a block of 32 tokens, values per token in groups of channels (KIVI, Liu et al.,
 2024, arXiv:2402.02750): keys have a few channels that are always large, values do not.
@@ -6,58 +6,85 @@ Keys are grouped per channel inside a block of 32 tokens, values per token in gr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from . import affine, float8, symmetric
 
-FP8 = "fp8"
-Bits = int | str  # 8, 4, 3, 2 or FP8
-Table = dict[Bits, tuple[float, ...] | None]
 
-# Bits to the shares of a group's range that are tried for its codes; None: symmetric codes, without zeros. Measured.
-KEYS: Table = {8: None, FP8: None, 4: (1.0,), 3: (1.0, 0.95, 0.9), 2: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
-VALUES: Table = {8: None, FP8: None, 4: (1.0,), 3: (1.0, 0.95, 0.9, 0.85), 2: (0.8,)}
+@dataclass(frozen=True)
+class Codec:
+    """One way to store numbers.
 
-
-def check_bits(bits: Bits) -> None:
-    if type(bits) not in (int, str) or bits not in KEYS:
-        raise ValueError(f"bits must be one of {tuple(KEYS)}, got {bits!r}")
-
-
-def has_zero(bits: Bits) -> bool:
-    """Whether groups of so many bits have a zero of their own."""
-    return KEYS[bits] is not None
-
-
-def stored_bits(bits: Bits) -> int:
-    """Bits that a code takes."""
-    return 8 if isinstance(bits, str) else bits
-
-
-def codes_dtype(bits: Bits) -> torch.dtype:
-    """Of packed codes: the bytes of whole numbers, or float8_e4m3fn, which tells fp8 from 8 bits."""
-    return float8.DTYPE if bits == FP8 else torch.uint8
-
-
-def quantize(
-    x: torch.Tensor, bits: Bits, dim: int, table: Table
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes (`codes_dtype`), scale and zero (float32 of bfloat16 precision) of `x`; no zero where codes are symmetric.
-
-    Args:
-        x: keys with `table=KEYS` or rotated values with `table=VALUES`, any shape, finite.
-        bits: 8, 4, 3, 2 or "fp8".
-        dim: the dimension along which numbers are one group.
+    Attributes:
+        name: what `caches.registry` and backends call it.
+        planes: bits of each bit plane that a code is stored in (`layout.py`), the lowest bits first; they add up to
+            the code's bits.
+        symmetric: codes around 0, with a scale alone; else affine codes, with a scale and a zero point.
+        dtype: of the stored codes.
+        key_shares, value_shares: shares of a group's range that an affine quantizer tries for keys and for values
+            (`affine.quantize`). Measured.
     """
-    shrink = table[bits]
-    if shrink is not None:
-        return affine.quantize(x, stored_bits(bits), dim, shrink)
-    codec = float8 if bits == FP8 else symmetric
-    return *codec.quantize(x, dim), None
+
+    name: str
+    planes: tuple[int, ...]
+    symmetric: bool = False
+    dtype: torch.dtype = torch.uint8
+    key_shares: tuple[float, ...] = (1.0,)
+    value_shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return sum(self.planes)
+
+    @property
+    def argument(self) -> int | str:
+        """What `QuantizedKVCache(bits=...)` calls it: a number of bits, or `"fp8"`."""
+        return self.bits if self.dtype == torch.uint8 else self.name
+
+    def quantize(
+        self, x: torch.Tensor, dim: int, shares: tuple[float, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes (`dtype`), scale and zero point (float32 of bfloat16 precision; None where codes are symmetric).
+
+        Args:
+            x: any shape, finite.
+            dim: the dimension along which numbers are one group.
+            shares: `key_shares` for keys, `value_shares` for rotated values.
+        """
+        if not self.symmetric:
+            return affine.quantize(x, self.bits, dim, shares)
+        codes, scale = (symmetric if self.dtype == torch.uint8 else float8).quantize(x, dim)
+        return codes, scale, None
+
+    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        """float32 numbers of the shape of `codes`."""
+        if zero is not None:
+            return affine.dequantize(codes, scale, zero)
+        return (symmetric if self.dtype == torch.uint8 else float8).dequantize(codes, scale)
 
 
-def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-    """float32 numbers of the shape of `codes`."""
-    if zero is not None:
-        return affine.dequantize(codes, scale, zero)
-    return (float8 if codes.dtype == float8.DTYPE else symmetric).dequantize(codes, scale)
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("int8", (8,), symmetric=True),
+        Codec("fp8", (8,), symmetric=True, dtype=float8.DTYPE),
+        Codec("int4", (4,)),
+        Codec("int3", (2, 1), key_shares=(1.0, 0.95, 0.9), value_shares=(1.0, 0.95, 0.9, 0.85)),
+        Codec("int2", (2,), key_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), value_shares=(0.8,)),
+    )
+}
+
+
+def codec_for(bits: int | str) -> Codec:
+    """The codec that users call `bits`: 8, 4, 3, 2 or "fp8".
+
+    Raises:
+        ValueError: no codec of that name.
+    """
+    known = {codec.argument: codec for codec in CODECS.values()}
+    if type(bits) not in (int, str) or bits not in known:
+        raise ValueError(f"bits must be one of {tuple(known)}, got {bits!r}")
+    return known[bits]

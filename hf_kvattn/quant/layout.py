@@ -8,9 +8,10 @@ products of bytes: `vpdpbusd` on x86, `udot` on Arm). So 64 codes, one vector, a
 - values: a lane is a channel, its 4 codes are neighbouring tokens. Unit (c, t) holds tokens 4t to 4t+3 of the channels
   16c to 16c+15. The sum over t gives 16 channels of the output.
 
-The 8 units of 16 channels of a block take `64 * bits` bytes. With 8 bits they follow each other; with 4 bits, 64 bytes
-hold two units, the first in the low bits; with 2 bits four; with 3 bits, 128 bytes hold the low two bits in that way,
-and 64 more the third ones, unit i's in bit i.
+A code is cut into bit planes of 8, 4, 2 or 1 bits: one plane for codes of 8, 4 and 2 bits, and for 3 bits a plane of
+the low two bits and one of the third. The 8 units of 16 channels of a block take `64 * bits` bytes: one plane after the
+other, the low bits first. In a plane of 8 bits the units follow each other. In a plane of 4 bits, 64 bytes hold two
+units, the first one in the low bits; with 2 bits four; with 1 bit eight.
 
     keys,   order of units: c outer, h inner;    values: c outer, t inner
 
@@ -27,39 +28,57 @@ LANES = 16
 UNITS = 8  # of 16 channels of a block
 
 
-def pack_keys(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * D)` bytes."""
+def pack_keys(codes: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
+    """`(..., 32, D)` uint8 codes of `planes`, `bits` in all, to `(..., 4 * bits * D)` bytes."""
     units = codes.unflatten(-1, (-1, 4)).unflatten(-3, (2, LANES))  # (..., h, lane, c, 4)
-    return _pack(units.movedim(-2, -4).flatten(-2).flatten(-3, -2), bits)
+    return _pack(units.movedim(-2, -4).flatten(-2).flatten(-3, -2), planes)
 
 
-def unpack_keys(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_keys(packed: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
     """The inverse of `pack_keys`: `(..., 32, D)` uint8."""
-    units = _unpack(packed, bits).unflatten(-2, (-1, 2)).unflatten(-1, (LANES, 4))  # (..., c, h, lane, 4)
+    units = _unpack(packed, planes).unflatten(-2, (-1, 2)).unflatten(-1, (LANES, 4))  # (..., c, h, lane, 4)
     return units.movedim(-4, -2).flatten(-2).flatten(-3, -2)
 
 
-def pack_values(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """`(..., 32, D)` uint8 codes below `2 ** bits` to `(..., 4 * bits * D)` bytes."""
+def pack_values(codes: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
+    """`(..., 32, D)` uint8 codes of `planes`, `bits` in all, to `(..., 4 * bits * D)` bytes."""
     units = codes.unflatten(-1, (-1, LANES)).unflatten(-3, (BLOCK // 4, 4))  # (..., t, 4, c, lane)
-    return _pack(units.movedim(-2, -4).transpose(-2, -1).flatten(-2).flatten(-3, -2), bits)
+    return _pack(units.movedim(-2, -4).transpose(-2, -1).flatten(-2).flatten(-3, -2), planes)
 
 
-def unpack_values(packed: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack_values(packed: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
     """The inverse of `pack_values`: `(..., 32, D)` uint8."""
-    units = _unpack(packed, bits).unflatten(-2, (-1, BLOCK // 4)).unflatten(-1, (LANES, 4))  # (..., c, t, lane, 4)
+    units = _unpack(packed, planes).unflatten(-2, (-1, BLOCK // 4)).unflatten(-1, (LANES, 4))  # (..., c, t, lane, 4)
     return units.transpose(-2, -1).movedim(-4, -2).flatten(-2).flatten(-3, -2)
 
 
-def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
+def _pack(units: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
     """`(..., units, 64)` codes to bytes `(..., units * 8 * bits)`."""
-    if bits == 8:
-        return units.flatten(-2)
-    if bits == 3:
-        low, third = (
-            _pack(part, b).unflatten(-1, (-1, UNITS * 8 * b)) for part, b in ((units & 3, 2), (units >> 2, 1))
-        )
-        return torch.cat((low, third), dim=-1).flatten(-2)
+    if planes == (8,):
+        return units.flatten(-2)  # of any dtype of one byte
+    parts, shift = [], 0
+    for bits in planes:
+        part = _pack_plane(units >> shift & (2**bits - 1), bits)
+        parts.append(part.unflatten(-1, (-1, UNITS * 8 * bits)))
+        shift += bits
+    return torch.cat(parts, dim=-1).flatten(-2)
+
+
+def _unpack(packed: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `_pack`: `(..., units, 64)`."""
+    if planes == (8,):
+        return packed.unflatten(-1, (-1, 64))
+    sizes = [UNITS * 8 * bits for bits in planes]
+    parts = packed.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
+    codes = _unpack_plane(parts[0].flatten(-2), planes[0])
+    shift = planes[0]
+    for part, bits in zip(parts[1:], planes[1:], strict=True):
+        codes = codes | _unpack_plane(part.flatten(-2), bits) << shift
+        shift += bits
+    return codes
+
+
+def _pack_plane(units: torch.Tensor, bits: int) -> torch.Tensor:
     together = units.unflatten(-2, (-1, 8 // bits))  # units that share their bytes
     packed = together[..., 0, :].clone()
     for i in range(1, 8 // bits):
@@ -67,13 +86,7 @@ def _pack(units: torch.Tensor, bits: int) -> torch.Tensor:
     return packed.flatten(-2)
 
 
-def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `_pack`: `(..., units, 64)`."""
-    if bits == 8:
-        return packed.unflatten(-1, (-1, 64))
-    if bits == 3:
-        low, third = packed.unflatten(-1, (-1, UNITS * 24)).split((UNITS * 16, UNITS * 8), dim=-1)
-        return _unpack(low.flatten(-2), 2) | _unpack(third.flatten(-2), 1) << 2
+def _unpack_plane(packed: torch.Tensor, bits: int) -> torch.Tensor:
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     shared = packed.unflatten(-1, (-1, 1, 64))
     return ((shared >> shifts[:, None]) & (2**bits - 1)).flatten(-3, -2)

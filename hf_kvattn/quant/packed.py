@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .codecs import FP8, Bits, dequantize
-from .float8 import DTYPE
+from .codecs import Codec
 from .layout import unpack_keys, unpack_values
 from .rotation import rotate
 
@@ -19,22 +18,23 @@ class PackedKV:
     Attributes:
         start: tokens before them, at most 32, that are stored exactly: the first of the dense tensors beside this.
         tokens: how many, a multiple of 32; the arrays may have room for more blocks.
-        k_bits, v_bits: 8, 4, 3 or 2.
-        k_codes: `(B, Hkv, blocks, 4 * k_bits * D)` uint8, or float8_e4m3fn for fp8.
-        k_scale, k_zero: `(B, Hkv, blocks, D)` bfloat16, one for each channel of a block; no zero with 8 bits.
+        k_codec, v_codec: rows of `quant.codecs.CODECS`.
+        k_codes: `(B, Hkv, blocks, 4 * k_bits * D)` of the codec's dtype.
+        k_scale, k_zero: `(B, Hkv, blocks, D)` bfloat16, one for each channel of a block; no zero
+            point where codes are symmetric.
         k_mean: `(B, Hkv, D)` float32, added to every key.
         v_codes: `(B, Hkv, blocks, 4 * v_bits * D)`, as `k_codes`, of values in the basis of `quant/rotation.py`.
-        v_scale, v_zero: `(B, Hkv, blocks, D / group, 32)` bfloat16, one for each token and group of channels; no zero
-            with 8 bits.
-        slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows). Not
-            0 only where the number of slots is even, and even then, so that two blocks from an even one lie together.
+        v_scale, v_zero: `(B, Hkv, blocks, D / group, 32)` bfloat16, one for each token and group of channels; no
+            zero point where codes are symmetric.
+        slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows).
+            Must be even, and not 0 only if the number of slots is even: kernels read blocks in pairs.
         as_arguments: what the `native` backend passes to its kernel for all this, made once; nothing changes after it.
     """
 
     start: int
     tokens: int
-    k_bits: int
-    v_bits: int
+    k_codec: Codec
+    v_codec: Codec
     k_codes: torch.Tensor
     k_scale: torch.Tensor
     k_zero: torch.Tensor | None
@@ -46,14 +46,12 @@ class PackedKV:
     as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def codecs(self) -> tuple[Bits, Bits]:
-        """Of keys and values: `k_bits` and `v_bits`, or `"fp8"`."""
-        k_codec = FP8 if self.k_codes.dtype == DTYPE else self.k_bits
-        return k_codec, FP8 if self.v_codes.dtype == DTYPE else self.v_bits
+    def k_bits(self) -> int:
+        return self.k_codec.bits
 
     @property
-    def has_fp8(self) -> bool:
-        return DTYPE in (self.k_codes.dtype, self.v_codes.dtype)
+    def v_bits(self) -> int:
+        return self.v_codec.bits
 
     def arrays(self) -> tuple[torch.Tensor | None, ...]:
         """Its tensors, in the order of the attributes above; contiguous, as caches allocate them."""
@@ -75,12 +73,14 @@ class PackedKV:
     def _dense(self, blocks: slice) -> tuple[torch.Tensor, torch.Tensor]:
         dim = self.k_scale.shape[-1]
         k_zero = None if self.k_zero is None else self.k_zero[:, :, blocks, None]
-        k = dequantize(unpack_keys(self.k_codes[:, :, blocks], self.k_bits), self.k_scale[:, :, blocks, None], k_zero)
+        k_codes = unpack_keys(self.k_codes[:, :, blocks], self.k_codec.planes)
+        k = self.k_codec.dequantize(k_codes, self.k_scale[:, :, blocks, None], k_zero)
         group = dim // self.v_scale.shape[3]
 
         def spread(t: torch.Tensor) -> torch.Tensor:
             return t[:, :, blocks].transpose(-1, -2).repeat_interleave(group, -1)
 
         v_zero = None if self.v_zero is None else spread(self.v_zero)
-        v = dequantize(unpack_values(self.v_codes[:, :, blocks], self.v_bits), spread(self.v_scale), v_zero)
+        v_codes = unpack_values(self.v_codes[:, :, blocks], self.v_codec.planes)
+        v = self.v_codec.dequantize(v_codes, spread(self.v_scale), v_zero)
         return k.flatten(2, 3) + self.k_mean[:, :, None], rotate(v.flatten(2, 3))

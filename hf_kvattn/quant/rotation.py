@@ -18,10 +18,10 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     """`x` `(..., D)` times the orthonormal Hadamard matrix, block by block, in fp32. Its own inverse."""
     size = size_for(x.shape[-1])
     x = x.float().unflatten(-1, (-1, size))
-    step = 1
-    while step < size:
-        pairs = x.unflatten(-1, (-1, 2, step))
+    stride = 1
+    while stride < size:
+        pairs = x.unflatten(-1, (-1, 2, stride))
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2).flatten(-3)
-        step *= 2
+        stride *= 2
     return (x * size**-0.5).flatten(-2)

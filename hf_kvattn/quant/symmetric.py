@@ -24,8 +24,8 @@ def quantize(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     x = x.float()
     scale = (x.abs().amax(dim, keepdim=True) / _LARGEST).bfloat16().float()
-    steps = torch.where(scale > 0, x / scale, 0.0).round().clamp(-_LARGEST, _LARGEST)
-    return (steps + ZERO_CODE).to(torch.uint8), scale
+    levels = torch.where(scale > 0, x / scale, 0.0).round().clamp(-_LARGEST, _LARGEST)
+    return (levels + ZERO_CODE).to(torch.uint8), scale
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,24 @@ import importlib.util
 
 import torch
 
-from ...quant.codecs import Bits
+from ...quant.codecs import Codec
 from ...quant.packed import PackedKV
-from ..call import AttendCall
+from ..call import AttendCall, Feature
 
+SERVED = frozenset(
+    {
+        Feature.BIDIRECTIONAL,
+        Feature.LEFT_PADDING,
+        Feature.PACKED,
+        Feature.RING,
+        Feature.S_AUX,
+        Feature.SINKS,
+        Feature.SOFTCAP,
+        Feature.WINDOW,
+    }
+)
+READ_CODECS = ("int8", "fp8", "int4", "int3", "int2")
+WRITTEN_CODECS = ("int8", "int4")
 MAX_QUERIES = 16
 # In float32 the products leave the tensor cores, and the kernels spill: up to 1,392 bytes a thread on sm_80 (head_dim
 # 256, 4 bits); on gfx942 heads of 256 do not fit into shared memory.
@@ -66,20 +80,26 @@ def unsupported(call: AttendCall) -> str | None:
         return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
     if q.shape[2] > MAX_QUERIES:
         return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
-    if call.packed is not None and call.packed.has_fp8 and (reason := _no_fp8(q.device)):
+    codecs = set() if call.packed is None else {call.packed.k_codec.name, call.packed.v_codec.name}
+    if codecs - set(READ_CODECS):
+        return f"triton kernels read {', '.join(READ_CODECS)}, not {', '.join(sorted(codecs - set(READ_CODECS)))}"
+    if "fp8" in codecs and (reason := _no_fp8(q.device)):
         return reason
-    if call.mask is not None:
-        return "triton kernels take causal, window and left-padding rules, not a dense mask"
-    if call.dropout > 0 or call.needs_grad:
-        return "triton kernels are for inference: no dropout, no gradients"
+    if beyond := call.beyond(SERVED):
+        return f"triton kernels serve {beyond}"
     return None
 
 
-def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tensor:
-    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU.
+def attend(call: AttendCall) -> torch.Tensor:
+    """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Queued; nothing waits for the GPU."""
+    return attend_lengths(call, None)
+
+
+def attend_lengths(call: AttendCall, lengths: torch.Tensor | None) -> torch.Tensor:
+    """As `attend`, for a launch that is captured once for all lengths.
 
     Args:
-        lengths: of a launch that is captured once for all lengths; see `attention.launch`.
+        lengths: `(2,)` int32 on the GPU, read when the kernels run; see `attention.launch`.
     """
     from . import attention  # triton is an optional dependency
 
@@ -90,12 +110,12 @@ def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tenso
     return out
 
 
-def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
+def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on a GPU, or None."""
     if reason := _too_old(k.device):
         return reason
-    if {k_bits, v_bits} - {8, 4}:
-        return f"triton quantizes to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
+    if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
+        return f"triton quantizes to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
     if k.shape[-1] > 256:
         return f"triton quantizes heads of up to 256, not {k.shape[-1]}"
     return None

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from ...quant import rotation
-from ...quant.codecs import has_zero
 from ...quant.layout import BLOCK
 from .attention_kernels import rotate
 
@@ -140,7 +139,7 @@ def launch(
         raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
     if {k_bits, v_bits} - {8, 4}:
         raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
-    if has_zero(k_bits) != (k_zero is not None) or has_zero(v_bits) != (v_zero is not None):
+    if (k_bits != 8) != (k_zero is not None) or (v_bits != 8) != (v_zero is not None):
         raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](

@@ -1,0 +1,69 @@
+"""How `generate()` compiles its decode steps: the configuration, and the callable that runs them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+
+from ..caches.base import KVCache
+from .decode_steps import DecodeSteps, new_tokens
+
+
+def default_config() -> CompileConfig:
+    """How `generate()` compiles where the user says nothing."""
+    return CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch.compile takes None
+
+
+def checked_config(
+    config: CompileConfig, device: torch.device, cache: KVCache
+) -> tuple[CompileConfig, DecodeSteps | None]:
+    """A copy of `config` that compiles on every device, and the steps of `cache` where it records CUDA graphs.
+
+    Raises:
+        ValueError: a mode that records CUDA graphs, on a GPU, with a cache that they cannot hold.
+    """
+    steps = None
+    if device.type == "cuda" and records_graphs(config):
+        try:
+            steps = DecodeSteps(cache)
+        except ValueError as error:
+            asked = f"options={config.options!r}" if config.mode is None else f"mode={config.mode!r}"
+            raise ValueError(
+                f"compile_config has {asked}, which records CUDA graphs: {error}. Without them, as with "
+                "mode='default' or 'max-autotune-no-cudagraphs', every cache is served"
+            ) from error
+    config = copy.copy(config)
+    config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
+    return config, steps
+
+
+def records_graphs(config: CompileConfig) -> bool:
+    """Whether a GPU's steps compiled like this are recorded as CUDA graphs."""
+    return config.mode in ("reduce-overhead", "max-autotune") or bool((config.options or {}).get("triton.cudagraphs"))
+
+
+def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
+    """`model` as a callable whose steps of one token are compiled as `config` says; longer ones (prompts) are not.
+
+    Where the cache has `steps`, their tensors stand for it.
+    """
+
+    def step(**kwargs):
+        return model(**kwargs)
+
+    # Code of its own: dynamo keeps graphs with the code, counts them there, and would find those of other settings.
+    step.__code__ = step.__code__.replace()
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    compiled = torch.compile(step, **fields)
+
+    def call(**kwargs):
+        steps = getattr(kwargs.get("past_key_values"), "steps", None)  # transformers' StaticCache has none
+        if new_tokens(kwargs).shape[1] > 1:
+            return model(**kwargs)
+        return compiled(**kwargs) if steps is None else steps.run(compiled, model, kwargs)
+
+    return call
