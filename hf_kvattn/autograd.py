@@ -1,4 +1,4 @@
-"""What a cache cannot do: carry gradients to tokens that are already stored."""
+"""Refuses gradients through a cache: stored tokens carry none, so they would be wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class _CutGraph(torch.autograd.Function):
 
 
 def cut_graph(out: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-    """`out`, such that a backward pass through it raises instead of leaving out the gradients of `sources`."""
+    """`out`; a backward pass through it raises, since the gradients of `sources` would be incomplete."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
         return _CutGraph.apply(out, *sources)
     return out

@@ -1,4 +1,4 @@
-"""What this machine can run, and which backend each case takes."""
+"""`describe`: the backends that this machine can run, and the backend that each case takes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from .caches.configs import kv_shape
 from .kernels import dispatch, native
 from .kernels.call import AttendCall
 
@@ -20,8 +21,8 @@ class Description:
     Attributes:
         versions: of Python, PyTorch and transformers, and what PyTorch computes with.
         chosen: the backend asked for, `auto` unless set.
-        backends: each backend, and why it cannot be used here (None: it can).
-        cases: each case, the backend that it takes, and why not a faster one (None: it is the fastest).
+        backends: for each backend, why it cannot be used here; None if it can.
+        cases: for each case, its backend, and why a faster one was not taken; None if it is the fastest.
     """
 
     versions: dict[str, str]
@@ -46,7 +47,7 @@ def describe(model: PreTrainedModel | None = None) -> Description:
     """Which backends are usable here, which one each case takes, and why the others are not.
 
     Args:
-        model: its head counts, head_dim, dtype, device and softcap are what the cases are about; without it, a
+        model: the cases have its head counts, head_dim, dtype, device and softcap. Without it, they are those of a
             bfloat16 Llama-style model with 9 query and 3 KV heads of 64 on the CPU.
     """
     versions = {
@@ -73,8 +74,8 @@ def _cases(model: PreTrainedModel | None) -> dict[str, AttendCall]:
     if model is not None:
         config = model.config.get_text_config(decoder=True)
         q_heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or q_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // q_heads
+        shape = kv_shape(config)
+        kv_heads, dim = shape[0] or q_heads, shape[1] or dim
         dtype, device = model.dtype, model.device
         softcap = getattr(config, "attn_logit_softcapping", None)
 

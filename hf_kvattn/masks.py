@@ -1,13 +1,13 @@
-"""The mask function registered with the attention function: compact where the pattern is plain, dense elsewhere.
+"""The mask function that is registered with the attention function: compact for plain patterns, dense for all others.
 
-transformers asks it once per forward and pattern, and hands what it returns to every layer. Three answers:
+transformers calls it once per forward and pattern, and hands the result to every layer. There are three results:
 
 - None: causal, no padding.
-- A compact mask, int32 `(B, 1, 1 + window, 1 or 2)`: causal with a left-padded batch, a sliding window, or both. The
-  numbers are the first visible key of each row, counted from the first key that the layer sees; the third dimension
-  says the window, 1 meaning none (it is an expanded view and takes no memory), and the fourth is 2 where no row is
-  padded. Four dimensions, because transformers passes 4-D masks on untouched; a shape, because reading a number back
-  from a GPU would stall it.
+- A compact mask, int32 `(B, 1, 1 + window, 1 or 2)`: causal with a left-padded batch, a sliding window, or both. Its
+  numbers are the first visible key of each row (`leftpad`), counted from the first key that the layer sees. The third
+  dimension tells the window; 1 means none. The fourth is 2 if no row is padded. It is an expanded view and takes no
+  memory. It has four dimensions because transformers passes 4-D masks on unchanged. The window is a shape because
+  reading a number back from a GPU would stall it.
 - A dense bool mask `(B, 1, Tq, Tk)`, as for `sdpa`: everything else (packed sequences, bidirectional, chunked or custom
   masks, right padding, caches whose tail is not filled yet).
 """
@@ -32,8 +32,8 @@ def kvattn_mask(
 ) -> torch.Tensor | None:
     """The mask of one forward; see the module. Arguments as in `transformers.masking_utils.sdpa_mask`."""
     window = _window_of(mask_function)
-    # A cache with an unfilled tail (StaticCache) is not bottom-right aligned. It counts in a tensor, which cannot be
-    # compared while traced or without stalling a GPU; and a mask of another kind once it is full is another graph.
+    # A cache with an unfilled tail (StaticCache) is not bottom-right aligned. Its q_offset is a tensor: comparing it is
+    # impossible in a trace and stalls a GPU, and another kind of mask once it is full would be another graph.
     aligned = not isinstance(q_offset, torch.Tensor) and q_offset + q_length == kv_offset + kv_length
     if window is not None and aligned and not use_vmap:
         leftpad = left_padding(attention_mask, kv_length, kv_offset)
@@ -75,9 +75,9 @@ def is_compact(mask: torch.Tensor) -> bool:
 
 
 def _window_of(mask_function) -> int | None:
-    """0 for the plain causal function, W for the sliding causal one of window W, None for any other.
+    """0 for the plain causal function, W for the sliding causal function of window W, None for any other.
 
-    transformers builds the sliding function anew for every forward, as closures; it is known by the code of its parts.
+    transformers builds the sliding function anew for every forward, from closures. The code of its parts tells it.
     """
     if mask_function is causal_mask_function:
         return 0
@@ -99,7 +99,7 @@ def _cells(function) -> dict:
 
 
 def left_padding(mask: torch.Tensor | None, kv_length: int, kv_offset: int) -> torch.Tensor | None | bool:
-    """First visible key of each row, `(B,)`; None where nothing is padded; False where the padding is not at the left.
+    """First visible key of each row, `(B,)`; None if no row is padded; False if the padding is not at the left.
 
     Args:
         mask: `(B, n)` bool over all tokens seen, True is a token; slots beyond n count as padding.

@@ -1,7 +1,7 @@
-"""`plan`: the bytes of each cache for a batch and a context, and the context that fits into a GPU beside the weights.
+"""`plan`: how many bytes each cache takes, and the longest context that fits into a GPU beside the weights.
 
-The numbers are the caches' own: each one is made for the config and given one token on PyTorch's `meta` device, where
-tensors have shapes and no memory.
+The numbers come from the caches themselves: each is made for the config and given one token on PyTorch's `meta` device,
+where tensors have shapes but no memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .caches.base import KVCache
 from .caches.configs import check_config, kv_shape
 from .caches.registry import CACHES, COMPLETE
 
-LONGEST = 1 << 24  # tokens; no longer context is looked for
+LONGEST = 1 << 24  # tokens; longer contexts are not searched
 
 _GIB = 1 << 30
 
@@ -91,9 +91,10 @@ def plan(
 ) -> Plan:
     """What each cache takes for `batch` rows of `context` tokens, and how long a context fits into `gpu_bytes`.
 
-    Counted are the weights and a cache made with `max_cache_len=context`; one that grows takes up to half as much
-    again, and more while it moves. Activations, PyTorch's workspaces and the driver are not: give `gpu_bytes` less a
-    gigabyte or two. While a prompt is read, a quantized cache holds it exactly in one layer at a time.
+    The weights and a cache made with `max_cache_len=context` are counted. A cache that grows takes up to half as much
+    again, and more while it moves. Activations, PyTorch's workspaces and the driver are not counted: subtract a
+    gigabyte or two from `gpu_bytes`. While a prompt is read, a quantized cache holds it unquantized in one layer at a
+    time.
 
     Args:
         config: the model's config.
@@ -101,7 +102,7 @@ def plan(
         context: tokens of a row, the prompt and the new ones.
         dtype: of the weights and of exact keys and values.
         gpu_bytes: of memory, for all of it.
-        weights_bytes: of the weights where they are not plain ones in `dtype` (quantized, or partly on the host); None
+        weights_bytes: of the weights, if they are not plain ones in `dtype` (quantized, or partly on the host); None
             computes them from the config.
 
     Raises:

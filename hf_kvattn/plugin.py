@@ -48,14 +48,14 @@ _STATE = "_hf_kvattn"
 
 @dataclass
 class _Enabled:
-    """What `disable` needs to put a model back exactly."""
+    """The state of an enabled model: what `disable` needs to restore it."""
 
     request: tuple
     hooks: list
     configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
     make_cache: Callable[[PreTrainedConfig], object] | None
-    ours: dict[str, Callable]  # methods of this instance
-    before: dict[str, object]  # instance attributes that ours took the place of
+    ours: dict[str, Callable]  # methods that replace the model's own, on this instance
+    before: dict[str, object]  # instance attributes that they replaced
     # The model (a copy of it is another one), the configuration and the callable of the last compilation.
     compiled: tuple[int, CompileConfig, Callable] | None = None
 
@@ -93,7 +93,7 @@ def enable(
     if isinstance(cache, str) and CACHES[cache].calibrated:
         make_cache = _calibrated(model, cache)
     disable(model)
-    # Together: a name with an attention function but no mask function would get no masks at all.
+    # Both together: a name with an attention function but no mask function would get no masks at all.
     AttentionInterface.register(NAME, kvattn_attention)
     AttentionMaskInterface.register(NAME, kvattn_mask)
     register_ops()
@@ -114,7 +114,7 @@ def enable(
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Puts `model` back exactly as it was before `enable`; does nothing to a model that is not enabled."""
+    """Restores `model` exactly as it was before `enable`; does nothing to a model that is not enabled."""
     state = model.__dict__.pop(_STATE, None)
     if state is None:
         return model
@@ -199,7 +199,7 @@ def _implementation(module: torch.nn.Module) -> str | None:
 
 
 def _generate(self, *args, **kwargs):
-    """`generate()` with a fresh cache where the caller brings none and has not asked for another kind; compiled."""
+    """`generate()` with a fresh cache, if the caller passes none and asks for no other kind; compiled if enabled so."""
     state: _Enabled = getattr(self, _STATE)
     in_place = args[1] if len(args) > 1 else None
     config = kwargs.get("generation_config") or in_place or self.generation_config
@@ -220,7 +220,7 @@ def _generate(self, *args, **kwargs):
 
 
 def _create_masks_for_generate(self, *args, **kwargs):
-    """What `generate()` asks before each forward: steps in a CUDA graph make their masks of what they know."""
+    """Called by `generate()` before each forward. Steps in a CUDA graph make their own masks from tensors."""
     steps = getattr(kwargs.get("past_key_values"), "steps", None)
     if steps is not None and kwargs["inputs_embeds"].shape[1] == 1:
         if kwargs.get("is_first_iteration"):  # a part of a prompt: what comes may be padded otherwise
@@ -232,7 +232,7 @@ def _create_masks_for_generate(self, *args, **kwargs):
 
 
 def _get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
-    """In the place of transformers' own: what is compiled is forgotten by `disable`, and not shared with copies."""
+    """Replaces transformers' own: `disable` drops what is compiled, and copies of the model do not share it."""
     state: _Enabled = getattr(self, _STATE)
     config = compile_config or default_config()
     if state.compiled is None or state.compiled[:2] != (id(self), config):
@@ -249,7 +249,7 @@ def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
 
 
 def _calibrated(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfig], object]:
-    """The maker of a quantized cache, with the calibration for it where the model's folder holds one."""
+    """The maker of a quantized cache, with its calibration if the model's folder holds one."""
     folder = model.name_or_path
     path = Path(folder or "", file_name(cache))
     if not folder or not path.is_file():
@@ -286,7 +286,7 @@ def _is_cached_attention(module: torch.nn.Module) -> bool:
 
 
 def _use_private_configs(model: PreTrainedModel) -> list[tuple[torch.nn.Module, PreTrainedConfig]]:
-    """Replaces the model's config and its parts by copies, everywhere in the model; returns what was replaced."""
+    """Replaces the model's config and its parts by private copies, in every module; returns the originals."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
     replaced = []

@@ -477,7 +477,7 @@ def test_impossible_settings(window, sinks, said):
 
 @pytest.mark.parametrize("config", [GPT2Config(n_layer=2, n_embd=32, n_head=2), OPTConfig(num_hidden_layers=2)])
 def test_sinks_need_a_rotary_embedding(config):
-    with pytest.raises(ValueError, match=f"{config.model_type}: sinks=2 are turned with"):
+    with pytest.raises(ValueError, match=f"{config.model_type}: sinks=2 are rotated with"):
         SlidingWindowKVCache(config, 8, 2)
     assert SlidingWindowKVCache(config, 8).settings == {"window": 8, "sinks": 0}
 

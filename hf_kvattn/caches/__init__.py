@@ -1,1 +1,1 @@
-"""Caches: where keys and values are stored. A new cache is one layer class in one file."""
+"""Caches store keys and values. A new cache policy is one layer class in one file, and one row in `registry.py`."""

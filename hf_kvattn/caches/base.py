@@ -1,4 +1,4 @@
-"""What a cache class starts from: `KVCache`, with the layers of `caches/layer.py`, and checks before any write."""
+"""`KVCache`: the base of every cache class. It checks all layers before it changes any of them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class KVCache(Cache):
     """
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
-    is_compileable = False  # True during a `generate()` that compiles; transformers compiles by itself where it is
+    is_compileable = (
+        False  # True during a `generate()` that compiles: where it is True, transformers compiles by itself
+    )
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     counts_positions = False  # whether `positions` answers with other positions than the model's
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
@@ -46,34 +48,34 @@ class KVCache(Cache):
         heads, dim = kv_shape(decoder)
         windows = native_windows(decoder)
         super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
-        self.fingerprint = fingerprint(decoder)  # of the model; the config may change
-        self._common_prefix = torch.zeros(
-            0, 0, dtype=torch.long
-        )  # see caches/reorder.py; as far as layers are untouched
-        self._shared: SharedTensors | None = None  # what forks were made from, still good while layers are untouched
-        self.ticket = issue_ticket(self)  # what compiled graphs know the cache by
+        self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
+        # See caches/reorder.py; it holds as far as layers are unchanged.
+        self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
+        self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged
+        self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
 
     def check_consistent_layers(self) -> None:
-        """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
+        """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
         check_consistent_layers(self.layers)
 
     def _note_changes(self) -> None:
-        """Takes note of what layers changed by themselves: what is known holds for the tokens before that only."""
-        self._shared = None  # first: an interrupt must not leave what was frozen beside layers that look untouched
+        """Limits what is known of rows and forks to the tokens that no layer has changed since the last call."""
+        self._shared = None  # first: an interrupt must not leave shared memory beside layers that look unchanged
         self._common_prefix = self._common_prefix.clamp(max=min(layer.unchanged_prefix for layer in self.layers))
         for layer in self.layers:
             layer.unchanged_prefix = layer.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """As in transformers, which asks before any layer stores, layer 0 always: the time to notice a torn cache."""
+        """As in transformers, which asks layer 0 before any layer stores: the time to find an inconsistent cache."""
         if layer_idx == 0:
             self.check_consistent_layers()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens in all layers, or in none.
+        """Removes the last `-tokens_to_remove` tokens from all layers, or from none.
 
-        Repairs a cache whose forward was interrupted: counted from the longest layer, down to a length that all hold.
+        It also repairs a cache whose forward was interrupted: the number is counted from the longest layer, and leads
+        to a length that all layers hold.
 
         Raises:
             ValueError: a number of tokens that not all layers hold; nothing has changed then.
@@ -81,11 +83,11 @@ class KVCache(Cache):
         crop(self.layers, tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Beam search's: row i becomes what row `beam_idx[i]` was. Rows that stay do not move, nor do common tokens."""
+        """For beam search: row i becomes what row `beam_idx[i]` was. Only tokens that differ between rows are moved."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times in a row."""
+        """Repeats each row `repeats` times, one copy after the other."""
         if type(repeats) is not int or repeats < 1:
             raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
         if self.layers[0].seen:
@@ -111,11 +113,11 @@ class KVCache(Cache):
 
     @torch.inference_mode(False)
     def fork(self) -> KVCache:
-        """Another cache with the same contents, which goes its own way: what is stored so far is shared.
+        """Another cache with the same contents; both can go on independently.
 
-        On Linux and a CPU, memory is shared by pages of 4 KiB, copied when one of the caches writes to them: all
-        forks of one prefix, and this cache, hold one copy of it together, and each the pages that its own tokens touch.
-        A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. Elsewhere, a deep copy.
+        On Linux and a CPU the memory of the common prefix is shared by pages of 4 KiB. A page is copied when one of the
+        caches writes to it. A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. On
+        other systems and devices, a fork is a deep copy.
         """
         self.check_consistent_layers()
         tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
@@ -147,11 +149,11 @@ class KVCache(Cache):
     def to(
         self, device: torch.device | torch.dtype | str | int | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
-        """Moves keys and values to `device`, in place, and returns the cache; an unused cache follows its model anyway.
+        """Moves keys and values to `device`, in place, and returns the cache. An unused cache needs no move.
 
         Raises:
-            ValueError: another dtype than the cache holds: rounded keys and values are not those that the model in
-                that dtype would have stored, and codes have no dtype to change.
+            ValueError: another dtype than the cache holds. Converted keys and values are not those that the model in
+                that dtype would have stored, and codes cannot be converted.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

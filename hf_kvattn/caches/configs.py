@@ -1,4 +1,4 @@
-"""What a model's config says of the keys and values that its layers keep."""
+"""Reads from a model's config what its layers keep: KV heads, head_dim, sliding windows; refuses other models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def native_windows(decoder: PreTrainedConfig) -> list[int | None]:
 
 
 def fingerprint(decoder: PreTrainedConfig) -> dict[str, Any]:
-    """What of a decoder's config the meaning of cached keys and values depends on: a copy."""
+    """A copy of what the meaning of cached keys and values depends on in a decoder's config."""
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters")
     heads, dim = kv_shape(decoder)
     shapes = {"num_key_value_heads": heads, "head_dim": dim, "sliding_windows": native_windows(decoder)}

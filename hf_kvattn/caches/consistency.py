@@ -1,7 +1,9 @@
-"""Layers that must agree with each other: how a change of all is marked, and what an interrupted forward left is found.
+"""Keeps the layers of a cache consistent: all-or-nothing changes, `crop`, and what an interrupted forward left.
 
-An exception or an interrupt may come between any two lines. Layers then hold different numbers of tokens, which `crop`
-repairs, or a change of all layers has come half way, which only `reset` does.
+An exception or an interrupt may come between any two lines. Two things can be wrong then:
+
+- the layers hold different numbers of tokens: `crop` repairs it;
+- a change of all layers came half way: only `reset` makes the cache usable again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from .layer import KVLayer
 
 
 def check_consistent_layers(layers: Sequence[KVLayer]) -> None:
-    """Raises ValueError, with the way out, where an exception or an interrupt left layers unlike each other."""
+    """Raises ValueError, with the way out, if an interrupted forward left the layers with different lengths."""
     complete, longest = _lengths(layers)
     if complete != longest:
         raise ValueError(
@@ -24,7 +26,7 @@ def check_consistent_layers(layers: Sequence[KVLayer]) -> None:
 
 @contextlib.contextmanager
 def changing_all(layers: Sequence[KVLayer], change: str) -> Iterator[None]:
-    """For what is done to all layers or to none: they stay torn where the body does not come to its end."""
+    """Marks all layers inconsistent while the body runs; they stay so if it does not come to its end."""
     for layer in layers:
         layer.inconsistent = change
     yield
@@ -33,7 +35,7 @@ def changing_all(layers: Sequence[KVLayer], change: str) -> Iterator[None]:
 
 
 def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
-    """Forgets the last `-tokens_to_remove` tokens, counted from the longest layer, in all layers or in none.
+    """Removes the last `-tokens_to_remove` tokens, counted from the longest layer, from all layers or from none.
 
     Raises:
         ValueError: a length that not all layers hold, or that one of them cannot go back to; nothing has changed then.
@@ -53,7 +55,7 @@ def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
 
 
 def _lengths(layers: Sequence[KVLayer]) -> tuple[int, int]:
-    """Tokens of which all layers hold everything, and those of the longest; ValueError where one is torn."""
+    """Tokens that all layers hold completely, and tokens of the longest layer; ValueError if one is inconsistent."""
     for layer in layers:
         layer.check_consistent()
     return min([layer.complete_tokens for layer in layers]), max([layer.seen for layer in layers])

@@ -1,4 +1,4 @@
-"""Memory that caches share until one of them writes to it: what `KVCache.fork` is made of."""
+"""Memory that forked caches share until one of them writes to it (copy-on-write); used by `KVCache.fork`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _ALIGN = 64  # bytes
 
 
 class SharedTensors:
-    """A copy of some tensors, of which any number of views can be had, each private to its owner.
+    """A copy of some tensors that any number of caches can map, each as if it had a copy of its own.
 
     The copy lies in an anonymous file that every view maps copy-on-write: the system keeps one copy of each page
     (4 KiB), and whoever writes to it gets a page of its own. Views are ordinary contiguous tensors.
 
     Args:
-        tensors: contiguous CPU tensors, each with the number of entries of its dimension 2 that matter; the others take
-            no memory, and are zeros in the views.
+        tensors: contiguous CPU tensors, each with the number of entries of its dimension 2 that are filled. The others
+            take no memory and are zeros in the views.
     """
 
     def __init__(self, tensors: list[tuple[torch.Tensor, int]]):
@@ -34,12 +34,12 @@ class SharedTensors:
             view[:, :, :filled] = tensor[:, :, :filled]
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether views could stand in the place of `tensors`."""
+        """Whether views have the shapes and dtypes of `tensors`."""
         pairs = zip(self._like, tensors, strict=True)
         return all((like.shape, like.dtype) == (tensor.shape, tensor.dtype) for like, tensor in pairs)
 
     def views(self) -> list[torch.Tensor]:
-        """The tensors, writable: nobody else sees what is written to them."""
+        """The tensors, writable; what is written to them is seen by nobody else."""
         return self._map(shared=False)
 
     def _map(self, shared: bool) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ class SharedTensors:
 
 
 def can_share(tensors: list[torch.Tensor]) -> bool:
-    """Whether this system and these tensors allow it: Linux, on a CPU."""
+    """Whether copy-on-write works here: on Linux, for tensors on a CPU."""
     return (
         hasattr(os, "memfd_create")
         and os.path.exists("/proc/self/fd")

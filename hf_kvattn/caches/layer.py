@@ -1,4 +1,4 @@
-"""`KVLayer`: what one layer of every cache is, and does by itself."""
+"""`KVLayer`: the base of one layer's storage, in every cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROWTH = 1.5  # of buffers without a fixed capacity, each time they are full
 
 
 class Stored(NamedTuple):
-    """What attention reads of a layer: the fields of `kernels.call.AttendCall` of the same names."""
+    """What attention reads of a layer; the fields are those of `kernels.call.AttendCall`."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -27,15 +27,15 @@ class Stored(NamedTuple):
 
 
 class KVLayer(CacheLayerMixin):
-    """One layer's keys and values. Three lengths, never mixed:
+    """One layer's keys and values. It has three lengths, which are never mixed:
 
-    - `seen`: tokens ever appended (and not cropped), what positions are counted from;
+    - `seen`: tokens ever appended and not cropped; positions are counted by it;
     - `stored`: tokens in the buffer now;
     - `capacity`: tokens that the buffer has room for.
 
     `unchanged_prefix` counts leading tokens that have not changed since `KVCache._note_changes` last ran.
-    `inconsistent` names a change that was interrupted half way: nothing can be read any more, and only `reset` helps
-    (`caches/consistency.py`).
+    `inconsistent` names a change that was interrupted half way: the layer cannot be read any more, and only `reset`
+    helps (`caches/consistency.py`).
 
     `keys` and `values` are what is stored, `(B, Hkv, stored, D)`; None before the first append.
     """
@@ -81,10 +81,13 @@ class KVLayer(CacheLayerMixin):
         return None
 
     def reserve_slot(self) -> None:
-        """Called before a token is written from outside: what it overwrites is given up. It counts once `seen` does."""
+        """Reserves the slot of a token that a CUDA graph will write. The token it overwrites is evicted.
+
+        The caller increments `seen` when the token is written.
+        """
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
-        """Called when the attention over what was appended is done: the time to compress it, with `quantize`."""
+        """Called when attention over the new tokens is done. A layer may compress tokens then, with `quantize`."""
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]  # transformers assigns to its own layers' only
@@ -100,16 +103,16 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def complete_tokens(self) -> int:
-        """Tokens of which everything is stored: fewer than `seen` where their attention was interrupted."""
+        """Tokens that are stored completely: fewer than `seen` if their attention was interrupted."""
         return self.seen
 
     @abstractmethod
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
-        """Everything allocated, by name, each with the number of entries of dimension 2 that are filled."""
+        """All allocated tensors by name, each with the number of filled entries of its dimension 2."""
 
     @abstractmethod
     def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
-        """Replaces the tensors of `buffers` by others of the same shapes and contents."""
+        """Replaces the tensors of `buffers` by others with the same shapes and contents."""
 
     @property
     def nbytes(self) -> int:
@@ -117,13 +120,13 @@ class KVLayer(CacheLayerMixin):
         return sum(tensor.nbytes for tensor, _ in self.buffers().values())
 
     def filled(self) -> dict[str, torch.Tensor]:
-        """Everything that is stored, by name: views without spare capacity, after the first append."""
+        """All stored tensors by name, as views without spare capacity; after the first append."""
         return {name: tensor[:, :, :filled] for name, (tensor, filled) in self.buffers().items()}
 
     def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
-        """Makes an unused layer one that holds tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
+        """Allocates an unused layer for tokens of the shape, dtype and device of `like`, `(B, Hkv, seen, D)`.
 
-        What `filled` returns is allocated, and whatever was in memory until it is written.
+        The caller then writes the tensors that `filled` returns; until then they are uninitialised.
 
         Raises:
             ValueError: `counts` (a number for each name in the class's `counts`) that no layer can have.
@@ -133,11 +136,11 @@ class KVLayer(CacheLayerMixin):
         self.seen = counts["seen"]
 
     def check_loaded(self) -> None:
-        """Raises ValueError when `filled`, written from outside, holds numbers that no append leaves there."""
+        """Raises ValueError if `filled`, written from a file, holds numbers that no append would leave there."""
 
     @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
-        """Moves the buffers; `device`, where tokens come from, stays."""
+        """Moves the buffers. `device`, the device of new tokens, stays."""
         self.replace_buffers({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
 
     def offload(self) -> None:
@@ -149,7 +152,7 @@ class KVLayer(CacheLayerMixin):
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> KVLayer:
-        """A layer with memory of its own, also of tensors that forks share."""
+        """A layer with memory of its own, even where forks share tensors."""
         twin = shallow_copy(self)
         twin.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
         return twin
@@ -162,7 +165,7 @@ class KVLayer(CacheLayerMixin):
         """Stores new tokens `(B, Hkv, T, D)`, after `make_ready`; nothing is written when it raises."""
 
     def make_ready(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """`check`, and buffers for such tokens where there are none yet, or empty ones for another batch or dtype."""
+        """`check`, then allocates buffers if there are none, or if empty ones have another batch size or dtype."""
         self.check(k, v)
         if self.seen:
             return
@@ -172,14 +175,14 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(k, v)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """transformers' entry on a model that is not enabled: appends, and returns dense keys and values of all."""
+        """For a model that is not enabled: appends, and returns dense keys and values of all tokens."""
         self.append(key_states, value_states)
         k, v = self.dense()
         self.finish_attention()
         return cut_graph(k, key_states), cut_graph(v, value_states)
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Refuses tokens that do not fit, naming both values. Nothing has been written when it raises ValueError."""
+        """Refuses tokens that do not fit: the ValueError names both values, and nothing has been written."""
         self.check_consistent()
         where = f"layer {self.layer_idx}"
         if k.ndim != 4 or k.shape != v.shape:
@@ -204,17 +207,17 @@ class KVLayer(CacheLayerMixin):
             )
 
     def check_consistent(self) -> None:
-        """Raises ValueError, with the way out, where a change was interrupted half way."""
+        """Raises ValueError, with the way out, if a change was interrupted half way."""
         if self.inconsistent is not None:
             way_out = "only reset() makes the cache usable again"
             raise ValueError(f"layer {self.layer_idx}: {self.inconsistent} was interrupted half way; {way_out}")
 
     @abstractmethod
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
+        """Removes the last `-tokens_to_remove` tokens; 0 does nothing."""
 
     def reset(self) -> None:
-        """Forgets all tokens; the buffers stay, unless a change of them was interrupted."""
+        """Removes all tokens. The buffers stay, unless a change of them was interrupted."""
         self.seen = self.unchanged_prefix = 0
         self.is_initialized = self.is_initialized and self.inconsistent is None
         self.inconsistent = None
@@ -225,10 +228,10 @@ class KVLayer(CacheLayerMixin):
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
-        """Gathers batch rows of what is stored; `rows` are indices on the layer's device."""
+        """Keeps the batch rows `rows` (indices on the layer's device), in that order."""
 
     def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
-        """Overwrites batch rows `target` by rows `source` (indices), which have the tokens before `start` in common."""
+        """Overwrites batch rows `target` by rows `source` (indices); their tokens before `start` are equal already."""
         for tensor, filled in self.buffers().values():
             tensor[target, :, :filled] = tensor[source, :, :filled]
 
@@ -256,7 +259,7 @@ class KVLayer(CacheLayerMixin):
 
 
 def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str, torch.Tensor]:
-    """Views of `count` entries of a ring's dimension 2 from `slot` on: one, or two where it wraps, for `filled`."""
+    """Views of `count` entries of a ring's dimension 2 from `slot` on, for `filled`: one, or two if the ring wraps."""
     to_wrap = min(count, ring.shape[2] - slot)
     spans = {name: ring[:, :, slot : slot + to_wrap]}
     return spans if to_wrap == count else {**spans, f"{name}_wrapped": ring[:, :, : count - to_wrap]}

@@ -1,4 +1,4 @@
-"""`KVOffloadedLayer`: keys and values in pinned memory of the host, on the GPU only while their attention runs."""
+"""`KVOffloadedLayer`: keys and values in the host's pinned memory, on the GPU only while their attention runs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .static_layer import KVStaticLayer, make_static_layer
 
 
 class KVOffloadedLayer(KVStaticLayer):
-    """A layer whose buffers lie on the host, and which is copied to its device for each attention.
+    """A layer whose buffers lie on the host. They are copied to the device for each attention.
 
-    While one layer's attention runs, the next one's tokens are on their way on a second stream, so that the device
-    holds two layers at a time. New tokens are written to both places, and nothing is ever copied back. The host's
-    buffers are `(capacity, B, Hkv, D)`, seen as `(B, Hkv, capacity, D)`: what is stored is one piece of memory, or it
-    could not be copied beside other work.
+    While one layer's attention runs, the next layer's tokens are copied on a second stream: the device holds two layers
+    at a time. New tokens are written to both places; nothing is copied back. The host's buffers have the memory
+    order `(capacity, B, Hkv, D)` and are seen as `(B, Hkv, capacity, D)`: the stored tokens are one piece of memory, as
+    an asynchronous copy needs.
 
     Attributes:
         following: the offloaded layer whose attention comes next, after the last one the first; set by the cache.
@@ -30,7 +30,7 @@ class KVOffloadedLayer(KVStaticLayer):
 
     def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
         super().__init__(max_cache_len, layer_idx, *shape)
-        self._coming: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, still being written perhaps
+        self._coming: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, perhaps still being copied
         self._here: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, for the attention that runs
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,14 +60,14 @@ class KVOffloadedLayer(KVStaticLayer):
         self._here = None
 
     def prefetch(self) -> None:
-        """Starts copying what is stored to the device, once what has been started there is done."""
+        """Starts to copy the stored tokens to the device, after the work that has been queued there."""
         if not self.is_initialized or self._coming is not None:
             return
         self._coming = self._buffers(device=self.device)
         on_side_stream: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.device.type == "cuda":
             side = _side_stream(self.device)
-            # Until then this memory may be in use, and the newest tokens may be on their way to the host.
+            # Until then this memory may be in use, and the newest tokens may not have reached the host.
             side.wait_stream(torch.cuda.current_stream(self.device))
             for near in self._coming:
                 near.record_stream(side)
@@ -100,18 +100,18 @@ class KVOffloadedLayer(KVStaticLayer):
         return k, v
 
     def _wait_for_writes(self) -> None:
-        """Before the host looks at its buffers."""
+        """Waits until the host's buffers hold all tokens."""
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
     def __getstate__(self) -> dict:
-        """For copies and pickles, which begin on the host alone."""
+        """For copies and pickles: they hold the host's buffers alone."""
         if self.is_initialized:
             self._wait_for_writes()
         return self.__dict__ | {"_here": None, "_coming": None}
 
     def __deepcopy__(self, memo: dict) -> KVOffloadedLayer:
-        """With the layer that follows it, which `memo` knows when it has been copied."""
+        """Copies the layer that follows it too, unless `memo` holds a copy of it."""
         memo[id(self)] = twin = object.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return twin
@@ -119,14 +119,14 @@ class KVOffloadedLayer(KVStaticLayer):
 
 @functools.lru_cache(maxsize=16)
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a GPU that copies layers beside its work."""
+    """The stream of a GPU on which layers are copied while it computes."""
     return torch.cuda.Stream(device)
 
 
 def make_offloaded_layer(
     max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
 ) -> KVLayer:
-    """A layer of full attention lies on the host; one with a window is small, and stays."""
+    """A layer of full attention lies on the host; a layer with a window is small and stays on the device."""
     if window is None:
         return KVOffloadedLayer(max_cache_len, layer_idx, heads, dim)
     return make_static_layer(max_cache_len, layer_idx, heads, dim, window)

@@ -1,4 +1,4 @@
-"""Where a stream without end stands: positions as the model counts them, and how far they may go."""
+"""Positions of a stream without end: how the model counts them, and how far they may go."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from .rope import Rope
 
 
 class Limit(NamedTuple):
-    """Positions from which on stored keys are turned back, and whether the model's frequencies change there."""
+    """Where the positions of stored keys must be counted anew.
+
+    Attributes:
+        positions: from this position on, stored keys are rotated back.
+        changes: whether the model's rotary frequencies change there.
+    """
 
     positions: int
     changes: bool
 
 
 def limit_of(ropes: Sequence[Rope | None] | None, needed: int) -> Limit | None:
-    """The limit of a model with such embeddings, for `needed` tokens in view; None where positions may go on."""
+    """The limit for layers with such embeddings and `needed` tokens in view; None where positions may grow for ever."""
     known = [rope for rope in ropes or () if rope is not None]
     if not known:
         return None
@@ -32,38 +37,38 @@ def limit_of(ropes: Sequence[Rope | None] | None, needed: int) -> Limit | None:
 
 
 class StreamPosition(NamedTuple):
-    """How far a stream has come, as the model counts.
+    """How far a stream has come, in the model's own counting.
 
     Attributes:
-        start: the position of an unpadded row's first token.
+        start: the position of an unpadded row's first token; None before the first tokens.
         end: the greatest of the rows' last positions; None where it is not known.
     """
 
-    start: int
+    start: int | None = None
     end: int | None = None
 
+    def advance(self, asked: torch.Tensor, seen: int, padded: bool) -> StreamPosition:
+        """The stream after new tokens at the positions `asked`, `(B or 1, T)`.
 
-def go_on(position: StreamPosition | None, asked: torch.Tensor, seen: int, padded: bool) -> StreamPosition:
-    """Where a stream of `seen` tokens stands after tokens at the positions `asked`, `(B or 1, T)`.
+        To read positions back would stall a GPU at every step, so there only a stream's beginning is checked.
 
-    Reading positions back would stall a GPU at every step, so there only a stream's beginning is looked at.
+        Args:
+            seen: tokens of the stream before them.
+            padded: whether the last of the new tokens is padding in a row.
 
-    Args:
-        padded: whether the last of the new tokens is padding in a row.
-
-    Raises:
-        ValueError: positions that do not go on from where the stream stands.
-    """
-    if seen and position is not None and asked.device.type != "cpu":
-        return position
-    backwards = (asked[:, 1:] < asked[:, :-1]) & (asked[:, :-1] > 1)  # padding is 0 or 1
-    if bool(backwards.any()):
-        raise ValueError(f"position_ids run backwards: {asked[backwards.any(1)][0].tolist()}")
-    end, last = int(asked[:, -1].max()), seen + asked.shape[1] - 1
-    if not seen or position is None:
-        return StreamPosition(end - last, end)
-    if end > position.start + last:
-        raise ValueError(f"position_ids end at {end}, a jump ahead of {position.start + last}, where the stream stands")
-    if position.end is not None and end <= position.end and not padded:
-        raise ValueError(f"position_ids run backwards: they end at {end}, and ended at {position.end} before")
-    return StreamPosition(position.start, end)
+        Raises:
+            ValueError: positions that run backwards or jump ahead.
+        """
+        if seen and self.start is not None and asked.device.type != "cpu":
+            return self
+        backwards = (asked[:, 1:] < asked[:, :-1]) & (asked[:, :-1] > 1)  # padding is 0 or 1
+        if bool(backwards.any()):
+            raise ValueError(f"position_ids run backwards: {asked[backwards.any(1)][0].tolist()}")
+        end, last = int(asked[:, -1].max()), seen + asked.shape[1] - 1
+        if not seen or self.start is None:
+            return StreamPosition(end - last, end)
+        if end > self.start + last:
+            raise ValueError(f"position_ids end at {end}, a jump ahead of {self.start + last}, where the stream stands")
+        if self.end is not None and end <= self.end and not padded:
+            raise ValueError(f"position_ids run backwards: they end at {end}, and ended at {self.end} before")
+        return StreamPosition(self.start, end)

@@ -1,4 +1,4 @@
-"""`QuantizedKVCache`: keys and values as codes of 8, 4, 3 or 2 bits or as fp8, written once and read packed."""
+"""`QuantizedKVCache`: keys and values as codes of 8, 4, 3 or 2 bits or fp8, quantized once and read packed."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ MAX_SINKS = 32
 
 
 class QuantizedKVCache(KVCache):
-    """Keys and values as codes of few bits, quantized once and read packed by the attention kernels.
+    """Stores keys and values as codes of few bits. They are quantized once; attention kernels read them packed.
 
         cache = QuantizedKVCache(model.config, bits=4)
         model.generate(**inputs, past_key_values=cache)
 
-    Keys share a scale per channel in blocks of 32 tokens, after the channel's mean is taken off; values per token in
-    groups of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. The prompt's own forward sees
-    exact keys and values.
+    Keys share a scale per channel in blocks of 32 tokens, after the channel's mean is subtracted. Values share a scale
+    per token in groups of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. The prompt's own
+    forward sees exact keys and values.
 
     NaN or infinite keys or values raise ValueError, with the layer's number, before they are quantized. On a GPU no
-    step waits to hear of them: they are quantized, and one of the next steps raises, or the next `crop`, `fork`, copy
-    or `save_cache`; only `reset` makes the cache usable again.
+    step waits for that check: such tokens are quantized, and one of the next steps raises, or the next `crop`, `fork`,
+    copy or `save_cache`. Only `reset` makes the cache usable again.
 
     Args:
         config: the model's config.
-        bits: of keys and values: 8, 4, 3, 2, or "fp8" (float8_e4m3fn: as many bytes as 8 and larger errors, for GPUs
-            that convert it in hardware; on a CPU it is read by `sdpa`, slowly).
-        key_bits, value_bits: other than `bits`, each on its own.
+        bits: of keys and values: 8, 4, 3, 2, or "fp8" (float8_e4m3fn, for GPUs that convert it in hardware: as many
+            bytes as 8 bits, and larger errors; on a CPU `sdpa` reads it, slowly).
+        key_bits, value_bits: of keys alone and of values alone, in the place of `bits`.
         group_size: channels that share a value scale; a multiple of 16 that divides head_dim.
         residual_length: newest tokens that stay exact, at least; None means 0. Up to 31 more wait for their block.
         skip_layers: layers that are not quantized, by index; negative ones count from the end.
         max_cache_len: tokens that fit, allocated at once; None grows by half.
-        sinks: first tokens that stay exact, 0 to 32: a model attends to them from everywhere (StreamingLLM,
+        sinks: the number of exact first tokens, 0 to 32: a model attends to them from everywhere (StreamingLLM,
             arXiv:2309.17453), so their errors count most.
         calibration: bits for each layer, `group_size` and `skip_layers`, in the place of those arguments: a file of
             `scripts/calibrate.py`, what it holds, or a `Calibration`.

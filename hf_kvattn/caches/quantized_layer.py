@@ -1,4 +1,4 @@
-"""The layers of `QuantizedKVCache`: first and newest tokens exact, the others as codes that are written once."""
+"""The layer of `QuantizedKVCache`: its first and newest tokens are exact, all others are codes, written once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a
 
 @dataclass(frozen=True)
 class QuantSettings:
-    """What `QuantizedKVCache` was asked for; see there."""
+    """The arguments of `QuantizedKVCache`, for one layer; see there."""
 
     k_codec: Codec
     v_codec: Codec
@@ -49,8 +49,8 @@ class KVQuantizedLayer(KVLayer):
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._packed: dict[str, torch.Tensor] = {}
-        self._last_packed: PackedKV | None = None  # what `kv` said last: most steps change nothing of it
-        # What a GPU was asked, whether keys and values were finite: its answer `(2,)`, and an event that comes with it.
+        self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
+        # A GPU's answers `(2,)` bool to whether keys and values were finite, each with the event of its arrival.
         self._finite_checks: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
     @property
@@ -84,7 +84,7 @@ class KVQuantizedLayer(KVLayer):
         return Stored(k, v, packed)
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
-        """`tokens` in blocks from `slot` on; the tensors themselves."""
+        """The blocks of `tokens` tokens from `slot` on; no copy."""
         settings, arrays = self.settings, self._packed
         return PackedKV(
             settings.exact_first,
@@ -133,7 +133,7 @@ class KVQuantizedLayer(KVLayer):
             self._resize_exact(new_exact, exact)
             self._exact_k[:, :, exact:].copy_(k.detach())
             self._exact_v[:, :, exact:].copy_(v.detach())
-        else:  # the first prompt: the caller's own tensors, for as long as one attention takes
+        else:  # the first prompt: the caller's own tensors, until its attention is done
             self._exact_k, self._exact_v = k.detach(), v.detach()
         self.seen = end
 
@@ -227,10 +227,10 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k[:, :, after], self._exact_v[:, :, after] = k, v
 
     def raise_if_not_finite(self, wait: bool) -> None:
-        """Raises ValueError, until `reset`, where a GPU has answered that what it quantized was NaN or infinite.
+        """Raises ValueError, until `reset`, if a GPU has answered that what it quantized was NaN or infinite.
 
         Args:
-            wait: for answers that are still to come; without, those are looked at another time.
+            wait: whether to wait for answers that have not arrived; else a later call looks at them.
         """
         pending = []
         for answer, answered in self._finite_checks:
@@ -248,7 +248,7 @@ class KVQuantizedLayer(KVLayer):
 
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, blocks: int) -> None:
-        """Room for `blocks` blocks; codes that are there move, they are not made again."""
+        """Makes room for `blocks` blocks. Codes that are there are copied, not quantized again."""
         lead, dim = (self.batch_size, self.kv_heads), self.head_dim
         codecs, groups = {"k": self.settings.k_codec, "v": self.settings.v_codec}, dim // self.settings.group_size
         scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
@@ -279,7 +279,7 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
 
     def _shrink_exact(self, keep: int) -> None:
-        """Where the exact tokens are those of a prompt, perhaps the caller's own tensors: moves `keep` of them."""
+        """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to a small buffer."""
         usual = self._least_exact + BLOCK
         if self.is_initialized and self._exact_k.shape[2] != usual:
             self._resize_exact(max(keep, usual), keep)
@@ -292,7 +292,7 @@ class KVQuantizedLayer(KVLayer):
             raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens. A block that is cut becomes exact tokens again, dequantized."""
+        """Removes the last `-tokens_to_remove` tokens. What is left of a cut block is dequantized to exact tokens."""
         self.check_crop(tokens_to_remove)
         kept, lead = self.seen + tokens_to_remove, self.settings.exact_first
         if not kept:
@@ -345,7 +345,7 @@ class KVQuantizedLayer(KVLayer):
         for name, array in self._packed.items() if first < blocks else ():
             changed = slice(None) if name == "k_mean" else slice(first, blocks)
             array[target, :, changed] = array[source, :, changed]
-        beyond = start - self.packed_tokens  # all that differs may be among the newest tokens
+        beyond = start - self.packed_tokens  # rows may differ in the newest tokens only
         exact = slice(beyond if beyond > self.settings.exact_first else 0, self._exact)
         for buffer in (self._exact_k, self._exact_v):
             buffer[target, :, exact] = buffer[source, :, exact]
@@ -389,7 +389,7 @@ def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:
 
 
 def _not_finite(finite: torch.Tensor) -> str | None:
-    """Which of keys and values is not, where `finite` `(2,)` bool says of each whether it is."""
+    """ "keys" or "values", whichever is not finite by `finite` `(2,)` bool; None if both are."""
     return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
 
 

@@ -1,6 +1,6 @@
-"""Batch rows that take each other's place, as in beam search, without moving what they have in common.
+"""Reorders batch rows, as beam search does at each step, and moves only tokens that differ between rows.
 
-`common_prefix` `(B, B)`, int64 on the CPU: leading tokens that two rows are known to have in common.
+`common_prefix` `(B, B)`, int64 on the CPU, says how many leading tokens two rows are known to have in common.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def reorder_rows(layers: Sequence[KVLayer], rows: torch.Tensor, common_prefix: t
     Args:
         layers: changed in place; all of one batch size and length.
         rows: `(B',)`, from 0, on the CPU.
-        common_prefix: of the rows as they are; of another batch size (one before a `reset`) it says nothing.
+        common_prefix: of the rows before the change. One of another batch size, from before a `reset`, is ignored.
     """
     batch_size, seen = layers[0].batch_size, layers[0].seen
     if len(common_prefix) != batch_size:

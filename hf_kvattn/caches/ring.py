@@ -1,4 +1,4 @@
-"""`KVSlidingLayer`: the ring buffer in which every cache keeps layers with a sliding window, and sinks beside it."""
+"""`KVSlidingLayer`: the ring buffer in which every cache keeps a layer with a sliding window, with its sinks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ..quant.blocks import Quantize, quantize_blocks
 from .layer import KVLayer, Stored, ring_spans
 from .rope import Rope
 
-SLACK = 64  # tokens that `crop` can take back after the ring has wrapped; also how many are appended without a copy
+SLACK = 64  # tokens that `crop` can remove after the ring has wrapped; also how many are appended without a copy
 
 
 class SinkInputs(NamedTuple):
-    """What a layer's queries see beside their window: the fields of `kernels.call.SinkKV`."""
+    """What a layer's queries see beside their window; the fields are those of `kernels.call.SinkKV`."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -24,13 +24,13 @@ class SinkInputs(NamedTuple):
 
 
 class KVSlidingLayer(KVLayer):
-    """One layer's ring, `(B, Hkv, window + SLACK, D)` for keys and values: a token stays in slot `position % slots`.
+    """One layer's ring, `(B, Hkv, window + SLACK, D)` for keys and values. A token lies in slot `position % slots`.
 
-    Nothing is ever moved. A chunk of more tokens than the slack would overwrite keys that its first queries see: its
-    own attention reads a copy of the window followed by the chunk, which lives until `finish_attention`.
+    Tokens never move. A chunk of more tokens than the slack would overwrite keys that its first queries see. So its own
+    attention reads a copy of the window followed by the chunk, which lives until `finish_attention`.
 
-    With `sinks` each row's first tokens are kept in buffers of their own as well. Queries see them once the window has
-    left them behind, turned as if no token lay between them and the window.
+    With `sinks`, each row's first tokens are also kept in buffers of their own. Queries see them once the window has
+    passed them, at positions right before the window.
     """
 
     counts = ("seen", "oldest", "rebased")
@@ -51,11 +51,11 @@ class KVSlidingLayer(KVLayer):
         self.forces_window, self.sinks, self.rope = forced, sinks, rope
         self.oldest = 0  # the first position that is still in the ring
         self.begin = 0  # the first position that the newest forward sees
-        self.rebased = 0  # how far stored keys were turned back, in positions
+        self.rebased = 0  # by how many positions stored keys were rotated back
         self._chunk: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._leftpad: torch.Tensor | None = None  # (B,) int32, where rows begin; None while no row is padded
+        self._leftpad: torch.Tensor | None = None  # (B,) int32, left padding; None while no row is padded
         self._sinks_complete_from = sinks  # from this position on all rows have all their sinks
-        self._sinks_seen_until = 0  # tokens that were looked at for them, by their own attention
+        self._sinks_seen_until = 0  # tokens whose attention has looked for sinks among them
         self._k = self._v = self._sink_k = self._sink_v = torch.empty(0)
 
     @property
@@ -64,11 +64,9 @@ class KVSlidingLayer(KVLayer):
 
     @property
     def complete_tokens(self) -> int:
-        return (
-            min(self.seen, self._sinks_seen_until)
-            if self.sinks and self._sinks_seen_until < self._sinks_complete_from
-            else self.seen
-        )
+        if self.sinks and self._sinks_seen_until < self._sinks_complete_from:
+            return min(self.seen, self._sinks_seen_until)
+        return self.seen
 
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         used = min(self.seen, self._k.shape[2]) if self.is_initialized else 0
@@ -130,11 +128,11 @@ class KVSlidingLayer(KVLayer):
         return Stored(self._k, self._v, tokens=tokens, slot=slot)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the newest forward sees, without sinks, in order: a copy where the ring wraps."""
+        """What the newest forward sees, without sinks, in order; a copy if the ring wraps."""
         return self._chunk or self._in_order(self.begin)
 
     def _in_order(self, begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the positions from `begin` on, of those in the ring."""
+        """Keys and values in the ring from position `begin` on."""
         slots, slot, tokens = self._k.shape[2], begin % self._k.shape[2], self.seen - begin
         if slot + tokens <= slots:
             return self._k[:, :, slot : slot + tokens], self._v[:, :, slot : slot + tokens]
@@ -143,10 +141,10 @@ class KVSlidingLayer(KVLayer):
         return k, v
 
     def sink_inputs(self, q: torch.Tensor, leftpad: torch.Tensor | None) -> SinkInputs | None:
-        """The sinks for the queries `(B, Hq, Tq, D)` of the newest tokens; None while no query has left any behind.
+        """The sinks for the queries of the newest tokens; None while the window still covers them for every query.
 
         Args:
-            q: as the window's keys are to see them.
+            q: `(B, Hq, Tq, D)`, rotated as for the window's keys.
             leftpad: `(B,)`, the first visible key of each row, counted from the first that the forward sees; or None.
         """
         if not self.sinks:
@@ -160,11 +158,11 @@ class KVSlidingLayer(KVLayer):
         if evicted + q.shape[2] <= 1:
             return None
         gap = evicted - self.sinks
-        turned = q if self.rope is None else self.rope.rerotate_back(q, gap, self.rebased, self._leftpad)
-        return SinkInputs(self._sink_k, self._sink_v, turned, evicted, self._leftpad)
+        rotated = q if self.rope is None else self.rope.rerotate_back(q, gap, self.rebased, self._leftpad)
+        return SinkInputs(self._sink_k, self._sink_v, rotated, evicted, self._leftpad)
 
     def _note_leftpad(self, before: int, leftpad: torch.Tensor | None) -> None:
-        """Where rows begin: known once the first token that is not padding has come."""
+        """Notes the left padding of rows: known once a row's first token that is not padding has come."""
         if before == 0:
             self._leftpad, self._sinks_complete_from = None, self.sinks
         if leftpad is None or (before and self._leftpad is None):
@@ -175,7 +173,7 @@ class KVSlidingLayer(KVLayer):
 
     @torch.inference_mode(False)
     def _keep_sinks(self, before: int) -> None:
-        """Copies the rows' first tokens, as far as they are new."""
+        """Copies the rows' first tokens to the sinks, as far as they are new."""
         (k, v), sinks = self.dense(), self.sinks
         leftpad = 0 if self._leftpad is None else self._leftpad[:, None]
         at = leftpad + torch.arange(sinks, device=self.device).expand(self.batch_size, -1)  # positions
@@ -188,7 +186,7 @@ class KVSlidingLayer(KVLayer):
         self._chunk = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """transformers' entry on a model that is not enabled, whose masks know nothing of a forced window or sinks."""
+        """For a model that is not enabled: its masks do not know a forced window or sinks, which are refused."""
         new = key_states.shape[2]
         if self.forces_window and (self.sinks or (new > 1 and self.seen + new > self.sliding_window)):
             raise ValueError(
@@ -199,7 +197,7 @@ class KVSlidingLayer(KVLayer):
 
     @torch.inference_mode(False)
     def rebase(self, by: int) -> None:
-        """Turns all stored keys back by `by` positions."""
+        """Rotates all stored keys back by `by` positions."""
         if self.rope is not None:
             self._k = self.rope.rerotate(self._k, torch.full((1, 1), -by, device=self._k.device))
         self.rebased += by
@@ -212,16 +210,14 @@ class KVSlidingLayer(KVLayer):
             raise overwritten(self, tokens_to_remove, self.seen - self.sliding_window + 1 - self.oldest)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens; after a wrap at most `SLACK` of them, or all."""
+        """Removes the last `-tokens_to_remove` tokens: after a wrap at most `SLACK` of them, or all."""
         self.check_crop(tokens_to_remove)
         if tokens_to_remove == -self.seen:
             return self.reset()
         self._chunk = None
         self.seen += tokens_to_remove
-        self.unchanged_prefix, self._sinks_seen_until = (
-            min(self.unchanged_prefix, self.seen),
-            min(self._sinks_seen_until, self.seen),
-        )
+        self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
+        self._sinks_seen_until = min(self._sinks_seen_until, self.seen)
         self.begin = max(self.oldest, min(self.begin, self.seen))
 
     def reset(self) -> None:
@@ -271,7 +267,7 @@ class KVSlidingLayer(KVLayer):
 
 
 def overwritten(layer: KVLayer, tokens_to_remove: int, slack: int) -> ValueError:
-    """Why a rollback is refused: the window of what would be left is not whole any more."""
+    """The error of a `crop` that would leave a window whose oldest tokens are overwritten."""
     return ValueError(
         f"layer {layer.layer_idx}: crop({tokens_to_remove}) needs tokens that were overwritten; of {layer.seen} seen "
         f"by a window of {layer.sliding_window}, the last {max(0, slack)} can be taken back, or all"

@@ -1,7 +1,8 @@
-"""A model's rotary position embedding, used to turn keys and queries that it has turned already (Su et al., 2021).
+"""Rotates stored keys and queries to other positions with the model's own rotary embedding (Su et al., 2021).
 
-Turning by `a` and then by `b` is turning by `a + b`, whatever the frequencies are: linear, Llama-3, YaRN, dynamic and
-LongRoPE scaling only choose them. The angles and the pairing of channels are the model's own code.
+A rotation by `a` positions after one by `b` is a rotation by `a + b`, whatever the frequencies are. Linear, Llama-3,
+YaRN, dynamic and LongRoPE scaling only choose the frequencies. The angles and the pairs of channels come from the
+model's own code.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-# Models that turn the keys of every layer with the function and class below, but for those in `no_rope_layers`.
+# Models that rotate the keys of every layer, except those in `no_rope_layers`, with the function and class below.
 SERVED_MODELS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3")
-# Their frequencies change with the longest position seen, so positions must stay below where they first do.
+# Kinds whose frequencies change with the longest position seen: positions must stay below the first change.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 class Rope:
-    """Turns by whole positions, for the layers of one type.
+    """Rotates by whole positions, for the layers of one type.
 
     Attributes:
         limit: positions below it are what the model was trained on.
@@ -40,20 +41,20 @@ class Rope:
         self.limit = int(decoder.max_position_embeddings)
         if self.changes:
             self.limit = int(parameters.get("original_max_position_embeddings") or self.limit)
-        # What was asked last, and the angles.
+        # The last request and its angles.
         self._last: tuple[tuple, torch.Tensor | None, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def rerotate(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """`x` `(B, H, T, D)` turned by `by` `(B or 1, T)` positions, computed in fp32."""
+        """`x` `(B, H, T, D)` rotated by `by` `(B or 1, T)` positions, computed in fp32."""
         return self._rerotate(x, self._angles(by, x.device))
 
     def rerotate_back(
         self, x: torch.Tensor, gap: int, ahead: int = 0, leftpad: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """As `rerotate`, by `ahead - max(0, gap + t)` for token `t`: what all layers of a forward ask for in turn.
+        """Rotates token `t` by `ahead - max(0, gap + t)` positions. All layers of a forward ask for the same angles.
 
         Args:
-            leftpad: `(B,)`, of what the gap of each row is less; None for 0.
+            leftpad: `(B,)`, by how much the gap of each row is smaller; None for 0.
         """
         asked, last = (gap, ahead, x.shape[2], x.device), self._last
         if last is None or last[0] != asked or not _known_equal(last[1], leftpad):
@@ -73,17 +74,17 @@ class Rope:
 
 
 def layer_ropes(decoder: PreTrainedConfig) -> list[Rope | None] | None:
-    """The turning of each layer's keys, None for a layer that does not turn them; None where it is not known."""
+    """The embedding of each layer, None for a layer without one; None if the model's embedding is not known."""
     if decoder.model_type not in SERVED_MODELS:
         return None
     types = getattr(decoder, "layer_types", None) or ["full_attention"] * decoder.num_hidden_layers
-    turned = getattr(decoder, "no_rope_layers", None) or [1] * decoder.num_hidden_layers
+    rotated = getattr(decoder, "no_rope_layers", None) or [1] * decoder.num_hidden_layers
     of_type = {kind: Rope(decoder, kind) for kind in set(types)}
-    return [of_type[kind] if use else None for kind, use in zip(types, turned, strict=True)]
+    return [of_type[kind] if use else None for kind, use in zip(types, rotated, strict=True)]
 
 
 def _known_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    """Whether both are known to hold the same numbers: a GPU is not asked, for its answer would stall it."""
+    """Whether both are known to hold the same numbers. A GPU is not asked: to wait for its answer would stall it."""
     if one is None or other is None:
         return one is other
     return one.device.type == other.device.type == "cpu" and torch.equal(one, other)

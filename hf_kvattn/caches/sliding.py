@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 from .base import KVCache
 from .consistency import changing_all
 from .layer import KVLayer
-from .positions import StreamPosition, go_on, limit_of
+from .positions import StreamPosition, limit_of
 from .ring import SLACK, KVSlidingLayer
 from .rope import SERVED_MODELS, layer_ropes
 
@@ -16,17 +16,17 @@ MAX_SINKS = 64
 
 
 class SlidingWindowKVCache(KVCache):
-    """A window of the newest tokens, on any model, in memory that does not grow, with the first tokens as sinks.
+    """Keeps a window of the newest tokens, and the first tokens as sinks, in memory that does not grow; for any model.
 
         cache = SlidingWindowKVCache(model.config, window=1024, sinks=4)
         model.generate(**inputs, past_key_values=cache)
 
-    Every token sees the `window` newest ones, its own included, and each row's first `sinks` tokens, which many models
-    need to see (StreamingLLM, arXiv:2309.17453). The sinks stand as if they came right before the window, however long
-    the stream. On an enabled model positions are counted from the stream's own start and stored keys are turned back
-    before positions leave what the model was trained on; a constant shift of all positions changes nothing.
+    Every token sees the `window` newest tokens, itself included, and each row's first `sinks` tokens, which many models
+    need to see (StreamingLLM, arXiv:2309.17453). The sinks have the positions right before the window, however long the
+    stream is. On an enabled model, positions are counted from the stream's own start. Before they leave the range that
+    the model was trained on, stored keys are rotated back; a constant shift of all positions changes nothing.
 
-    The model must be enabled where `sinks` is not 0, and for prompts longer than the window.
+    Sinks, and prompts longer than the window, need an enabled model.
 
     Args:
         config: the model's config.
@@ -49,7 +49,7 @@ class SlidingWindowKVCache(KVCache):
         ropes = layer_ropes(decoder)
         if sinks and ropes is None:
             raise ValueError(
-                f"{decoder.model_type}: sinks={sinks} are turned with the model's rotary position embedding, which is "
+                f"{decoder.model_type}: sinks={sinks} are rotated with the model's rotary position embedding, which is "
                 f"known of {', '.join(SERVED_MODELS)}; sinks=0 works"
             )
         self._limit = limit_of(ropes, window + SLACK + sinks)
@@ -63,14 +63,14 @@ class SlidingWindowKVCache(KVCache):
 
         super().__init__(config, make_layer)
         self.settings = {"window": window, "sinks": sinks}
-        self._stream_position: StreamPosition | None = None  # None before the first tokens
+        self._stream_position = StreamPosition()
 
     def positions(
         self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
     ) -> torch.Tensor | None:
-        """What stands for the model's position ids `asked`, `(B or 1, T)`, of the next `new` tokens; None for those.
+        """Position ids `(B or 1, T)` of the next `new` tokens, where the model would use `asked`; None for its own.
 
-        Turns stored keys back first, where positions would leave what the model was trained on.
+        Rotates stored keys back first, where positions would leave the range that the model was trained on.
 
         Args:
             padded: whether the last of the new tokens is padding in a row.
@@ -83,11 +83,11 @@ class SlidingWindowKVCache(KVCache):
             return asked
         seen = self.get_seq_length()
         if asked is None:
-            start = 0 if self._stream_position is None else self._stream_position.start
+            start = self._stream_position.start or 0
             asked = torch.arange(start + seen, start + seen + new, device=device)[None]
         if asked.ndim != 2 or asked.shape[1] != new:
             raise ValueError(f"position_ids {tuple(asked.shape)} must be (B, {new})")
-        position = go_on(self._stream_position, asked, seen, padded)
+        position = self._stream_position.advance(asked, seen, padded)
         if self._limit.changes and new > self._limit.positions:
             raise ValueError(
                 f"{new} tokens at once exceed the {self._limit.positions} positions at which the model's rotary "
@@ -97,13 +97,14 @@ class SlidingWindowKVCache(KVCache):
         rebased = rings[0].rebased
         by = min(ring.oldest for ring in rings) - rebased
         if seen + new - rebased > self._limit.positions and by > 0:
-            self.check_consistent_layers()  # or what is torn would look whole again afterwards
-            with changing_all(self.layers, "turning of keys"):
+            self.check_consistent_layers()  # or an inconsistent cache would look consistent afterwards
+            with changing_all(self.layers, "rotation of keys"):
                 for ring in rings:
                     ring.rebase(by)
             rebased += by
         self._stream_position = position
-        return asked if position.start + rebased == 0 else asked - (position.start + rebased)
+        offset = (position.start or 0) + rebased
+        return asked if offset == 0 else asked - offset
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -111,12 +112,11 @@ class SlidingWindowKVCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        self._stream_position = None
+        self._stream_position = StreamPosition()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._forget_end()  # the row that was ahead may be gone
 
     def _forget_end(self) -> None:
-        if self._stream_position is not None:
-            self._stream_position = StreamPosition(self._stream_position.start)
+        self._stream_position = StreamPosition(self._stream_position.start)

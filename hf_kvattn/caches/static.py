@@ -1,4 +1,4 @@
-"""`StaticKVCache`: preallocated, appended in place."""
+"""`StaticKVCache`: unquantized keys and values in preallocated buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .static_layer import make_static_layer
 
 
 class StaticKVCache(KVCache):
-    """Keys and values in buffers that are allocated once and appended to in place.
+    """Stores keys and values in buffers that are allocated once; new tokens are written in place.
 
         cache = StaticKVCache(model.config, max_cache_len=8192)
         model.generate(**inputs, past_key_values=cache)
@@ -21,10 +21,11 @@ class StaticKVCache(KVCache):
 
     Args:
         config: the model's config.
-        max_cache_len: tokens that fit; going beyond raises before anything is written. None grows geometrically: a
-            buffer that is full moves once into one 1.5 times as large.
-        offload: keep layers of full attention in pinned memory of the host; on the GPU are the one whose attention runs
-            and the next. Every step then moves the whole cache over the bus once. Needs `max_cache_len`.
+        max_cache_len: tokens that fit; one more raises before anything is written. None grows: a full buffer moves into
+            one 1.5 times as large.
+        offload: keep layers of full attention in the host's pinned memory. The GPU holds two of them at a time: the one
+            whose attention runs, and the next. Each step moves the whole cache over the bus once. Needs
+            `max_cache_len`.
 
     Raises:
         ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, or an
@@ -41,7 +42,7 @@ class StaticKVCache(KVCache):
         if offload:
             link_offloaded(self.layers)
         self.offloads = offload
-        self.settings = {"max_cache_len": max_cache_len}  # where the tokens lie is not among what they mean
+        self.settings = {"max_cache_len": max_cache_len}  # `offload` is left out: it does not change what is stored
 
     def graph_obstacle(self) -> str | None:
         if self.offloads:

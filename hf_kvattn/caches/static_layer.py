@@ -1,4 +1,4 @@
-"""`KVStaticLayer`: keys and values as they are, in buffers that are appended to in place."""
+"""`KVStaticLayer`: unquantized keys and values in buffers that grow in place."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MIN_CAPACITY = 256
 class KVStaticLayer(KVLayer):
     """One layer's buffer, `(B, Hkv, capacity, D)` for keys and for values, allocated at the first append.
 
-    Slots from `stored` on hold whatever was in memory; nothing reads them. They are allocated with `empty`, so that on
-    a CPU capacity that was never written takes no physical memory.
+    Slots from `stored` on are uninitialised and never read. They are allocated with `empty`, so that on a CPU unused
+    capacity takes no physical memory.
     """
 
     def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
@@ -53,7 +53,7 @@ class KVStaticLayer(KVLayer):
 
     @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, needed: int) -> None:
-        """Makes room for `needed` tokens: all of a fixed capacity, else geometrically, moving what is stored."""
+        """Makes room for `needed` tokens: the whole fixed capacity, else GROWTH times as many. Stored tokens move."""
         capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * GROWTH))
         shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
         k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
@@ -62,7 +62,7 @@ class KVStaticLayer(KVLayer):
         self._k, self._v, self.capacity = k, v, capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last `-tokens_to_remove` tokens; 0 does nothing."""
+        """Removes the last `-tokens_to_remove` tokens; 0 does nothing."""
         self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
         self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
@@ -85,7 +85,7 @@ class KVStaticLayer(KVLayer):
 def make_static_layer(
     max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
 ) -> KVLayer:
-    """A layer that keeps its tokens as they are: all of them, or those in its window."""
+    """A layer that keeps its tokens unquantized: all of them, or those in its window."""
     if window is None:
         return KVStaticLayer(max_cache_len, layer_idx, heads, dim)
     return KVSlidingLayer(window, max_cache_len, layer_idx, heads, dim)

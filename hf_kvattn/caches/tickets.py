@@ -1,4 +1,4 @@
-"""Tickets: how an op in a compiled graph, which is given tensors and constants only, finds the cache it works on."""
+"""Tickets: tensors by which an op in a compiled graph finds its cache. A graph passes tensors and constants only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-# The package's one registry: a number in a tensor leads to an object through nothing else.
+# The package's only registry of objects: nothing else leads from a number in a tensor to a cache.
 _caches: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 

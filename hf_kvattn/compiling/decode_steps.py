@@ -1,12 +1,12 @@
-"""Decode steps that a CUDA graph can hold: whatever changes from one step to the next lies in tensors on the GPU.
+"""Decode steps that a CUDA graph can hold: everything that changes between steps lies in tensors on the GPU.
 
-A graph repeats what the device did once, without Python. So nothing in such a step depends on a number of the host:
-each layer's attention is one op (`append_attend.py`), which is given the cache's buffers and, as a tensor, the number
-of tokens in them. What remains for the host is done before the graph runs and after it (`DecodeSteps.run`): the checks,
-a fill of the lengths, counting, and quantizing blocks that are full; nothing is read back from the GPU.
+A graph repeats what the device did once, without Python. So nothing in such a step depends on a number of the host.
+Each layer's attention is one op (`append_attend.py`), which gets the cache's buffers and, as a tensor, the number of
+tokens in them. The host works before the graph runs and after it (`DecodeSteps.run`): it checks, fills in the lengths,
+counts, and quantizes full blocks. Nothing is read back from the GPU.
 
-Buffers must keep their addresses: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`. A `StaticKVCache` keeps
-layers with a window of the model's own in rings (`caches/ring.py`), which have fixed addresses too.
+Buffers must keep their addresses, so the cache is a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`. A
+`StaticKVCache` keeps layers with a native window in rings (`caches/ring.py`), which have fixed addresses too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .append_attend import ExactPart, PackedPart
 
 
 class DecodeSteps:
-    """Stands in for a cache in the forward of one token a row, traced or not, and keeps the cache's books around it.
+    """Stands in for a cache in the forward of one decode step, and updates the cache's counts around it.
 
     Args:
         cache: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`.
@@ -73,7 +73,7 @@ class DecodeSteps:
         return out
 
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """What the host does before a step."""
+        """The host's work before a step: checks, lengths, buffers."""
         self.cache.check_consistent_layers()
         layers = self.cache.layers
         quantized = [layer for layer in layers if isinstance(layer, KVQuantizedLayer)]
@@ -114,7 +114,7 @@ class DecodeSteps:
 
     @torch.inference_mode(False)
     def _prepare_buffers(self) -> None:
-        """Makes new buffers ready for graphs: at a fixed address, as compilers are told, and finite everywhere."""
+        """Prepares new buffers for graphs: marks their addresses as fixed, and makes every slot finite."""
         found = [pair for layer in self.cache.layers for pair in layer.buffers().values()]
         if self._buffers and all(one is other for one, (other, _) in zip(self._buffers, found, strict=True)):
             return
@@ -140,7 +140,7 @@ class DecodeSteps:
         return PackedPart(buffers["exact_k"], buffers["exact_v"], list(packed.arrays()), codecs, layout)
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the decoder is called with: positions and masks of tensors alone."""
+        """The decoder's arguments, with positions and masks that depend on tensors alone."""
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = self.lengths[:1, None].long()

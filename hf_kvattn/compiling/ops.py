@@ -145,9 +145,9 @@ def register_ops() -> torch.library.Library:
 
 
 def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a traced decoder is called with, so that nothing in the graph asks `cache` for its lengths.
+    """The arguments of a traced decoder: nothing in the graph asks `cache` for its lengths.
 
-    Masks that are 4-D already (`generate()` makes them before each step) stay; others become compact.
+    Masks that are 4-D already (`generate()` makes them before each step) stay as they are; others become compact.
     """
     tokens = new_tokens(kwargs)
     mask, asked = kwargs.get("attention_mask"), kwargs.get("position_ids")

@@ -14,7 +14,7 @@ from .decode_steps import DecodeSteps, new_tokens
 
 
 def default_config() -> CompileConfig:
-    """How `generate()` compiles where the user says nothing."""
+    """The configuration by which `generate()` compiles if the user gives none."""
     return CompileConfig(fullgraph=True, mode=None)  # type: ignore[arg-type]  # torch.compile takes None
 
 
@@ -55,7 +55,7 @@ def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
     def step(**kwargs):
         return model(**kwargs)
 
-    # Code of its own: dynamo keeps graphs with the code, counts them there, and would find those of other settings.
+    # A code object of its own: dynamo stores graphs with the code, and would find those of other settings there.
     step.__code__ = step.__code__.replace()
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     compiled = torch.compile(step, **fields)

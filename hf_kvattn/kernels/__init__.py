@@ -1,11 +1,12 @@
-"""Attention backends, one module each.
+"""Attention backends, one file each, and the choice between them (`dispatch.py`).
 
-`reference` (the oracle), `sdpa` (PyTorch), `native` (C++ on a CPU), `flash` (flash-attn on an NVIDIA GPU),
-`triton_backend` (quantized caches on a GPU).
+| backend | file | where |
+|---|---|---|
+| `reference` | `reference.py` | fp32 PyTorch: says what every call means; all others are tested against it |
+| `sdpa` | `sdpa.py` | PyTorch's `scaled_dot_product_attention`, on every device |
+| `native` | `native.py`, `csrc/` | C++ on a CPU |
+| `flash` | `flash.py` | flash-attn on an NVIDIA GPU |
+| `triton` | `triton/` | Triton on a GPU: quantized caches, rings and sinks |
 
-A backend module has three functions:
-
-- `unavailable() -> str | None`: why it cannot be used on this machine at all, or None;
-- `unsupported(call) -> str | None`: why it cannot serve this `AttendCall`, or None;
-- `attend(call) -> Tensor`: the result, `(B, Tq, Hq, D)` in the query's dtype.
+A backend is given one `AttendCall` (`call.py`). `dispatch.Backend` says what functions it has.
 """

@@ -33,13 +33,13 @@ class Feature(str, Enum):
 
 @dataclass(slots=True)
 class SinkKV:
-    """First tokens that stay visible when a sliding window has left them behind (StreamingLLM, arXiv:2309.17453).
+    """First tokens that stay visible after a sliding window has passed them (StreamingLLM, arXiv:2309.17453).
 
     Attributes:
         k, v: `(B, Hkv, S, D)`, each row's first S tokens; S is at most 64.
-        q: `(B, Hq, Tq, D)`, the queries turned so that against `k` they stand as far from the sinks as if no token
-            lay between the sinks and the window.
-        evicted: tokens of a row without padding that query 0 does not see any more; negative while it sees all. Query
+        q: `(B, Hq, Tq, D)`, the queries rotated to the distance that they would have from `k` if no token lay between
+            the sinks and the window.
+        evicted: tokens of an unpadded row that query 0 does not see any more; negative while it sees all. Query
             `i` of row `b` sees the first `min(S, evicted + i - leftpad[b])` sinks, in addition to its window.
         leftpad: `(B,)` int32, the position of each row's first token, or None for 0.
     """
@@ -78,8 +78,8 @@ class AttendCall:
 
     Attributes:
         q: `(B, Hq, Tq, D)`, float32, float16 or bfloat16.
-        k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension. A ring buffer, where
-            `tokens` says how many there are, has as many slots as it has.
+        k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension. For a ring buffer, where
+            `tokens` says how many tokens there are, Tk is the number of slots.
         v: the same shape as `k`.
         scale: factor of the scores.
         causal: whether a query sees only keys up to its own position.
@@ -89,13 +89,13 @@ class AttendCall:
         mask: replaces `causal`, `window` and `leftpad`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
             (added to the scores after the softcap), or None.
         dropout: probability of dropping a weight, for training.
-        packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` stand before them,
+        packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` come before them,
             the others after. Tk counts all.
-        tokens: of a ring buffer without `packed`: how many it holds. Token `t` lies in slot `(slot + t) % slots`, and
-            where `slot` is not 0 all slots have been written.
+        tokens: of a ring buffer without `packed`: how many tokens it holds. Token `t` lies in slot
+            `(slot + t) % slots`; if `slot` is not 0, all slots have been written.
         slot: the slot of a ring buffer's first token.
-        sinks: tokens visible beside the window, with masks and rules of their own, or None. Tk does not count them.
-        s_aux: `(Hq,)`, a learned score for each query head that takes its share of the softmax and has no value
+        sinks: tokens visible beside the window, with a mask of their own, or None. Tk does not count them.
+        s_aux: learned sinks, `(Hq,)`: a score for each query head that takes part in the softmax and has no value
             (gpt-oss; the name is transformers'), or None. It is neither scaled nor capped.
     """
 

@@ -1,4 +1,4 @@
-"""Which backend serves an attention call, and why the others do not."""
+"""`BACKENDS`, and the choice of one for each attention call, with the reason why others were not taken."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def _checked(name: str, source: str) -> str:
 def set_backend(name: str) -> None:
     """Chooses the backend for the whole process, all threads: `auto` or a name in `BACKENDS`.
 
-    With `auto` each call takes the fastest backend that can serve it. Any other choice is a demand: a call that the
-    backend cannot serve raises.
+    With `auto` each call takes the fastest backend that can serve it. With any other choice, a call that the backend
+    cannot serve raises.
 
     Raises:
         ValueError: unknown name, or a backend that cannot be used on this machine (with the reason).

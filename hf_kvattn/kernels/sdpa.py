@@ -1,8 +1,8 @@
 """PyTorch's `scaled_dot_product_attention` over the filled part of the cache.
 
-For one query token the query heads of a group become rows of their KV head, `(B, Hkv, G, D)`: no KV copies, and each
-key is read once for its group. That is what makes it fast on a CPU, where `enable_gqa` reads K and V for every query
-head, and it keeps a GPU's SDPA off the slow math kernel.
+For one query token the query heads of a group become rows of their KV head, `(B, Hkv, G, D)`: nothing is copied, and
+each key is read once for its group. It is fast on a CPU for that reason: `enable_gqa` reads K and V for every query
+head. On a GPU it keeps SDPA from choosing the slow math kernel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def attend(call: AttendCall) -> torch.Tensor:
 
 
 def _blocks(call: AttendCall) -> Iterator[AttendCall]:
-    """The same, some queries at a time with the keys that they see: time and masks grow with the window only."""
+    """Splits `call` into blocks of queries with the keys that they see: time and masks grow with the window only."""
     q_len, kv_len, window = call.q.shape[2], call.kv_len, call.window
     assert window is not None
     for start in range(0, q_len, WINDOW_BLOCK):
@@ -93,7 +93,7 @@ def _blocks(call: AttendCall) -> Iterator[AttendCall]:
 
 
 def _ring(call: AttendCall) -> torch.Tensor:
-    """Attention over a ring buffer as it lies: the order of keys does not matter, their mask is turned instead."""
+    """Attention over a ring buffer in place: the order of keys does not matter, so the mask is rolled instead."""
     slots, tokens = call.k.shape[2], call.kv_len
     if call.slot == 0:
         return attend(replace(call, k=call.k[:, :, :tokens], v=call.v[:, :, :tokens], tokens=None))

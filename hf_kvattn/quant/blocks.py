@@ -1,4 +1,4 @@
-"""Whole blocks of keys and values to codes: what every quantizer must write, bit for bit."""
+"""`quantize_blocks`: turns whole blocks of keys and values into codes. Every quantizer writes the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Quantize = Callable[[torch.Tensor, torch.Tensor, PackedKV, int], None]  # as `qu
 def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     """Writes whole blocks `(B, Hkv, n * 32, D)` of finite numbers to the arrays of `into`, from `slot` on.
 
-    Of `into`, `start`, `tokens` and its own `slot` do not count.
+    The fields `start`, `tokens` and `slot` of `into` are ignored.
     """
     slots, groups = slice(slot, slot + k.shape[2] // BLOCK), into.v_scale.shape[3]
     k_codec, v_codec = into.k_codec, into.v_codec

@@ -1,4 +1,4 @@
-"""`Calibration`: the bits of every layer's keys and values, as `scripts/calibrate.py` chooses and caches use them."""
+"""`Calibration`: the bits of every layer's keys and values, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .codecs import codec_for
 from .layout import BLOCK
 
 VERSION = 1
-EXACT_BITS = 16  # what a number of a skipped layer counts
+EXACT_BITS = 16  # counted for a number of a skipped layer
 
 
 def check_group_size(group_size: int) -> None:

@@ -1,4 +1,4 @@
-"""How the codes of a block of 32 tokens lie in memory: the contract between `caches`, `kernels` and `csrc`.
+"""The memory layout of a block of 32 tokens' codes: the contract between `caches`, `kernels` and `csrc`.
 
 A kernel multiplies codes with a broadcast of four numbers at a time and sums the four products into one lane (dot
 products of bytes: `vpdpbusd` on x86, `udot` on Arm). So 64 codes, one vector, are a *unit* of 16 lanes of 4:
