@@ -236,7 +236,7 @@ WAYS_IN = {  # of a forward's tokens into a cache: whether the model is enabled,
 }
 
 
-@pytest.mark.parametrize("torn", [True, False], ids=["torn", "uneven"])
+@pytest.mark.parametrize("inconsistent", [True, False], ids=["inconsistent", "uneven"])
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2-sliding"])  # windows: none, all, first, last
 def test_every_way_in_notices_what_an_interrupt_left(family, way, inconsistent):
