@@ -42,7 +42,7 @@ def fresh_choice(monkeypatch):
 
 
 @pytest.fixture
-def variant(request):
+def variant(request, two_threads):
     """The native kernels' SIMD variant `request.param`; the test is skipped where the CPU lacks it."""
     try:
         native.select_variant(request.param)

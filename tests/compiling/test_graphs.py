@@ -33,7 +33,7 @@ from hf_kvattn.kernels.triton import backend as triton_backend
 
 RECORDING = CompileConfig(fullgraph=True, mode="reduce-overhead")
 LIBRARIES = {"fa2": ((8, 0), FA2), "fa3": ((9, 0), FA3)}
-BOOKS = ("seen", "stored", "oldest", "begin", "unchanged_prefix", "inconsistent")
+BOOKS = ("seen", "stored", "oldest", "begin", "complete_tokens", "unchanged_prefix", "inconsistent")
 LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 torch_compile = torch.compile
 pytestmark = pytest.mark.usefixtures("fresh_choice")
@@ -555,7 +555,7 @@ def test_an_interrupt_before_a_block_is_quantized():
                 step = {"input_ids": ids[:, token : token + 1], "past_key_values": cache}
                 if interrupted and token == 35:  # 36 tokens, 4 of them sinks
                     with patch.context() as inner, pytest.raises(KeyboardInterrupt):
-                        inner.setattr(KVQuantizedLayer, "settle", stop_when_counted)
+                        inner.setattr(KVQuantizedLayer, "finish_attention", stop_when_counted)
                         steps.run(model, model, step)
                     cache.check_consistent_layers()
                     assert [layer.packed_tokens for layer in cache.layers] == [0, 0] and cache.get_seq_length() == 36
