@@ -1,7 +1,7 @@
 """`torch.compile`: the ops that stand in a graph for all that depends on how full a cache is.
 
 While a model is traced, the hooks of `enable` put three ops into the graph: `begin` (the new tokens' positions),
-`leftpad_of_rows` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
+`leftpad` (left padding) and `step` (append and attend). They are opaque: when the graph runs, they run the same
 caches, dispatch and kernels as without it. No length is part of the graph, so it serves all of them.
 
 With transformers' own caches, or none, the model's graph keeps what it does with them, and `attend` stands for the
@@ -167,7 +167,7 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
         def leftpad_of_rows(sliding: bool) -> torch.Tensor | None:
             if plain is None:
                 return None
-            return torch.ops.hf_kvattn.leftpad_of_rows(cache.ticket, plain, tokens.shape[1], sliding)
+            return torch.ops.hf_kvattn.leftpad(cache.ticket, plain, tokens.shape[1], sliding)
 
         mask = compact_masks(decoder.config, tokens, leftpad_of_rows)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}
