@@ -12,7 +12,7 @@ collect_ignore = ["jobs"]
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed would note a stack trace for each GPU library, slowly
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield

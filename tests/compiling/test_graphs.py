@@ -270,7 +270,7 @@ def test_an_interrupt_at_any_line_of_a_step_is_noticed_or_harmless():
         lines = itertools.count(1)
 
         def trace(frame, event, argument):
-            if not frame.f_code.co_filename.endswith("/hf_kvattn/graphs.py"):
+            if not frame.f_code.co_filename.endswith("/hf_kvattn/compiling/decode_steps.py"):
                 return None
             if event == "line" and next(lines) == number:
                 raise KeyboardInterrupt
