@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# Makes an environment and passes all tests: style, types, the suite, and the parts that meet transformers once more
-# with the oldest version supported.
+# Makes an environment and passes all tests: style, types, the parts that meet transformers with the oldest version
+# supported, the jobs (suites that need a process of their own, see tests/README.md), and the suite.
 #
 #   bash scripts/test.sh [pytest arguments]
+#
+# Arguments go to the suite, and the jobs are left out. As many processes as there are cores run tests; `-n 0` is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=$(bash scripts/environment.sh test test | tail -n 1)
@@ -12,6 +14,9 @@ bash scripts/flash_attn.sh "$environment"
 "$bin/ruff" format --check .
 "$bin/mypy"
 
+export OMP_NUM_THREADS=1
+parallel=(-n logical --dist worksteal)
+
 oldest=5.17.0
 if [ ! -d "$environment/oldest/transformers" ]; then
   # Beside the environment's own version, which stays as it is. transformers does not depend on torch.
@@ -20,7 +25,25 @@ if [ ! -d "$environment/oldest/transformers" ]; then
   mv "$environment/oldest.new" "$environment/oldest"
 fi
 echo "transformers $oldest, the oldest supported:"
-PYTHONPATH=$environment/oldest "$bin/pytest" tests/test_masks.py tests/test_plugin.py tests/test_generate.py \
-  tests/test_static_cache.py
+PYTHONPATH=$environment/oldest "$bin/pytest" "${parallel[@]}" tests/test_masks.py tests/test_plugin.py \
+  tests/test_generate.py tests/caches/test_static_cache.py
+
+job() {
+  echo "$1:"
+  "$bin/pytest" "${parallel[@]}" "$1"
+}
+if [ $# -eq 0 ]; then
+  if "$bin/python" -c 'import triton' 2>/dev/null; then
+    TRITON_INTERPRET=1 job tests/jobs/triton_interpreter
+    job tests/jobs/triton_codegen
+  else
+    echo "tests/jobs/triton_*: not run, triton is not installed"
+  fi
+  if command -v g++ >/dev/null; then
+    job tests/jobs/graphs_on_fakes
+  else
+    echo "tests/jobs/graphs_on_fakes: not run, there is no g++"
+  fi
+fi
 echo "transformers $("$bin/python" -c 'import transformers; print(transformers.__version__)'):"
-exec "$bin/pytest" "$@"
+exec "$bin/pytest" "${parallel[@]}" "$@"

@@ -158,7 +158,7 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
         def leftpad_of_rows(sliding: bool) -> torch.Tensor | None:
             if plain is None:
                 return None
-            return torch.ops.hf_kvattn.leftpad_of_rows(cache.ticket, plain, tokens.shape[1], sliding)
+            return torch.ops.hf_kvattn.leftpad(cache.ticket, plain, tokens.shape[1], sliding)
 
         mask = compact_masks(decoder.config, tokens, leftpad_of_rows)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}

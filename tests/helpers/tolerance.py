@@ -1,5 +1,7 @@
 """The one place that says how far from the fp32 reference a result may be."""
 
+from dataclasses import dataclass
+
 import torch
 
 from hf_kvattn.kernels import reference
@@ -33,10 +35,29 @@ def plain_torch(call: AttendCall) -> torch.Tensor:
     return (weights[..., : v.shape[2]] @ v).transpose(1, 2)
 
 
+@dataclass
+class Expected:
+    """What a backend should give for a call."""
+
+    out: torch.Tensor  # in fp32
+    lse: torch.Tensor
+    dtype: torch.dtype
+    allowed: float  # the largest error of `out`
+
+    @classmethod
+    def of(cls, call: AttendCall) -> "Expected":
+        """At most FACTOR times the error of plain PyTorch in the same dtype, both against fp32."""
+        exact, lse = reference.attend_with_lse(call)
+        error = (plain_torch(call).float() - exact).abs().max().item()
+        return cls(exact, lse, call.q.dtype, FACTOR * error + FLOOR[call.q.dtype])
+
+    def assert_close(self, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+        assert out.shape == self.out.shape and out.dtype == self.dtype
+        error = (out.float() - self.out).abs().max().item()
+        assert error <= self.allowed, f"error {error:.3e} against fp32, {self.allowed:.3e} allowed"  # false for NaN too
+        if lse is not None:
+            torch.testing.assert_close(lse, self.lse, rtol=0, atol=LSE)
+
+
 def assert_close_to_reference(out: torch.Tensor, call: AttendCall) -> None:
-    """`out` errs at most FACTOR times as much as plain PyTorch in the same dtype does, both against fp32."""
-    exact, _ = reference.attend_with_lse(call)
-    assert out.shape == exact.shape and out.dtype == call.q.dtype
-    error = (out.float() - exact).abs().max().item()
-    allowed = FACTOR * (plain_torch(call).float() - exact).abs().max().item() + FLOOR[call.q.dtype]
-    assert error <= allowed, f"error {error:.3e} against fp32, {allowed:.3e} allowed"  # false for NaN too
+    Expected.of(call).assert_close(out)

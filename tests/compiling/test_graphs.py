@@ -7,9 +7,7 @@ import dataclasses
 import functools
 import itertools
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +15,7 @@ import torch
 from flash_stub import FA2, FA3, flash_libraries
 from impostor import fake_cuda, on_gpu
 from models import generate, prompt, tiny_model
-from test_dispatch import fresh_choice  # noqa: F401  # a fixture: every test begins without a choice
-from test_quantized import as_dense, packed_problem
+from packed_problems import as_dense, packed_problem
 from tolerance import assert_close_to_reference
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -34,12 +31,12 @@ from hf_kvattn.kernels import dispatch, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import backend as triton_backend
 
-ROOT = Path(__file__).parent.parent
 RECORDING = CompileConfig(fullgraph=True, mode="reduce-overhead")
 LIBRARIES = {"fa2": ((8, 0), FA2), "fa3": ((9, 0), FA3)}
-BOOKS = ("seen", "stored", "oldest", "begin", "whole", "untouched", "torn")
+BOOKS = ("seen", "stored", "oldest", "begin", "complete_tokens", "unchanged_prefix", "inconsistent")
 LOGITS = {"rtol": 1e-4, "atol": 1e-4}
 torch_compile = torch.compile
+pytestmark = pytest.mark.usefixtures("fresh_choice")
 
 
 @pytest.fixture(autouse=True)
@@ -558,7 +555,7 @@ def test_an_interrupt_before_a_block_is_quantized():
                 step = {"input_ids": ids[:, token : token + 1], "past_key_values": cache}
                 if interrupted and token == 35:  # 36 tokens, 4 of them sinks
                     with patch.context() as inner, pytest.raises(KeyboardInterrupt):
-                        inner.setattr(KVQuantizedLayer, "settle", stop_when_counted)
+                        inner.setattr(KVQuantizedLayer, "finish_attention", stop_when_counted)
                         steps.run(model, model, step)
                     cache.check_consistent_layers()
                     assert [layer.packed_tokens for layer in cache.layers] == [0, 0] and cache.get_seq_length() == 36
@@ -702,11 +699,3 @@ def test_steps_are_for_inference():
     with pytest.raises(ValueError, match="a compiled step through a cache is for inference"):
         DecodeSteps(cache).run(model, model, {"input_ids": token, "past_key_values": cache})
     assert cache.get_seq_length() == 1
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="a GPU's device guard is compiled")
-def test_on_fakes():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests/graphs_on_fakes.py")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and " skipped" not in run.stdout

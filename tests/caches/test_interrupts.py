@@ -17,6 +17,8 @@ from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.attention import LayerHandle
 from hf_kvattn.caches.layer import KVLayer
 
+SHORT = {"max_new_tokens": 12, "do_sample": False}
+
 
 class Stop(Exception):
     pass
@@ -37,6 +39,12 @@ def interrupt(model, where: int, error: BaseException, after_the_cache: bool):
     return attention.q_proj.register_forward_pre_hook(hook)
 
 
+@functools.cache
+def uninterrupted(kind: str, enabled: bool) -> torch.Tensor:
+    model = hf_kvattn.enable(tiny_model()) if enabled else tiny_model()
+    return model.generate(**prompt(33, left_padding=3), **SHORT, past_key_values=ALL[kind](model.config))
+
+
 @pytest.mark.parametrize("error", [Stop(), KeyboardInterrupt()], ids=["exception", "interrupt"])
 @pytest.mark.parametrize("where", [(0, True), (1, False), (1, True), (2, False), (2, True)], ids=str)
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "not-enabled"])
@@ -45,12 +53,11 @@ def test_an_interrupted_forward_is_noticed_and_repaired_by_crop(kind, enabled, w
     model, inputs = tiny_model(), prompt(33, left_padding=3)
     if enabled:
         hf_kvattn.enable(model)
-    arguments = {"max_new_tokens": 12, "do_sample": False}
-    expected = model.generate(**inputs, **arguments, past_key_values=ALL[kind](model.config))
+    expected = uninterrupted(kind, enabled)
     cache = ALL[kind](model.config)
     handle = interrupt(model, where[0], error, where[1])
     with pytest.raises(type(error)):
-        model.generate(**inputs, **arguments, past_key_values=cache)
+        model.generate(**inputs, **SHORT, past_key_values=cache)
     handle.remove()
     lengths = [layer.seen for layer in cache.layers]
     assert lengths == [35] * (where[0] + where[1]) + [34] * (3 - where[0] - where[1])  # the third forward
@@ -67,7 +74,7 @@ def test_an_interrupted_forward_is_noticed_and_repaired_by_crop(kind, enabled, w
     cache.crop(-1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 2, dtype=torch.long)], 1)
     again = model.generate(
-        expected[:, :35], attention_mask=mask, **arguments | {"max_new_tokens": 10}, past_key_values=cache
+        expected[:, :35], attention_mask=mask, **SHORT | {"max_new_tokens": 10}, past_key_values=cache
     )
     assert torch.equal(again, expected)
 
@@ -181,27 +188,27 @@ def raise_stop(*args):
     raise Stop
 
 
-@pytest.mark.parametrize("kind", ALL)
-@pytest.mark.parametrize("change", ["crop", "reorder_cache", "batch_select_indices", "settle"])
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [*itertools.product(ALL, ["crop", "reorder_cache", "batch_select_indices"])]
+    + [(kind, "finish_attention") for kind in ALL if kind not in EXACT],
+)
 def test_changes_interrupted_between_layers_leave_only_reset(kind, change, monkeypatch):
-    if change == "settle" and kind in EXACT:
-        pytest.skip("nothing is quantized")
     cache = ALL[kind](tiny_config())
     append(cache, tokens(50))
     layer_type = type(cache.layers[1])
-    inner = {"crop": "crop", "reorder_cache": "copy_rows", "batch_select_indices": "select", "settle": "_resize_exact"}[
-        change
-    ]
-    method = getattr(layer_type, inner)
+    inner = {"reorder_cache": "copy_rows", "batch_select_indices": "select", "finish_attention": "_resize_exact"}
+    name = inner.get(change, change)
+    method = getattr(layer_type, name)
 
     def once(layer, *args):
         if layer.layer_idx == 1:
             raise KeyboardInterrupt
         return method(layer, *args)
 
-    monkeypatch.setattr(layer_type, inner, once)
+    monkeypatch.setattr(layer_type, name, once)
     with pytest.raises(KeyboardInterrupt):
-        if change == "settle":
+        if change == "finish_attention":
             cache.layers[1]._exact_k = cache.layers[1]._exact_k.repeat(1, 1, 3, 1)  # as after a long prompt
             cache.layers[1]._exact_v = cache.layers[1]._exact_v.repeat(1, 1, 3, 1)
             append(cache, tokens(40))
@@ -237,7 +244,7 @@ WAYS_IN = {  # of a forward's tokens into a cache: whether the model is enabled,
 }
 
 
-@pytest.mark.parametrize("torn", [True, False], ids=["torn", "uneven"])
+@pytest.mark.parametrize("inconsistent", [True, False], ids=["inconsistent", "uneven"])
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2-sliding"])  # windows: none, all, first, last
 def test_every_way_in_notices_what_an_interrupt_left(family, way, inconsistent):

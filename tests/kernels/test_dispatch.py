@@ -18,12 +18,7 @@ from hf_kvattn.kernels import dispatch, flash, native
 from hf_kvattn.kernels.call import AttendCall, SinkKV
 from hf_kvattn.kernels.triton import backend as triton_backend
 
-
-@pytest.fixture(autouse=True)
-def fresh_choice(monkeypatch):
-    monkeypatch.setattr(dispatch, "_for_process", [])
-    monkeypatch.delenv("HF_KVATTN_BACKEND", raising=False)
-    dispatch._log_once.cache_clear()
+pytestmark = pytest.mark.usefixtures("fresh_choice")
 
 
 def taken(call) -> str:

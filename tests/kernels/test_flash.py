@@ -11,7 +11,6 @@ from flash_stub import FA2, FA3, flash_libraries
 from impostor import Impostor, fake_cuda, on_gpu
 from models import generate, prompt, tiny_model
 from problems import POISON, SHAPES, problem
-from test_dispatch import fresh_choice  # noqa: F401  # a fixture: every test begins without a choice
 from tolerance import assert_close_to_reference
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -22,6 +21,7 @@ from hf_kvattn.kernels.call import AttendCall
 
 LIBRARIES = {"fa2": ((8, 0), FA2), "fa3": ((9, 0), FA3)}
 HALF = [torch.float16, torch.bfloat16]
+pytestmark = pytest.mark.usefixtures("fresh_choice")
 
 
 def moved(call):

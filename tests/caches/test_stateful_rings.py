@@ -1,6 +1,6 @@
 """Random sequences of what can be done to a cache with sliding windows, beside the whole stream as a plain tensor.
 
-`HF_KVATTN_SEQUENCES=2000 pytest tests/test_stateful_rings.py --timeout 0` runs more of them, with other seeds.
+`HF_KVATTN_SEQUENCES=2000 pytest tests/caches/test_stateful_rings.py --timeout 0` runs more of them, with other seeds.
 """
 
 import copy

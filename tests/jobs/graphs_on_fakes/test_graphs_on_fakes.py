@@ -1,6 +1,8 @@
 """A decode step on CUDA tensors without memory: whatever would read a number back raises, and the compiler's own
-conditions for a CUDA graph are asked of its graph. `test_graphs.py` runs this in a process of its own, since it tells
-PyTorch that there is a GPU.
+conditions for a CUDA graph are asked of its graph. It has a process of its own, since it tells PyTorch that there is a
+GPU.
+
+pytest tests/jobs/graphs_on_fakes
 """
 
 import ctypes

@@ -242,7 +242,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
         "except OSError as error: print(error)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(path)], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+        [sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert run.returncode == 0 and "cannot be written" in run.stdout, run.stderr
     assert path.read_bytes() == raw and list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,7 @@
 """Random sequences of everything that can be done to a cache, beside a plain list of tensors.
 
-`HF_KVATTN_SEQUENCES=2000 pytest tests/test_stateful.py --timeout 0` runs more of them, with other seeds each time.
+`HF_KVATTN_SEQUENCES=2000 pytest tests/caches/test_stateful.py --timeout 0` runs more of them, with other seeds each
+time.
 """
 
 import copy

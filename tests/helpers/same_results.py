@@ -1,7 +1,7 @@
 """Whether a change of the code leaves every result as it was, bit for bit: hashes of tokens, logits and stored tensors.
 
-    python tests/same_results.py > before.json      in the checkout before the change
-    python tests/same_results.py before.json        after it: prints what differs, and exits with 1 if anything does
+    python tests/helpers/same_results.py > before.json  in the checkout before the change
+    python tests/helpers/same_results.py before.json    after it: prints what differs, and exits with 1 if any does
 
 Tiny random models of each tested family, every cache on every backend of a CPU, with and without left padding. Only
 public names are used, so that the same file runs before and after.

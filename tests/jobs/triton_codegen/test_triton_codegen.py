@@ -1,7 +1,6 @@
-"""What the Triton kernels compile to, through the package's own host code. `test_triton.py` runs this in a process of
-its own, without a GPU.
+"""What the Triton kernels compile to, through the package's own host code, without a GPU.
 
-pytest tests/triton_codegen.py; with KVATTN_TRITON_ALL=1 all of `model_cards/kernels/triton.json` is compiled anew.
+pytest tests/jobs/triton_codegen; with KVATTN_TRITON_ALL=1 all of `model_cards/kernels/triton.json` is compiled anew.
 """
 
 import contextlib
@@ -20,8 +19,10 @@ from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
 from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.kernels.triton import quantize as triton_quantize
 
+assert os.environ.get("TRITON_INTERPRET", "0") == "0", "leave TRITON_INTERPRET unset: with it Triton compiles nothing"
+
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
-RECORDED = json.loads((Path(__file__).parent.parent / "model_cards/kernels/triton.json").read_text())
+RECORDED = json.loads((Path(__file__).parents[3] / "model_cards/kernels/triton.json").read_text())
 CASES = [codegen.Case(**row["case"]) for row in RECORDED["kernels"]]
 SAMPLE = CASES if ALL else [
     codegen.Case("decode", "sm_80", 128, 16, 4, 4),

@@ -1,6 +1,6 @@
-"""The Triton kernels' numbers, in Triton's interpreter on a CPU. `test_triton.py` runs this in a process of its own.
+"""The Triton kernels' numbers, in Triton's interpreter on a CPU.
 
-TRITON_INTERPRET=1 pytest tests/triton_interpreter.py; with KVATTN_TRITON_ALL=1 every shape meets every mix of bits.
+TRITON_INTERPRET=1 pytest tests/jobs/triton_interpreter; with KVATTN_TRITON_ALL=1 every shape meets every mix of bits.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
+from packed_problems import PACKED, packed_problem
 from problems import POISON, RINGS, SHAPES, problem, ringed
-from test_quantized import PACKED, packed_problem
 from tolerance import FACTOR, FLOOR, plain_torch
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
