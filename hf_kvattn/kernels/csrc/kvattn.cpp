@@ -90,20 +90,20 @@ int kvattn_has_openmp(void) {
 
 int kvattn_attend(const kvattn_attend_args *a) {
   const bool all_packed = a && a->packed_len > 0 && a->packed_len == a->kv_len;  // then k and v are empty
-  if (!a || !a->q || !a->out || ((!a->k || !a->v) && !all_packed) || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->batch < 1 ||
-      a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 || a->kv_len < a->q_len ||
-      a->head_dim < 1 || a->window < 0 || a->threads < 1)
+  if (!a || !a->q || !a->out || ((!a->k || !a->v) && !all_packed) || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 ||
+      a->batch < 1 || a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 ||
+      a->kv_len < a->q_len || a->head_dim < 1 || a->window < 0 || a->threads < 1)
     return KVATTN_BAD_ARGUMENT;
-  if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_start < 0 || a->packed_start > 32 ||
-                        a->packed_start + a->packed_len > a->kv_len || a->packed_blocks * 32 < a->packed_len ||
-                        a->packed_slot < 0 || a->packed_slot >= a->packed_blocks || a->packed_slot % 2 ||
-                        (a->packed_slot && a->packed_blocks % 2) ||
-                        a->head_dim > 512 || a->v_group < 16 || a->v_group % 16 || a->head_dim % a->v_group ||
-                        a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) || a->head_dim % a->v_rotation ||
-                        !is_bits(a->k_bits) || !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_mean ||
-                        !a->v_codes || !a->v_scale))
+  if (a->packed_len &&
+      (a->packed_len % 32 || a->packed_len < 0 || a->packed_start < 0 || a->packed_start > 32 ||
+       a->packed_start + a->packed_len > a->kv_len || a->packed_blocks * 32 < a->packed_len || a->packed_slot < 0 ||
+       a->packed_slot >= a->packed_blocks || a->packed_slot % 2 || (a->packed_slot && a->packed_blocks % 2) ||
+       a->head_dim > 512 || a->v_group < 16 || a->v_group % 16 || a->head_dim % a->v_group || a->v_rotation < 1 ||
+       (a->v_rotation & (a->v_rotation - 1)) || a->head_dim % a->v_rotation || !is_bits(a->k_bits) ||
+       !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_mean || !a->v_codes || !a->v_scale))
     return KVATTN_BAD_ARGUMENT;
-  if (a->ring_slots && (a->packed_len || a->ring_slots < a->kv_len || a->ring_slot < 0 || a->ring_slot >= a->ring_slots))
+  if (a->ring_slots &&
+      (a->packed_len || a->ring_slots < a->kv_len || a->ring_slot < 0 || a->ring_slot >= a->ring_slots))
     return KVATTN_BAD_ARGUMENT;
   if (a->sinks && (a->sinks < 0 || a->sinks > 64 || !a->sink_q || !a->sink_k || !a->sink_v || !a->causal))
     return KVATTN_BAD_ARGUMENT;

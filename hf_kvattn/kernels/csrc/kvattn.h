@@ -53,11 +53,11 @@ typedef struct {
   int64_t sink_q_stride[3];
   int64_t sink_kv_stride[3];  // of both
   int64_t packed_start, packed_len, packed_blocks;
-  int64_t packed_slot;               // even; 0 where packed_blocks is odd
-  int64_t v_group;                   // channels that share a value scale
-  int64_t v_rotation;                // packed values stand in the basis of a Hadamard matrix of this size; 1 = as they are
-  int32_t k_bits, v_bits;            // 8, 4, 3 or 2
-  const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
+  int64_t packed_slot;     // even; 0 where packed_blocks is odd
+  int64_t v_group;         // channels that share a value scale
+  int64_t v_rotation;      // packed values stand in the basis of a Hadamard matrix of this size; 1 = as they are
+  int32_t k_bits, v_bits;  // 8, 4, 3 or 2
+  const uint8_t *k_codes;  // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
   const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero: codes are signed, with 128 added
   const float *k_mean;               // (B, Hkv, D), added to every packed key
   const uint8_t *v_codes;            // (B, Hkv, blocks, 4 * v_bits * D)
@@ -66,13 +66,13 @@ typedef struct {
 
 // Whole blocks of 32 tokens, finite ones, to codes in slots from `slot` on: arrays as in kvattn_attend_args.
 typedef struct {
-  int32_t dtype;    // of k and v
-  int32_t threads;  // at most this many
+  int32_t dtype;           // of k and v
+  int32_t threads;         // at most this many
   int32_t k_bits, v_bits;  // 8 or 4
   int64_t batch, kv_heads, blocks, head_dim, v_group, v_rotation;
   int64_t packed_blocks, slot;
-  const void *k;  // (B, Hkv, 32 * blocks, D)
-  const void *v;  // (B, Hkv, 32 * blocks, D)
+  const void *k;        // (B, Hkv, 32 * blocks, D)
+  const void *v;        // (B, Hkv, 32 * blocks, D)
   int64_t k_stride[3];  // batch, head, token
   int64_t v_stride[3];
   uint8_t *k_codes;

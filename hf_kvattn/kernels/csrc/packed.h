@@ -9,10 +9,10 @@
 
 namespace {
 
-constexpr int kBlock = 32;     // tokens
-constexpr int kUnit = 64;      // codes of a unit: 16 lanes of 4
-constexpr int kUnits = 8;      // units of 16 channels of a block, in 64 * bits bytes
-constexpr int kMaxDim = 512;   // channels
+constexpr int kBlock = 32;    // tokens
+constexpr int kUnit = 64;     // codes of a unit: 16 lanes of 4
+constexpr int kUnits = 8;     // units of 16 channels of a block, in 64 * bits bytes
+constexpr int kMaxDim = 512;  // channels
 
 // Blocks of one KV head. Without zeros the codes are signed numbers to which 128 was added.
 struct PackedKeys {
@@ -34,9 +34,9 @@ struct PackedValues {
   int bits, d, group;          // group is a multiple of 16 that divides d
 };
 
-constexpr int kFour = 4;      // rows served together at most, as are their maxima and sums
-constexpr int kAhead = 6;     // blocks that are on their way from memory to the second-level cache
-constexpr int kStretch = 16;  // blocks that share a query's step
+constexpr int kFour = 4;               // rows served together at most, as are their maxima and sums
+constexpr int kAhead = 6;              // blocks that are on their way from memory to the second-level cache
+constexpr int kStretch = 16;           // blocks that share a query's step
 constexpr float kMostSteps = 32512.f;  // of a query: sums of 512 products with -128 to 127 stay below 2^31
 constexpr float kLeast = 1e-30f;       // what largest numbers start from, so that steps are not zero
 
@@ -108,9 +108,8 @@ inline void with_bits(int bits, F f) {
 template <int R>
 inline void score_block(const PackedKeys &keys, const FoldedQueries<R> &query, const float *step, float *scores,
                         int64_t stride, Simd::Vec *top, int ahead) {
-  with_bits(keys.bits, [&](auto bits) {
-    score_codes<R, decltype(bits)::value>(keys, query, step, scores, stride, top, ahead);
-  });
+  with_bits(keys.bits,
+            [&](auto bits) { score_codes<R, decltype(bits)::value>(keys, query, step, scores, stride, top, ahead); });
 }
 
 // The channels of group g.

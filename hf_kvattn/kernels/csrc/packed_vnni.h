@@ -4,11 +4,11 @@
 // - weights two unsigned ones, or one where the model is bf16: its error is of the size of the one that other kernels
 //   make by rounding weights to bf16.
 //
-// The middle of a weight's codes counts with the same whole steps that multiply the codes, so that the rounding of a step
-// is multiplied by what codes are away from the middle; the zeros contribute with exact numbers.
+// The middle of a weight's codes counts with the same whole steps that multiply the codes, so that the rounding of a
+// step is multiplied by what codes are away from the middle; the zeros contribute with exact numbers.
 //
-// Rows are unrolled by pragmas: GCC else keeps arrays of vectors in memory, where 512-bit stores take two cycles. Blocks
-// are passed by value, since stores of bytes may change anything that is reached through a reference.
+// Rows are unrolled by pragmas: GCC else keeps arrays of vectors in memory, where 512-bit stores take two cycles.
+// Blocks are passed by value, since stores of bytes may change anything that is reached through a reference.
 #pragma once
 #include <immintrin.h>
 
@@ -60,7 +60,7 @@ constexpr int kQuadStride = 16;
 // Scores are `step * (bytes . codes) + offset`.
 template <int R, bool Zeros>
 inline void fold_query_bytes(PackedKeys keys, const Queries<R> &query, const float *offset, FoldedQueries<R> &out,
-                         int ahead) {
+                             int ahead) {
   if (ahead) {
     prefetch(keys.at(kStretch).scale, 2 * keys.d);  // the next stretch begins with all of its scales
     if (keys.zero) prefetch(keys.at(ahead).zero, 2 * keys.d);
@@ -109,8 +109,8 @@ inline void fold_queries(const PackedKeys &keys, const Queries<R> &query, const 
 
 // Keeps the largest score of each row in `top` too.
 template <int R, int Bits>
-void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *step, float *scores,
-                       int64_t stride, __m512 *top, int ahead) {
+void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *step, float *scores, int64_t stride,
+                 __m512 *top, int ahead) {
   __m512i sum[R][2][2];  // row, half of the tokens, digit
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -213,8 +213,7 @@ constexpr int wide_columns(int digits) { return digits == 1 ? 4 : 2; }
 
 // Vectors of 16 channels from c on.
 template <int R, int Digits, int Bits, int Blocks, int Vectors>
-void add_columns(PackedValues values, const FoldedWeights<R, Digits> &weights, int c, float *acc,
-                         int64_t acc_stride) {
+void add_columns(PackedValues values, const FoldedWeights<R, Digits> &weights, int c, float *acc, int64_t acc_stride) {
   __m512i sum[R][Vectors][Digits];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kFineDigits = 1;  // weights have 15 bits here
+constexpr int kFineDigits = 1;          // weights have 15 bits here
 constexpr int kUnroll = Simd::kUnroll;  // a name that pragmas take
 
 constexpr int middle_of(int bits) { return 1 << (bits - 1); }

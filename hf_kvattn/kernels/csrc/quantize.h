@@ -1,5 +1,6 @@
-// Whole blocks of 32 tokens to codes of 8 or 4 bits: the numbers of quant/blocks.py, bit for bit, since each operation is
-// one that PyTorch makes too, in the same order. Loops run over neighbouring numbers, so that compilers vectorize them.
+// Whole blocks of 32 tokens to codes of 8 or 4 bits: the numbers of quant/blocks.py, bit for bit, since each operation
+// is one that PyTorch makes too, in the same order. Loops run over neighbouring numbers, so that compilers vectorize
+// them.
 #pragma once
 
 namespace {
@@ -14,7 +15,8 @@ inline float through_bf16(float x, uint16_t *stored) {
   return to_float(narrowed);
 }
 
-// The codes of n groups, of which x[i * n + j] is number i of group j: codes[i * n + j], and each group's scale and zero.
+// The codes of n groups, of which x[i * n + j] is number i of group j: codes[i * n + j], and each group's scale and
+// zero.
 inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, uint16_t *scale, uint16_t *zero) {
   float low[kMaxDim], high[kMaxDim], step[kMaxDim];
   for (int j = 0; j < n; ++j) low[j] = high[j] = x[j];
@@ -35,7 +37,8 @@ inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, u
       step[j] = through_bf16((range > 0.f ? range : 0.f) / 15.f, scale + j);
     }
   }
-  const float least_code = symmetric ? -127.f : 0.f, most_code = symmetric ? 127.f : 15.f, add = symmetric ? 128.f : 0.f;
+  const float least_code = symmetric ? -127.f : 0.f, most_code = symmetric ? 127.f : 15.f,
+              add = symmetric ? 128.f : 0.f;
   for (int i = 0; i < group; ++i)
     for (int j = 0; j < n; ++j) {
       float steps = step[j] > 0.f ? (x[i * n + j] - low[j]) / step[j] : 0.f;

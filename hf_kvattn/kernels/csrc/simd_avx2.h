@@ -68,8 +68,8 @@ struct Simd {
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
 
-  using Words = __m256i;  // 16-bit numbers, two a lane
-  using Whole = __m256i;  // 32-bit numbers, which wrap
+  using Words = __m256i;                 // 16-bit numbers, two a lane
+  using Whole = __m256i;                 // 32-bit numbers, which wrap
   static Words pair(const int16_t *p) {  // two numbers in every lane
     int32_t both;
     memcpy(&both, p, 4);
@@ -93,8 +93,8 @@ struct Simd {
   // Rounded to 16 bits; the second and third of each four numbers change places.
   static Words to_words(Vec a, Vec b) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     return _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words, 0xd8), order);
   }
   static void store_words(int16_t *p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }

@@ -18,14 +18,10 @@ struct Simd {
   static void store(float *p, Vec a) { _mm512_storeu_ps(p, a); }
   static Vec widen(const float *p) { return load(p); }
   static Vec widen(const bf16_t *p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
-  static Vec widen(const f16_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-  }
+  static Vec widen(const f16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
   static Vec widen_some(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
   static Vec widen_some(const bf16_t *p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
-  static Vec widen_some(const f16_t *p, int n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
-  }
+  static Vec widen_some(const f16_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
@@ -45,8 +41,8 @@ struct Simd {
     reduce4(a, b, c, d, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
   }
 
-  using Words = __m512i;  // 16-bit numbers, two a lane
-  using Whole = __m512i;  // 32-bit numbers, which wrap
+  using Words = __m512i;                 // 16-bit numbers, two a lane
+  using Whole = __m512i;                 // 32-bit numbers, which wrap
   static Words pair(const int16_t *p) {  // two numbers in every lane
     int32_t both;
     memcpy(&both, p, 4);
@@ -93,9 +89,7 @@ struct Simd {
 
  private:
   static __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-  static Vec widen_bf16(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-  }
+  static Vec widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   template <typename F>
   static void reduce4(Vec a, Vec b, Vec c, Vec d, float *out, F f) {
     auto fold = [&](Vec x) { return f(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };

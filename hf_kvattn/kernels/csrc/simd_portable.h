@@ -77,9 +77,7 @@ struct Simd {
   }
   // a * 2^n for whole n in [-127, 127]; 2^-127 counts as 0.
   static Vec scale_pow2(Vec a, Vec n) {
-    KVATTN_EACH {
-      a.lane[i] *= from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
-    }
+    KVATTN_EACH { a.lane[i] *= from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23); }
     return a;
   }
   static bool all_at_most(Vec a, float x) {
