@@ -363,8 +363,8 @@ def test_native_leaves_fp8_to_sdpa_with_one_reason(bits, caplog):
         for _ in range(2):
             torch.testing.assert_close(dispatch.attend(call), reference.attend(call), rtol=1e-5, atol=1e-5)
     (record,) = caplog.records
-    assert "auto backend: sdpa, because native kernels read codes that are whole numbers" in record.getMessage()
-    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="whole numbers, not fp8"):
+    assert "auto backend: sdpa, because native kernels read codes of 8, 4, 3 and 2 bits, not" in record.getMessage()
+    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="bits, not keys of .*fp8"):
         dispatch.attend(call)
 
 
@@ -614,6 +614,15 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         twin.raise_if_not_finite(wait=True)
 
 
+@pytest.mark.parametrize("bits", [(6, 4), (4, 6)], ids=str)
+def test_a_width_that_native_does_not_read_is_refused_with_a_reason(bits):
+    call = packed_problem("long-split", 4, 4)
+    assert native.unsupported(call) is None
+    call.packed.k_bits, call.packed.v_bits = bits
+    reason = "native kernels read codes of 8, 4, 3 and 2 bits, not keys of {} and values of {}".format(*bits)
+    assert native.unsupported(call) == reason
+
+
 def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> PackedKV:
     """Arrays with room for `slots` blocks, filled with what must stay where nothing is written."""
     made: dict[str, torch.Tensor | None] = {}
@@ -643,7 +652,9 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(variant, bits, dtype):
             assert array is None or torch.equal(array, other), (i, dim, blocks)
 
 
-@pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)])
+@pytest.mark.parametrize(
+    ("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((6, 8), 64), ((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)]
+)
 def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
     dispatch._log_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):

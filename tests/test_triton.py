@@ -100,6 +100,7 @@ def unsupported_on_gpu(call):
         (lambda c: setattr(c, "q", c.q[..., :40]), "16 to 256 in steps of 16, not 40"),
         (lambda c: setattr(c, "q", c.q.repeat(1, 1, 17, 1)), "up to 16 query tokens, not 17"),
         (lambda c: setattr(c.packed, "v_bits", 3), None),
+        (lambda c: setattr(c.packed, "v_bits", 6), "2 bits and fp8, not keys of 4 and values of 6"),
         (lambda c: setattr(c, "mask", torch.ones(1)), "dense mask"),
         (lambda c: setattr(c, "sinks", SinkKV(c.k, c.v, c.q, 0)), None),
         (lambda c: setattr(c, "dropout", 0.5), "no dropout"),

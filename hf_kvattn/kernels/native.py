@@ -25,13 +25,14 @@ from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 from .call import AttendCall, SinkKV
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
-# `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer. The
-# fields from `packed_start` on stay the same for 32 steps: they are packed apart.
+_READABLE_BITS, _WRITABLE_BITS = {8, 4, 3, 2}, {8, 4}
+# `kvattn_attend_args` in `csrc/kvattn.h`, packed in one call: setting 50 ctypes fields costs 10 us a layer. The fields
+# from `packed_start` on stay the same for 32 steps, so they are packed separately. `_load` compares the sizes with C's.
 _ARGS = struct.Struct("@4i7q2f6P9q4q4P6q")
 _PACKED_ARGS = struct.Struct("@6q2i7P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
@@ -62,6 +63,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} cannot be loaded: {error}"
     if version != _ABI_VERSION:
         return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}: reinstall hf_kvattn"
+    sizes_bytes = library.kvattn_sizeof_attend_args(), library.kvattn_sizeof_quantize_args()
+    packed_bytes = _ARGS.size + _PACKED_ARGS.size, _QUANTIZE_ARGS.size
+    if sizes_bytes != packed_bytes:
+        return None, (
+            f"{path.name} takes structs of {sizes_bytes} bytes, this package makes {packed_bytes}: reinstall hf_kvattn"
+        )
     library.kvattn_variant.restype = ctypes.c_char_p
     library.kvattn_select.argtypes = [ctypes.c_char_p]
     library.kvattn_attend.argtypes = library.kvattn_quantize.argtypes = [ctypes.c_char_p]  # the packed struct
@@ -114,8 +121,9 @@ def unsupported(call: AttendCall) -> str | None:
         return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
     if call.v.shape != call.k.shape:
         return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
-    if call.packed is not None and call.packed.has_fp8:
-        return "native kernels read codes that are whole numbers, not fp8"
+    if call.packed is not None and not _READABLE_BITS.issuperset(call.packed.codecs):
+        k_bits, v_bits = call.packed.codecs
+        return f"native kernels read codes of 8, 4, 3 and 2 bits, not keys of {k_bits} and values of {v_bits}"
     if call.packed is not None and call.q.shape[-1] > 512:
         return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if call.mask is not None:
@@ -227,7 +235,7 @@ def _addresses(packed: PackedKV) -> tuple[int, ...]:
 
 def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
-    if {k_bits, v_bits} - {8, 4}:
+    if not _WRITABLE_BITS.issuperset((k_bits, v_bits)):
         return f"native kernels quantize to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
     if k.dtype not in _DTYPES or k.shape[-1] > 512:
         return (

@@ -12,11 +12,13 @@ import importlib.util
 
 import torch
 
-from ...quant.codecs import Bits
+from ...quant.codecs import FP8, Bits
 from ...quant.packed import PackedKV
 from ..call import AttendCall
 
 MAX_QUERIES = 16
+_READABLE_CODECS = {8, 4, 3, 2, FP8}
+_WRITABLE_BITS = {8, 4}
 # In float32 the products leave the tensor cores, and the kernels spill: up to 1,392 bytes a thread on sm_80 (head_dim
 # 256, 4 bits); on gfx942 heads of 256 do not fit into shared memory.
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -66,6 +68,9 @@ def unsupported(call: AttendCall) -> str | None:
         return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
     if q.shape[2] > MAX_QUERIES:
         return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
+    if call.packed is not None and not _READABLE_CODECS.issuperset(call.packed.codecs):
+        k_bits, v_bits = call.packed.codecs
+        return f"triton kernels read codes of 8, 4, 3 and 2 bits and fp8, not keys of {k_bits} and values of {v_bits}"
     if call.packed is not None and call.packed.has_fp8 and (reason := _no_fp8(q.device)):
         return reason
     if call.mask is not None:
@@ -94,7 +99,7 @@ def cannot_quantize(k: torch.Tensor, k_bits: Bits, v_bits: Bits) -> str | None:
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on a GPU, or None."""
     if reason := _too_old(k.device):
         return reason
-    if {k_bits, v_bits} - {8, 4}:
+    if not _WRITABLE_BITS.issuperset((k_bits, v_bits)):
         return f"triton quantizes to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}"
     if k.shape[-1] > 256:
         return f"triton quantizes heads of up to 256, not {k.shape[-1]}"
