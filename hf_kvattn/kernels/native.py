@@ -39,13 +39,13 @@ SERVED = frozenset(
 )
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
-# `kvattn_attend_args` in `csrc/kvattn.h`: packed in one call, since setting 50 ctypes fields costs 10 us a layer. The
-# fields from `packed_start` on stay the same for 32 steps: they are packed apart.
+# `kvattn_attend_args` in `csrc/kvattn.h`, packed in one call: setting 50 ctypes fields costs 10 us a layer. The fields
+# from `packed_start` on stay the same for 32 steps, so they are packed separately. `_load` compares the sizes with C's.
 _ARGS = struct.Struct("@4i7q2f6P9q4q4P6q")
 _PACKED_ARGS = struct.Struct("@6q2i7P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
@@ -76,6 +76,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} cannot be loaded: {error}"
     if version != _ABI_VERSION:
         return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}: reinstall hf_kvattn"
+    sizes_bytes = library.kvattn_sizeof_attend_args(), library.kvattn_sizeof_quantize_args()
+    packed_bytes = _ARGS.size + _PACKED_ARGS.size, _QUANTIZE_ARGS.size
+    if sizes_bytes != packed_bytes:
+        return None, (
+            f"{path.name} takes structs of {sizes_bytes} bytes, this package makes {packed_bytes}: reinstall hf_kvattn"
+        )
     library.kvattn_variant.restype = ctypes.c_char_p
     library.kvattn_select.argtypes = [ctypes.c_char_p]
     library.kvattn_attend.argtypes = library.kvattn_quantize.argtypes = [ctypes.c_char_p]  # the packed struct

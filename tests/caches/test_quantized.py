@@ -24,7 +24,7 @@ from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.quant import affine, float8
 from hf_kvattn.quant.blocks import quantize_blocks
-from hf_kvattn.quant.codecs import CODECS, codec_for
+from hf_kvattn.quant.codecs import CODECS, Codec, codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
 from hf_kvattn.quant.packed import PackedKV
 from hf_kvattn.quant.rotation import rotate, size_for
@@ -323,8 +323,8 @@ def test_native_leaves_fp8_to_sdpa_with_one_reason(bits, caplog):
         for _ in range(2):
             torch.testing.assert_close(dispatch.attend(call), reference.attend(call), rtol=1e-5, atol=1e-5)
     (record,) = caplog.records
-    assert "auto backend: sdpa, because native kernels read codes that are whole numbers" in record.getMessage()
-    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="whole numbers, not fp8"):
+    assert "auto backend: sdpa, because native kernels read int8, int4, int3, int2, not fp8" in record.getMessage()
+    with hf_kvattn.backend("native"), pytest.raises(ValueError, match="int2, not fp8"):
         dispatch.attend(call)
 
 
@@ -572,6 +572,15 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         twin.append(*on_gpu((k, k)))
         twin.finish_attention()
         twin.raise_if_not_finite(wait=True)
+
+
+@pytest.mark.parametrize("bits", [(6, 4), (4, 6)], ids=str)
+def test_a_width_that_native_does_not_read_is_refused_with_a_reason(bits):
+    call = packed_problem("long-split", 4, 4)
+    assert native.unsupported(call) is None
+    made = {4: CODECS["int4"], 6: Codec("int6", (4, 2))}
+    call.packed.k_codec, call.packed.v_codec = (made[each] for each in bits)
+    assert native.unsupported(call) == "native kernels read int8, int4, int3, int2, not int6"
 
 
 def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> PackedKV:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import struct
 
 import pytest
 import torch
@@ -165,6 +166,15 @@ def test_a_longer_key_range_is_noticed():
 def test_select_variant_refuses_what_the_cpu_lacks():
     with pytest.raises(ValueError, match="'neon512'.*now"):
         native.select_variant("neon512")
+
+
+def test_a_library_with_other_argument_structs_is_refused_with_the_reason(monkeypatch):
+    library, reason = native._load.__wrapped__()
+    assert library is not None and reason is None
+    sizes = native._ARGS.size + native._PACKED_ARGS.size, native._QUANTIZE_ARGS.size
+    monkeypatch.setattr(native, "_QUANTIZE_ARGS", struct.Struct(native._QUANTIZE_ARGS.format + "q"))
+    library, reason = native._load.__wrapped__()
+    assert library is None and f"takes structs of {sizes} bytes, this package makes" in reason
 
 
 def test_read_bandwidth_is_a_plausible_number():

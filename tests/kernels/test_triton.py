@@ -18,7 +18,7 @@ from hf_kvattn.evaluation import inputs
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import SinkKV
 from hf_kvattn.kernels.triton import backend as triton_backend
-from hf_kvattn.quant.codecs import CODECS
+from hf_kvattn.quant.codecs import CODECS, Codec
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(
@@ -87,6 +87,7 @@ def unsupported_on_gpu(call):
         (lambda c: setattr(c, "q", c.q[..., :40]), "16 to 256 in steps of 16, not 40"),
         (lambda c: setattr(c, "q", c.q.repeat(1, 1, 17, 1)), "up to 16 query tokens, not 17"),
         (lambda c: setattr(c.packed, "v_codec", CODECS["int3"]), None),
+        (lambda c: setattr(c.packed, "v_codec", Codec("int6", (4, 2))), "read int8, fp8, int4, int3, int2, not int6"),
         (lambda c: setattr(c, "mask", torch.ones(1)), "dense mask"),
         (lambda c: setattr(c, "sinks", SinkKV(c.k, c.v, c.q, 0)), None),
         (lambda c: setattr(c, "dropout", 0.5), "no dropout"),

@@ -2,12 +2,12 @@
 //
 // One job is a (batch row, KV head, chunk of query rows). All query heads of a group are rows of the same job, so each
 // key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of all jobs form
-// one line that the threads share out evenly, so a job may be split between threads. Each piece keeps an online softmax
+// one line that the threads share out evenly, so a job may be split between threads. Each part keeps an online softmax
 // (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end (flash-decoding, 2023).
-#pragma once
 //
 // Everything here has internal linkage and no standard template is used: each variant is compiled with its own CPU
 // flags, and a shared (weak) function compiled for AVX-512 could replace its portable twin at link time.
+#pragma once
 #include <math.h>
 #include <stdint.h>
 
@@ -19,18 +19,22 @@
 
 namespace {
 
-constexpr int kTile = 64;    // tokens of a tile at most; a multiple of every lane count and of 4
+constexpr int kTile = 64;    // most tokens of a tile; a multiple of every lane count and of 4
 constexpr int kChunk = 32;   // query rows of one job
-constexpr int kFewRows = 8;  // up to here a tile is widened in registers, row block by row block
+constexpr int kFewRows = 8;  // up to so many rows a tile is widened in registers, once for each row block
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
-constexpr float kSlack = 8.f;
+constexpr float kRescaleThreshold = 8.f;  // weights may reach 2^8 before sums are rescaled
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 template <typename N>
-N least(N a, N b) { return b < a ? b : a; }
+N min(N a, N b) {
+  return b < a ? b : a;
+}
 template <typename N>
-N most(N a, N b) { return a < b ? b : a; }
+N max(N a, N b) {
+  return a < b ? b : a;
+}
 inline void fill(float *from, float *to, float x) {
   for (; from < to; ++from) *from = x;
 }
@@ -54,7 +58,7 @@ struct Buffer {
   N *data;
 };
 
-// 2^x for x < 127; 0 below 2^-126, so that masked scores (-inf) weigh exactly nothing. Relative error below 2e-7.
+// 2^x for x < 127; 0 below 2^-126, so that masked scores (-inf) have a weight of exactly 0. Relative error below 2e-7.
 inline Simd::Vec exp2_vec(Simd::Vec x) {
   Simd::Vec f = Simd::fraction(x), p = Simd::set(1.8775767e-3f);  // minimax polynomial of 2^f on [0, 1]
   const float coefficients[] = {8.9893406e-3f, 5.5826318e-2f, 2.4015361e-1f, 6.9315308e-1f, 9.9999994e-1f};
@@ -62,16 +66,16 @@ inline Simd::Vec exp2_vec(Simd::Vec x) {
   return Simd::scale_pow2(p, x);
 }
 
-// A row's weights become relative to a greater reference.
-inline void follow(float greater, float *reference, float *sum_lanes, float *acc, int d) {
+// Makes a row's sums relative to a greater reference.
+inline void rescale(float greater, float *reference, float *sum_lanes, float *acc, int d) {
   Simd::Vec shrink = Simd::set(*reference == -kInf ? 0.f : exp2f(*reference - greater));
   Simd::store(sum_lanes, Simd::mul(Simd::load(sum_lanes), shrink));
   for (int c = 0; c < d; c += Simd::kLanes) Simd::store(acc + c, Simd::mul(Simd::load(acc + c), shrink));
   *reference = greater;
 }
 
-// n scores, a multiple of the lane count, become weights relative to the reference, and are added to the sums.
-inline void weigh(float *x, int n, float reference, float *sum_lanes) {
+// Turns n scores, a multiple of the lane count, into weights 2^(x - reference) and adds them to the sums.
+inline void exp_sum(float *x, int n, float reference, float *sum_lanes) {
   Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-reference);
 #pragma GCC unroll 4
   for (int i = 0; i < n; i += Simd::kLanes) {
@@ -84,7 +88,7 @@ inline void weigh(float *x, int n, float reference, float *sum_lanes) {
 
 }  // namespace
 
-// Built on the helpers above.
+// Uses the helpers above.
 #include "packed.h"
 
 namespace {
@@ -99,8 +103,8 @@ Simd::Vec tanh_vec(Simd::Vec x) {
   return Simd::load(out);
 }
 
-// Each `size` of the d numbers x times the orthonormal, symmetric Hadamard matrix of that size, a power of two. All
-// stages have the same pattern (Pease, 1968), one that compilers turn into vectors.
+// Multiplies each block of `size` of the d numbers x by the orthonormal, symmetric Hadamard matrix of that size, a
+// power of two. All stages have the same pattern (Pease, 1968), which compilers vectorize.
 inline void hadamard(float *x, int d, int size) {
   const float norm = static_cast<float>(1 / sqrt(static_cast<double>(size)));
   for (float *block = x; block < x + d; block += size) {
@@ -118,19 +122,19 @@ template <typename T>
 void widen_row(const T *from, int d, float *to) {
   int c = 0;
   for (; c + Simd::kLanes <= d; c += Simd::kLanes) Simd::store(to + c, Simd::widen(from + c));
-  if (c < d) Simd::store(to + c, Simd::widen_some(from + c, d - c));
+  if (c < d) Simd::store(to + c, Simd::widen_tail(from + c, d - c));
 }
 
-// scores[r * kTile + t] = q[r] . k[t]. Up to three scores past n are written as copies; the caller masks them.
+// scores[r * kTile + t] = q[r] . k[t]. Up to three scores past n are written too; the caller masks them.
 template <int R, typename T>
 void score_block(const float *q, int64_t q_stride, const T *k, int64_t k_stride, int n, int d, float *scores) {
   for (int t = 0; t < n; t += 4) {
     const T *row[4];
-    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * least(t + j, n - 1);
+    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * min(t + j, n - 1);
     Simd::Vec sum[R][4];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < 4; ++j) sum[r][j] = Simd::set(0.f);
-    auto step = [&](int c, auto load) {
+    auto accumulate = [&](int c, auto load) {
       Simd::Vec key[4];
       for (int j = 0; j < 4; ++j) key[j] = load(row[j] + c);
       for (int r = 0; r < R; ++r) {
@@ -139,24 +143,24 @@ void score_block(const float *q, int64_t q_stride, const T *k, int64_t k_stride,
       }
     };
     int c = 0;
-    for (; c + Simd::kLanes <= d; c += Simd::kLanes) step(c, [](const T *p) { return Simd::widen(p); });
-    if (c < d) step(c, [&](const T *p) { return Simd::widen_some(p, d - c); });
+    for (; c + Simd::kLanes <= d; c += Simd::kLanes) accumulate(c, [](const T *p) { return Simd::widen(p); });
+    if (c < d) accumulate(c, [&](const T *p) { return Simd::widen_tail(p, d - c); });
     for (int r = 0; r < R; ++r) Simd::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kTile + t);
   }
 }
 
-// The same with bf16 products and fp32 sums; q is bf16, padded with zeros to 32 lanes.
+// The same with bf16 products and fp32 sums. q is bf16, padded with zeros to 32 lanes.
 template <int R, typename S = Simd>
 void score_block_bf16(const bf16_t *q, int64_t q_stride, const bf16_t *k, int64_t k_stride, int n, int d,
                       float *scores) {
   constexpr int kPairLanes = 32;
   for (int t = 0; t < n; t += 4) {
     const bf16_t *row[4];
-    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * least(t + j, n - 1);
+    for (int j = 0; j < 4; ++j) row[j] = k + k_stride * min(t + j, n - 1);
     Simd::Vec sum[R][4];
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < 4; ++j) sum[r][j] = Simd::set(0.f);
-    auto step = [&](int c, auto load) {
+    auto accumulate = [&](int c, auto load) {
       typename S::Pairs key[4];
       for (int j = 0; j < 4; ++j) key[j] = load(row[j] + c);
       for (int r = 0; r < R; ++r) {
@@ -165,15 +169,15 @@ void score_block_bf16(const bf16_t *q, int64_t q_stride, const bf16_t *k, int64_
       }
     };
     int c = 0;
-    for (; c + kPairLanes <= d; c += kPairLanes) step(c, [](const bf16_t *p) { return S::load_pairs(p); });
-    if (c < d) step(c, [&](const bf16_t *p) { return S::load_pairs_some(p, d - c); });
+    for (; c + kPairLanes <= d; c += kPairLanes) accumulate(c, [](const bf16_t *p) { return S::load_pairs(p); });
+    if (c < d) accumulate(c, [&](const bf16_t *p) { return S::load_pairs_tail(p, d - c); });
     for (int r = 0; r < R; ++r) Simd::sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], scores + r * kTile + t);
   }
 }
 
-// acc[r] += sum over t of weights[r][t] * v[t], for Vectors * kLanes columns from v on, or for `some` < kLanes of them.
-template <int R, int Vectors, bool Some, typename T>
-void value_columns(const float *weights, const T *v, int64_t v_stride, int n, int some, float *acc,
+// acc[r] += sum over t of weights[r][t] * v[t], for Vectors * kLanes columns from v on, or for `tail` < kLanes.
+template <int R, int Vectors, bool Tail, typename T>
+void value_columns(const float *weights, const T *v, int64_t v_stride, int n, int tail, float *acc,
                    int64_t acc_stride) {
   Simd::Vec sum[R][Vectors];
   for (int r = 0; r < R; ++r)
@@ -182,7 +186,7 @@ void value_columns(const float *weights, const T *v, int64_t v_stride, int n, in
     const T *row = v + t * v_stride;
     Simd::Vec value[Vectors];
     for (int j = 0; j < Vectors; ++j)
-      value[j] = Some ? Simd::widen_some(row, some) : Simd::widen(row + j * Simd::kLanes);
+      value[j] = Tail ? Simd::widen_tail(row, tail) : Simd::widen(row + j * Simd::kLanes);
     for (int r = 0; r < R; ++r) {
       Simd::Vec weight = Simd::set(weights[r * kTile + t]);
       for (int j = 0; j < Vectors; ++j) sum[r][j] = Simd::fma(weight, value[j], sum[r][j]);
@@ -203,11 +207,11 @@ void value_block(const float *weights, const T *v, int64_t v_stride, int n, int 
   if (c < d) value_columns<R, 1, true>(weights, v + c, v_stride, n, d - c, acc + c, acc_stride);
 }
 
-// Calls f(Rows<n>, first row) over all rows in blocks of at most `Most`, which is 2 to 4.
-template <int Most = Simd::kRows, typename F>
+// Calls f(Rows<n>, first row) for all rows, in blocks of at most MaxRows, which is 2 to 4.
+template <int MaxRows = Simd::kRows, typename F>
 void for_row_blocks(int rows, F f) {
   int r = 0;
-  for (; r + Most <= rows; r += Most) f(Rows<Most>(), r);
+  for (; r + MaxRows <= rows; r += MaxRows) f(Rows<MaxRows>(), r);
   switch (rows - r) {
     case 3: f(Rows<3>(), r); break;
     case 2: f(Rows<2>(), r); break;
@@ -218,7 +222,7 @@ void for_row_blocks(int rows, F f) {
 template <typename T>
 class Attend {
   static constexpr bool kInBf16 = kSame<T, bf16_t> && Simd::kDotsBf16;
-  static constexpr int kWeightDigits = kSame<T, bf16_t> ? 1 : kFineDigits;  // of weights for packed values
+  static constexpr int kWeightLimbs = kSame<T, bf16_t> ? 1 : kFineLimbs;  // of weights, for packed values
 
  public:
   explicit Attend(const kvattn_attend_args &args)
@@ -231,23 +235,23 @@ class Attend {
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
         tile(a.packed_len == 0 && d > 64 ? kTile / 2 : kTile),
         to_wrap(a.ring_slots > 0 ? a.ring_slots - a.ring_slot : a.kv_len),
-        lead(a.packed_len > 0 ? a.packed_start : a.ring_slots > 0 ? to_wrap % tile : 0),
+        lead(lead_tokens()),
         origin(lead > 0 ? lead - tile : 0),
         jobs(a.batch * a.kv_heads * chunks),
-        piece_floats(kChunk * (2 + d_pad)) {}
+        partial_floats(kChunk * (2 + d_pad)) {}
 
   void run() {
-    Buffer<int64_t> start(jobs + 1);  // first tile of each job on the common line
+    Buffer<int64_t> start(jobs + 1);  // the first tile of each job, counting the tiles of all jobs
     start.data[0] = 0;
     for (int64_t j = 0; j < jobs; ++j) {
       Job job = job_at(j);
       start.data[j + 1] = start.data[j] + job.end_tile - job.tile;
     }
     int64_t tiles = start.data[jobs];
-    // Measured: waking a team costs as much as 8 tiles a thread gain.
-    int threads = static_cast<int>(most<int64_t>(1, least<int64_t>(a.threads, tiles / 8)));
-    // All memory is taken here: an exception could not leave the team.
-    Buffer<float> pieces(2 * threads * piece_floats);
+    // Measured: starting a team costs as much as it gains with 8 tiles a thread.
+    int threads = static_cast<int>(max<int64_t>(1, min<int64_t>(a.threads, tiles / 8)));
+    // All memory is allocated here: an exception must not leave a parallel region.
+    Buffer<float> partials(2 * threads * partial_floats);
     Buffer<Scratch> scratch(threads);
     Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
     Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
@@ -260,176 +264,179 @@ class Attend {
       int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
       while (start.data[j + 1] <= from) ++j;
       for (; j < jobs && start.data[j] < to; ++j) {
-        int64_t lo = most(from, start.data[j]) - start.data[j], hi = least(to, start.data[j + 1]) - start.data[j];
+        int64_t lo = max(from, start.data[j]) - start.data[j], hi = min(to, start.data[j + 1]) - start.data[j];
         Job job = job_at(j);
-        float *piece = piece_of(pieces.data, thread, lo == 0);
-        attend_tiles(job, lo, hi, mine, piece);
-        if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job, piece);
+        float *partial = partial_of(partials.data, thread, lo == 0);
+        attend_tiles(job, lo, hi, mine, partial);
+        if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job, partial);
       }
       if (thread == 0) team = count;
     });
-    // Only the jobs at the borders between two shares were split.
+    // Only jobs at the borders between two threads' shares were split.
     for (int64_t i = 1, done = -1; i < team; ++i) {
       int64_t j = 0;
       while (start.data[j + 1] <= tiles * i / team) ++j;
-      if (j != done && start.data[j] < tiles * i / team) merge(j, start.data, tiles, team, pieces.data);
+      if (j != done && start.data[j] < tiles * i / team) merge(j, start.data, tiles, team, partials.data);
       done = j;
     }
   }
 
  private:
   struct Job {
-    int64_t b, h, row, end_row;   // rows [row, end_row) see keys
-    int64_t tile, end_tile, end;  // of the tiles [tile, end_tile), before `end`
+    int64_t b, h, row, end_row;   // query rows [row, end_row)
+    int64_t tile, end_tile, end;  // tokens before `end` in the tiles [tile, end_tile)
   };
   struct Scratch {
     float scores[kChunk * kTile];
     float *wide;  // a tile widened to fp32, (kTile, d_pad)
     float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded
     bf16_t *q_bf16;
-    float sum_lanes[kChunk * Simd::kLanes];  // the running sums of weights, not yet added up
-    float mean_part[kChunk];  // what the packed keys' means contribute to the scores
+    float sum_lanes[kChunk * Simd::kLanes];  // running sums of weights, one for each lane
+    float mean_score[kChunk];                // what the mean of the packed keys adds to scores
   };
 
-  int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
-  int64_t first(int64_t b) const { return a.first ? most<int64_t>(0, a.first[b]) : 0; }
-  int64_t lowest(int64_t b, int64_t row) const {
-    return most(first(b), a.window > 0 ? position(row) + 1 - a.window : 0);
+  int64_t lead_tokens() const {
+    if (a.packed_len > 0) return a.packed_start;
+    return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
-  int64_t limit(int64_t row) const { return a.causal ? least(a.kv_len, position(row) + 1) : a.kv_len; }
+  int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
+  int64_t leftpad(int64_t b) const { return a.leftpad ? max<int64_t>(0, a.leftpad[b]) : 0; }
+  int64_t first_visible(int64_t b, int64_t row) const {
+    return max(leftpad(b), a.window > 0 ? position(row) + 1 - a.window : 0);
+  }
+  int64_t visible_end(int64_t row) const { return a.causal ? min(a.kv_len, position(row) + 1) : a.kv_len; }
 
   Job job_at(int64_t j) const {
     Job job;
     job.row = j % chunks * kChunk;
-    job.end_row = least<int64_t>(rows, job.row + kChunk);
+    job.end_row = min<int64_t>(rows, job.row + kChunk);
     job.h = j / chunks % a.kv_heads;
     job.b = j / chunks / a.kv_heads;
-    int64_t begin = lowest(job.b, job.row);
-    job.end = most(begin, limit(job.end_row - 1));
+    int64_t begin = first_visible(job.b, job.row);
+    job.end = max(begin, visible_end(job.end_row - 1));
     job.tile = tile_of(begin);
-    job.end_tile = most(job.tile + 1, tile_of(job.end - 1) + 1);
+    job.end_tile = max(job.tile + 1, tile_of(job.end - 1) + 1);
     return job;
   }
 
-  // Packed blocks begin together with tiles: exact tokens before them have a tile of their own. Where a ring wraps, a
-  // tile begins too.
+  // A tile begins where the packed blocks begin, and where a ring wraps: the `lead` tokens before are tile 0.
   int64_t tile_of(int64_t t) const { return t < lead ? 0 : (t - origin) / tile; }
-  int64_t tile_begin(int64_t i) const { return most<int64_t>(0, origin + i * tile); }
+  int64_t tile_begin(int64_t i) const { return max<int64_t>(0, origin + i * tile); }
 
-  // A thread has two pieces: of the job that others began, and of those that it begins itself, one after the other. Only
-  // the last of these can be left to others to finish, so that it stays until the merge.
-  float *piece_of(float *pieces, int64_t thread, bool begun_here) const {
-    return pieces + (2 * thread + begun_here) * piece_floats;
+  // A thread has two partials: one for a job that another thread began, and one for the jobs that it begins itself, one
+  // after the other. Only the last of those can be unfinished, so it is still there when partials are merged.
+  float *partial_of(float *partials, int64_t thread, bool begun_here) const {
+    return partials + (2 * thread + begun_here) * partial_floats;
   }
 
-  // A piece: references (base 2), sums and unnormalised outputs of kChunk rows.
-  static float *references(float *piece) { return piece; }
-  static float *sums(float *piece) { return piece + kChunk; }
-  static float *outputs(float *piece) { return piece + 2 * kChunk; }
+  // A partial result: references (base 2), sums and unnormalised outputs of kChunk rows.
+  static float *references(float *partial) { return partial; }
+  static float *sums(float *partial) { return partial + kChunk; }
+  static float *outputs(float *partial) { return partial + 2 * kChunk; }
 
-  void clear(float *piece, int n_rows) const {
-    fill(references(piece), references(piece) + n_rows, -kInf);
-    fill(outputs(piece), outputs(piece) + n_rows * d_pad, 0.f);
+  void clear(float *partial, int n_rows) const {
+    fill(references(partial), references(partial) + n_rows, -kInf);
+    fill(outputs(partial), outputs(partial) + n_rows * d_pad, 0.f);
   }
 
   int64_t query(const Job &job, int64_t row, const int64_t *stride) const {
     return job.b * stride[0] + (job.h * group + row % group) * stride[1] + row / group * stride[2];
   }
 
-  // The sinks are a tile of their own before the first, with queries of their own.
-  void attend_sinks(const Job &job, int n_rows, Scratch &scratch, float *piece) const {
+  // The sinks are a tile of their own before tile 0, with queries of their own.
+  void attend_sinks(const Job &job, int n_rows, Scratch &scratch, float *partial) const {
     const int n = static_cast<int>(a.sinks);
     const int64_t *stride = a.sink_kv_stride, at = job.b * stride[0] + job.h * stride[1];
     auto visible = [&](int r) {
-      int64_t left = a.sink_evicted + (job.row + r) / group - (a.sink_first ? a.sink_first[job.b] : 0);
-      return static_cast<int>(most<int64_t>(0, least<int64_t>(left, n)));
+      int64_t left = a.sink_evicted + (job.row + r) / group - (a.sink_leftpad ? a.sink_leftpad[job.b] : 0);
+      return static_cast<int>(max<int64_t>(0, min<int64_t>(left, n)));
     };
     if (visible(n_rows - 1) == 0) return;
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.sink_q) + query(job, job.row + r, a.sink_q_stride), r, scratch);
     score_tile(static_cast<const T *>(a.sink_k) + at, stride[2], n, n_rows, scratch, 0);
     for (int r = 0; r < n_rows; ++r)
-      soften(0, visible(r), n, &scratch.scores[r * kTile], references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
-             outputs(piece) + r * d_pad);
-    value_tile(static_cast<const T *>(a.sink_v) + at, stride[2], n, n_rows, scratch, 0, outputs(piece));
+      softmax_tile(0, visible(r), n, &scratch.scores[r * kTile], references(partial) + r,
+                   scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad);
+    value_tile(static_cast<const T *>(a.sink_v) + at, stride[2], n, n_rows, scratch, 0, outputs(partial));
   }
 
-  void attend_tiles(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *piece) const {
+  void attend_tiles(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *partial) const {
     int n_rows = static_cast<int>(job.end_row - job.row);
-    clear(piece, n_rows);
+    clear(partial, n_rows);
     fill(scratch.sum_lanes, scratch.sum_lanes + n_rows * Simd::kLanes, 0.f);
-    if (a.sinks > 0 && lo == 0) attend_sinks(job, n_rows, scratch, piece);
+    if (a.sinks > 0 && lo == 0) attend_sinks(job, n_rows, scratch, partial);
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
     const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
     const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
     const PackedKeys keys = packed_keys(job);
     const PackedValues values = packed_values_of(job);
-    if (a.packed_len > 0) add_means(job, n_rows, scratch);
-    bool rotated = false, empty = true;  // whether the sums stand in the basis of the packed values; are all zero
-    auto turn = [&](bool to) {
+    if (a.packed_len > 0) score_means(job, n_rows, scratch);
+    bool rotated = false, empty = true;  // whether the sums are rotated as packed values are; are all zero
+    auto set_rotated = [&](bool to) {
       if (rotated != to && !empty)
-        for (int r = 0; r < n_rows; ++r) hadamard(outputs(piece) + r * d_pad, d, static_cast<int>(a.v_rotation));
+        for (int r = 0; r < n_rows; ++r) hadamard(outputs(partial) + r * d_pad, d, static_cast<int>(a.v_rotation));
       rotated = to, empty = false;
     };
     for (int64_t i = job.tile + lo; i < job.tile + hi; ++i) {
       int64_t t = tile_begin(i);
-      if (int64_t run = least(whole_packed_tiles(job, t), job.tile + hi - i)) {
-        turn(true);
+      if (int64_t run = min(visible_packed_tiles(job, t), job.tile + hi - i)) {
+        set_rotated(true);
         const int64_t slot = packed_slot((t - lead) / kBlock);
-        run = least(run, most<int64_t>(1, (a.packed_blocks - slot) / 2));
+        run = min(run, max<int64_t>(1, (a.packed_blocks - slot) / 2));
         const float factor = a.scale * kLog2e;
-        for_row_blocks<kFour>(n_rows, [&](auto some, int r) {
-          float offset[some.value], q[some.value * kMaxDim];
-          for (int i = 0; i < some.value; ++i) {
-            offset[i] = scratch.mean_part[r + i] * factor;
+        for_row_blocks<kPackedRows>(n_rows, [&](auto count, int r) {
+          float offset[count.value], q[count.value * kMaxDim];
+          for (int i = 0; i < count.value; ++i) {
+            offset[i] = scratch.mean_score[r + i] * factor;
             for (int c = 0; c < d; ++c) q[i * kMaxDim + c] = scratch.q[(r + i) * d_pad + c] * factor;
           }
-          attend_run<some.value, kWeightDigits>(keys.at(slot), values.at(slot), run, q, kMaxDim, offset,
-                                                references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
-                                                outputs(piece) + r * d_pad, d_pad);
+          attend_packed_tiles<count.value, kWeightLimbs>(keys.at(slot), values.at(slot), run, q, kMaxDim, offset,
+                                                         references(partial) + r, scratch.sum_lanes + r * Simd::kLanes,
+                                                         outputs(partial) + r * d_pad, d_pad);
         });
         i += run - 1;
         continue;
       }
-      int n = static_cast<int>(most<int64_t>(0, least(job.end, tile_begin(i + 1)) - t));
-      // Blocks are read whole: the rows' limits mask what lies beyond them.
-      int64_t left = t < lead ? 0 : most<int64_t>(0, lead + a.packed_len - t);
-      int packed = static_cast<int>(least<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
+      int n = static_cast<int>(max<int64_t>(0, min(job.end, tile_begin(i + 1)) - t));
+      // Whole blocks are read: the rows' visible_end masks the tokens beyond it.
+      int64_t left = t < lead ? 0 : max<int64_t>(0, lead + a.packed_len - t);
+      int packed = static_cast<int>(min<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
       int64_t block = packed_slot((t - lead) / kBlock);
-      n = most(n, packed);
-      for_row_blocks<kFour>(packed ? n_rows : 0, [&](auto some, int r) {
-        packed_scores<some.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_part + r,
-                                  &scratch.scores[r * kTile], kTile);
+      n = max(n, packed);
+      for_row_blocks<kPackedRows>(packed ? n_rows : 0, [&](auto count, int r) {
+        packed_scores<count.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_score + r,
+                                   &scratch.scores[r * kTile], kTile);
       });
-      // The tile's first exact token, of those stored.
+      // Where the tile's first exact token is stored.
       int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + packed - a.packed_len;
       if (packed < n) score_tile(k + dense * a.k_stride[2], a.k_stride[2], n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r) {
-        int begin = static_cast<int>(least<int64_t>(most<int64_t>(lowest(job.b, job.row + r) - t, 0), n));
-        int end = static_cast<int>(least<int64_t>(most<int64_t>(limit(job.row + r) - t, begin), n));
-        soften(begin, end, n, &scratch.scores[r * kTile], references(piece) + r, scratch.sum_lanes + r * Simd::kLanes,
-               outputs(piece) + r * d_pad);
+        int begin = static_cast<int>(min<int64_t>(max<int64_t>(first_visible(job.b, job.row + r) - t, 0), n));
+        int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job.row + r) - t, begin), n));
+        softmax_tile(begin, end, n, &scratch.scores[r * kTile], references(partial) + r,
+                     scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad);
       }
-      if (packed) turn(true);
-      for_row_blocks<kFour>(packed ? n_rows : 0, [&](auto some, int r) {
-        packed_values<some.value, kWeightDigits>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
-                                  outputs(piece) + r * d_pad, d_pad);
+      if (packed) set_rotated(true);
+      for_row_blocks<kPackedRows>(packed ? n_rows : 0, [&](auto count, int r) {
+        packed_values<count.value, kWeightLimbs>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
+                                                 outputs(partial) + r * d_pad, d_pad);
       });
       if (packed < n) {
-        turn(false);
-        value_tile(v + dense * a.v_stride[2], a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(piece));
+        set_rotated(false);
+        value_tile(v + dense * a.v_stride[2], a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(partial));
       }
     }
-    turn(false);
-    for (int r = 0; r < n_rows; ++r) sums(piece)[r] = Simd::sum(Simd::load(scratch.sum_lanes + r * Simd::kLanes));
+    set_rotated(false);
+    for (int r = 0; r < n_rows; ++r) sums(partial)[r] = Simd::sum(Simd::load(scratch.sum_lanes + r * Simd::kLanes));
   }
 
-  // How many packed tiles from token t on are whole and seen whole by all rows, where few rows make it worth asking.
-  int64_t whole_packed_tiles(const Job &job, int64_t t) const {
+  // How many packed tiles from token t on are full and visible to all rows; 0 for many rows, where it does not pay.
+  int64_t visible_packed_tiles(const Job &job, int64_t t) const {
     if (t < lead || a.softcap > 0 || job.end_row - job.row > kFewRows) return 0;
-    if (t < lowest(job.b, job.end_row - 1)) return 0;
-    return most<int64_t>(0, least(lead + a.packed_len, limit(job.row)) - t) / kTile;
+    if (t < first_visible(job.b, job.end_row - 1)) return 0;
+    return max<int64_t>(0, min(lead + a.packed_len, visible_end(job.row)) - t) / kTile;
   }
 
   int64_t packed_slot(int64_t block) const {
@@ -450,12 +457,12 @@ class Attend {
     return a.packed_len > 0 ? all.at(head_blocks(job)) : all;
   }
 
-  void add_means(const Job &job, int n_rows, Scratch &scratch) const {
+  void score_means(const Job &job, int n_rows, Scratch &scratch) const {
     const float *mean = a.k_mean + (job.b * a.kv_heads + job.h) * d;
     for (int r = 0; r < n_rows; ++r) {
       float sum = 0.f;
       for (int c = 0; c < d; ++c) sum += scratch.q[r * d_pad + c] * mean[c];
-      scratch.mean_part[r] = sum;
+      scratch.mean_score[r] = sum;
     }
   }
 
@@ -470,12 +477,14 @@ class Attend {
   void score_tile(const T *k, int64_t stride, int n, int n_rows, Scratch &scratch, int at) const {
     if constexpr (kInBf16) {
       for_row_blocks(n_rows, [&](auto block, int r) {
-        score_block_bf16<block.value>(scratch.q_bf16 + r * d_pad, d_pad, k, stride, n, d, &scratch.scores[r * kTile + at]);
+        score_block_bf16<block.value>(scratch.q_bf16 + r * d_pad, d_pad, k, stride, n, d,
+                                      &scratch.scores[r * kTile + at]);
       });
     } else {
       with_wide_tile(k, stride, n, n_rows, scratch, [&](auto *tile, int64_t tile_stride) {
         for_row_blocks(n_rows, [&](auto block, int r) {
-          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, tile_stride, n, d, &scratch.scores[r * kTile + at]);
+          score_block<block.value>(scratch.q + r * d_pad, d_pad, tile, tile_stride, n, d,
+                                   &scratch.scores[r * kTile + at]);
         });
       });
     }
@@ -489,7 +498,7 @@ class Attend {
     });
   }
 
-  // With many rows the tile is widened to fp32 once; with few that would cost more than it saves.
+  // With many rows the tile is widened to fp32 once. With few rows that costs more than it saves.
   template <typename F>
   void with_wide_tile(const T *tile, int64_t stride, int n, int n_rows, Scratch &scratch, F f) const {
     if constexpr (!kSame<T, float>) {
@@ -502,10 +511,10 @@ class Attend {
     f(tile, stride);
   }
 
-  // Scores of one row and tile become weights 2^(x - reference). The reference is a maximum seen earlier: it follows a
-  // greater one, and the running sums with it, only when weights would pass 2^kSlack (FlashAttention-4, 2025).
-  // Of the n tokens those in [begin, end) are seen.
-  void soften(int begin, int end, int n, float *x, float *reference, float *sum_lanes, float *acc) const {
+  // Turns the scores of one row and tile into weights 2^(x - reference). The reference is an earlier maximum. It is
+  // raised to the new one, and the sums are rescaled, only when a weight would exceed 2^kRescaleThreshold
+  // (FlashAttention-4, 2025). Of the n tokens those in [begin, end) are visible.
+  void softmax_tile(int begin, int end, int n, float *x, float *reference, float *sum_lanes, float *acc) const {
     const int padded = static_cast<int>(round_up(n, Simd::kLanes));
     if (a.softcap > 0)
       for (int i = 0; i < padded; i += Simd::kLanes) {
@@ -518,28 +527,28 @@ class Attend {
     fill(x, x + begin, -kInf);
     fill(x + end, x + padded, -kInf);
     for (int i = 0; i < padded; i += Simd::kLanes) top = Simd::max(top, Simd::load(x + i));
-    if (!Simd::all_at_most(top, *reference + kSlack))
-      follow(most(*reference, Simd::max_lane(top)), reference, sum_lanes, acc, static_cast<int>(d_pad));
-    if (*reference == -kInf) {  // nothing visible yet: no weight, and no inf - inf
+    if (!Simd::all_at_most(top, *reference + kRescaleThreshold))
+      rescale(max(*reference, Simd::max_lane(top)), reference, sum_lanes, acc, static_cast<int>(d_pad));
+    if (*reference == -kInf) {  // nothing visible yet: all weights are 0, and inf - inf is avoided
       fill(x, x + padded, 0.f);
       return;
     }
-    weigh(x, padded, *reference, sum_lanes);
+    exp_sum(x, padded, *reference, sum_lanes);
   }
 
-  void write(const Job &job, float *piece) const {
+  void write(const Job &job, float *partial) const {
     for (int64_t row = job.row; row < job.end_row; ++row) {
       int64_t r = row - job.row, head = job.h * group + row % group, i = row / group;
-      float sum = sums(piece)[r], scale = sum == 0 ? 0.f : 1.f / sum;
+      float sum = sums(partial)[r], scale = sum == 0 ? 0.f : 1.f / sum;
       T *out = static_cast<T *>(a.out) + ((job.b * a.q_len + i) * a.q_heads + head) * d;
-      for (int c = 0; c < d; ++c) narrow(outputs(piece)[r * d_pad + c] * scale, out + c);
+      for (int c = 0; c < d; ++c) narrow(outputs(partial)[r * d_pad + c] * scale, out + c);
       if (a.lse)
-        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : references(piece)[r] * kLn2 + logf(sum);
+        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : references(partial)[r] * kLn2 + logf(sum);
     }
   }
 
-  void merge(int64_t j, const int64_t *start, int64_t tiles, int count, float *pieces) const {
-    auto thread_of = [&](int64_t tile) {  // the thread whose share [tiles * i / count, ...) holds this tile
+  void merge(int64_t j, const int64_t *start, int64_t tiles, int count, float *partials) const {
+    auto thread_of = [&](int64_t tile) {  // whose share, from tile tiles * i / count on, has this tile
       int64_t i = tile * count / tiles;
       while (tiles * (i + 1) / count <= tile) ++i;
       while (tiles * i / count > tile) --i;
@@ -547,16 +556,16 @@ class Attend {
     };
     int64_t begin = thread_of(start[j]), end = thread_of(start[j + 1] - 1);
     Job job = job_at(j);
-    float *into = piece_of(pieces, begin, true);
+    float *into = partial_of(partials, begin, true);
     for (int64_t i = begin + 1; i <= end; ++i) {
-      float *piece = piece_of(pieces, i, false);
+      float *partial = partial_of(partials, i, false);
       for (int64_t r = 0; r < job.end_row - job.row; ++r) {
-        float top = most(references(into)[r], references(piece)[r]);
+        float top = max(references(into)[r], references(partial)[r]);
         if (top == -kInf) continue;
-        float keep = exp2f(references(into)[r] - top), take = exp2f(references(piece)[r] - top);
+        float keep = exp2f(references(into)[r] - top), take = exp2f(references(partial)[r] - top);
         references(into)[r] = top;
-        sums(into)[r] = sums(into)[r] * keep + sums(piece)[r] * take;
-        float *x = outputs(into) + r * d_pad, *y = outputs(piece) + r * d_pad;
+        sums(into)[r] = sums(into)[r] * keep + sums(partial)[r] * take;
+        float *x = outputs(into) + r * d_pad, *y = outputs(partial) + r * d_pad;
         for (int64_t c = 0; c < d_pad; ++c) x[c] = x[c] * keep + y[c] * take;
       }
     }
@@ -568,28 +577,12 @@ class Attend {
   int64_t rows, chunks;
   int d;
   int64_t d_pad, tile;
-  int64_t to_wrap;       // tokens before a ring starts over
-  int64_t lead, origin;  // tokens that have tile 0 to themselves; where it would begin if it were a whole one
-  int64_t jobs, piece_floats;
+  int64_t to_wrap;       // tokens before the ring wraps
+  int64_t lead, origin;  // tokens of tile 0 where it is shorter, else 0; where tile 0 would begin if it were full
+  int64_t jobs, partial_floats;
 };
 
 }  // namespace
 
-// Built on the helpers above.
+// Uses the helpers above.
 #include "quantize.h"
-
-#define KVATTN_DEFINE_VARIANT(name)                            \
-  void kvattn_attend_##name(const kvattn_attend_args *a) {     \
-    switch (a->dtype) {                                        \
-      case KVATTN_F32: Attend<float>(*a).run(); break;         \
-      case KVATTN_F16: Attend<f16_t>(*a).run(); break;         \
-      case KVATTN_BF16: Attend<bf16_t>(*a).run(); break;       \
-    }                                                          \
-  }                                                            \
-  void kvattn_quantize_##name(const kvattn_quantize_args *a) { \
-    switch (a->dtype) {                                        \
-      case KVATTN_F32: quantize_all<float>(*a); break;         \
-      case KVATTN_F16: quantize_all<f16_t>(*a); break;         \
-      case KVATTN_BF16: quantize_all<bf16_t>(*a); break;       \
-    }                                                          \
-  }

@@ -7,15 +7,15 @@
 
 #include "parallel.h"
 
-void kvattn_attend_portable(const kvattn_attend_args *);
-void kvattn_quantize_portable(const kvattn_quantize_args *);
+// Defined in variant.cpp, which CMake compiles once for each variant.
+#define KVATTN_DECLARE(variant)                             \
+  void kvattn_attend_##variant(const kvattn_attend_args *); \
+  void kvattn_quantize_##variant(const kvattn_quantize_args *);
+KVATTN_DECLARE(portable)
 #ifdef KVATTN_X86
-void kvattn_attend_avx2(const kvattn_attend_args *);
-void kvattn_quantize_avx2(const kvattn_quantize_args *);
-void kvattn_attend_avx512(const kvattn_attend_args *);
-void kvattn_quantize_avx512(const kvattn_quantize_args *);
-void kvattn_attend_avx512_bf16(const kvattn_attend_args *);
-void kvattn_quantize_avx512_bf16(const kvattn_quantize_args *);
+KVATTN_DECLARE(avx2)
+KVATTN_DECLARE(avx512)
+KVATTN_DECLARE(avx512_bf16)
 #endif
 
 namespace {
@@ -49,8 +49,6 @@ const Variant kVariants[] = {
     {"portable", [] { return true; }, kvattn_attend_portable, kvattn_quantize_portable},
 };
 
-bool is_bits(int bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
-
 std::atomic<const Variant *> chosen{nullptr};
 
 const Variant &variant() {
@@ -62,11 +60,65 @@ const Variant &variant() {
   return *current;
 }
 
+constexpr int64_t kMaxPackedDim = 512, kMaxSinks = 64, kPackedTokens = 32;
+
+bool valid_dtype(int dtype) { return dtype >= KVATTN_F32 && dtype <= KVATTN_BF16; }
+bool readable_bits(int bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
+// Codes of 8 bits are written without zero points, codes of 4 bits with them.
+bool writable_bits(int bits, const uint16_t *zero) { return bits == 8 ? !zero : bits == 4 && zero; }
+
+bool valid_groups(int64_t head_dim, int64_t v_group, int64_t v_rotation) {
+  return head_dim <= kMaxPackedDim && v_group >= 16 && v_group % 16 == 0 && head_dim % v_group == 0 &&
+         v_rotation >= 1 && (v_rotation & (v_rotation - 1)) == 0 && head_dim % v_rotation == 0;
+}
+
+bool valid_shapes(const kvattn_attend_args &a) {
+  return valid_dtype(a.dtype) && a.threads >= 1 && a.batch >= 1 && a.kv_heads >= 1 && a.q_heads >= 1 &&
+         a.q_heads % a.kv_heads == 0 && a.q_len >= 1 && a.kv_len >= a.q_len && a.head_dim >= 1 && a.window >= 0;
+}
+
+bool valid_tensors(const kvattn_attend_args &a) {
+  const bool all_packed = a.packed_len > 0 && a.packed_len == a.kv_len;  // then k and v are empty
+  return a.q && a.out && ((a.k && a.v) || all_packed);
+}
+
+bool valid_packed(const kvattn_attend_args &a) {
+  if (a.packed_len == 0) return true;
+  const bool tokens = a.packed_len > 0 && a.packed_len % kPackedTokens == 0 && a.packed_start >= 0 &&
+                      a.packed_start <= kPackedTokens && a.packed_start + a.packed_len <= a.kv_len &&
+                      a.packed_blocks * kPackedTokens >= a.packed_len;
+  const bool slot = a.packed_slot >= 0 && a.packed_slot < a.packed_blocks && a.packed_slot % 2 == 0 &&
+                    (a.packed_slot == 0 || a.packed_blocks % 2 == 0);
+  const bool codes =
+      readable_bits(a.k_bits) && readable_bits(a.v_bits) && valid_groups(a.head_dim, a.v_group, a.v_rotation);
+  return tokens && slot && codes && a.k_codes && a.k_scale && a.k_mean && a.v_codes && a.v_scale;
+}
+
+bool valid_ring(const kvattn_attend_args &a) {
+  if (a.ring_slots == 0) return true;
+  return a.packed_len == 0 && a.ring_slots >= a.kv_len && a.ring_slot >= 0 && a.ring_slot < a.ring_slots;
+}
+
+bool valid_sinks(const kvattn_attend_args &a) {
+  if (a.sinks == 0) return true;
+  return a.sinks > 0 && a.sinks <= kMaxSinks && a.causal && a.sink_q && a.sink_k && a.sink_v;
+}
+
+bool valid_quantize(const kvattn_quantize_args &a) {
+  const bool shapes = valid_dtype(a.dtype) && a.threads >= 1 && a.batch >= 1 && a.kv_heads >= 1 && a.blocks >= 1 &&
+                      a.head_dim >= 16 && a.head_dim % 16 == 0 && a.slot >= 0 && a.slot + a.blocks <= a.packed_blocks;
+  const bool codes = writable_bits(a.k_bits, a.k_zero) && writable_bits(a.v_bits, a.v_zero) &&
+                     valid_groups(a.head_dim, a.v_group, a.v_rotation);
+  return shapes && codes && a.k && a.v && a.k_codes && a.k_scale && a.k_mean && a.v_codes && a.v_scale;
+}
+
 }  // namespace
 
 extern "C" {
 
 int kvattn_abi_version(void) { return KVATTN_ABI_VERSION; }
+int64_t kvattn_sizeof_attend_args(void) { return sizeof(kvattn_attend_args); }
+int64_t kvattn_sizeof_quantize_args(void) { return sizeof(kvattn_quantize_args); }
 
 const char *kvattn_variant(void) { return variant().name; }
 
@@ -89,24 +141,9 @@ int kvattn_has_openmp(void) {
 }
 
 int kvattn_attend(const kvattn_attend_args *a) {
-  const bool all_packed = a && a->packed_len > 0 && a->packed_len == a->kv_len;  // then k and v are empty
-  if (!a || !a->q || !a->out || ((!a->k || !a->v) && !all_packed) || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->batch < 1 ||
-      a->kv_heads < 1 || a->q_heads % a->kv_heads != 0 || a->q_heads < 1 || a->q_len < 1 || a->kv_len < a->q_len ||
-      a->head_dim < 1 || a->window < 0 || a->threads < 1)
-    return KVATTN_BAD_ARGUMENT;
-  if (a->packed_len && (a->packed_len % 32 || a->packed_len < 0 || a->packed_start < 0 || a->packed_start > 32 ||
-                        a->packed_start + a->packed_len > a->kv_len || a->packed_blocks * 32 < a->packed_len ||
-                        a->packed_slot < 0 || a->packed_slot >= a->packed_blocks || a->packed_slot % 2 ||
-                        (a->packed_slot && a->packed_blocks % 2) ||
-                        a->head_dim > 512 || a->v_group < 16 || a->v_group % 16 || a->head_dim % a->v_group ||
-                        a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) || a->head_dim % a->v_rotation ||
-                        !is_bits(a->k_bits) || !is_bits(a->v_bits) || !a->k_codes || !a->k_scale || !a->k_mean ||
-                        !a->v_codes || !a->v_scale))
-    return KVATTN_BAD_ARGUMENT;
-  if (a->ring_slots && (a->packed_len || a->ring_slots < a->kv_len || a->ring_slot < 0 || a->ring_slot >= a->ring_slots))
-    return KVATTN_BAD_ARGUMENT;
-  if (a->sinks && (a->sinks < 0 || a->sinks > 64 || !a->sink_q || !a->sink_k || !a->sink_v || !a->causal))
-    return KVATTN_BAD_ARGUMENT;
+  const bool valid =
+      a && valid_shapes(*a) && valid_tensors(*a) && valid_packed(*a) && valid_ring(*a) && valid_sinks(*a);
+  if (!valid) return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);
   } catch (const std::bad_alloc &) {
@@ -116,14 +153,7 @@ int kvattn_attend(const kvattn_attend_args *a) {
 }
 
 int kvattn_quantize(const kvattn_quantize_args *a) {
-  auto is_served = [](int bits, const uint16_t *zero) { return bits == 8 ? !zero : bits == 4 && zero; };
-  if (!a || a->dtype < KVATTN_F32 || a->dtype > KVATTN_BF16 || a->threads < 1 || a->batch < 1 || a->kv_heads < 1 ||
-      a->blocks < 1 || a->head_dim < 16 || a->head_dim > 512 || a->head_dim % 16 || a->v_group < 16 ||
-      a->v_group % 16 || a->head_dim % a->v_group || a->v_rotation < 1 || (a->v_rotation & (a->v_rotation - 1)) ||
-      a->head_dim % a->v_rotation || a->slot < 0 || a->slot + a->blocks > a->packed_blocks ||
-      !is_served(a->k_bits, a->k_zero) || !is_served(a->v_bits, a->v_zero) || !a->k || !a->v || !a->k_codes ||
-      !a->k_scale || !a->k_mean || !a->v_codes || !a->v_scale)
-    return KVATTN_BAD_ARGUMENT;
+  if (!a || !valid_quantize(*a)) return KVATTN_BAD_ARGUMENT;
   variant().quantize(a);
   return KVATTN_OK;
 }

@@ -12,19 +12,22 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 5 };
+enum { KVATTN_ABI_VERSION = 6 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
 
-// Attention of Tq query tokens over Tk stored tokens; query i stands at key position Tk - Tq + i.
-// Key j is visible to it when first[b] <= j, j <= position (causal) and j > position - window (window > 0).
-// packed_len tokens from packed_start on may be quantized, in blocks of 32 (layout: quant/layout.py); k and v then hold
-// the tokens before and after them. `kv_len` counts all. Packed arrays are contiguous, with room for packed_blocks
-// blocks of each KV head.
-// k and v may be rings: token t of Tk then lies in slot (ring_slot + t) % ring_slots, and block i of the packed ones in
-// slot (packed_slot + i) % packed_blocks. Both kinds together do not occur.
-// `sinks` tokens stand beside the keys, at most 64, and are not counted by Tk: query i of row b sees the first
-// sink_evicted + i - sink_first[b] of them, with queries of their own.
+// Attention of Tq query tokens over Tk stored tokens. Query i has key position Tk - Tq + i. Key j is visible to it when
+// leftpad[b] <= j, j <= position (causal) and j > position - window (window > 0).
+//
+// Quantized tokens: packed_len tokens from packed_start on are stored in blocks of 32 (layout: quant/layout.py). k and
+// v hold the tokens before and after them, and Tk counts all. Packed arrays are contiguous, with room for packed_blocks
+// blocks of each KV head. They may be a ring: block i is in slot (packed_slot + i) % packed_blocks.
+//
+// Rings: k and v may be one where nothing is packed. Token t of Tk is in slot (ring_slot + t) % ring_slots.
+//
+// Sinks: up to 64 tokens beside the keys, which Tk does not count, with queries of their own. Query i of row b sees the
+// first sink_evicted + i - sink_leftpad[b] of them.
+//
 // Strides are in elements; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
   int32_t dtype;    // of q, k, v and out
@@ -34,28 +37,28 @@ typedef struct {
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
   int64_t window;  // visible keys including the query's own; 0 = all
   float scale;
-  float softcap;         // scores become softcap * tanh(score / softcap); 0 = off
-  const void *q;         // (B, Hq, Tq, D)
-  const void *k;         // (B, Hkv, Tk, D)
-  const void *v;         // (B, Hkv, Tk, D)
-  const int32_t *first;  // (B), first visible key of each row; null = 0
-  void *out;             // (B, Tq, Hq, D), contiguous
-  float *lse;            // (B, Hq, Tq), natural log-sum-exp of the scores, -inf for an empty row; may be null
-  int64_t q_stride[3];   // batch, head, token
+  float softcap;           // scores become softcap * tanh(score / softcap); 0 = off
+  const void *q;           // (B, Hq, Tq, D)
+  const void *k;           // (B, Hkv, Tk, D)
+  const void *v;           // (B, Hkv, Tk, D)
+  const int32_t *leftpad;  // (B), first visible key of each row; null = 0
+  void *out;               // (B, Tq, Hq, D), contiguous
+  float *lse;              // (B, Hq, Tq), natural log-sum-exp of the scores, -inf for an empty row; may be null
+  int64_t q_stride[3];     // batch, head, token
   int64_t k_stride[3];
   int64_t v_stride[3];
   int64_t ring_slots, ring_slot;  // 0 slots: no ring
   int64_t sinks, sink_evicted;
-  const void *sink_q;         // (B, Hq, Tq, D)
-  const void *sink_k;         // (B, Hkv, sinks, D)
-  const void *sink_v;         // (B, Hkv, sinks, D)
-  const int32_t *sink_first;  // (B), null = 0
+  const void *sink_q;           // (B, Hq, Tq, D)
+  const void *sink_k;           // (B, Hkv, sinks, D)
+  const void *sink_v;           // (B, Hkv, sinks, D)
+  const int32_t *sink_leftpad;  // (B), null = 0
   int64_t sink_q_stride[3];
   int64_t sink_kv_stride[3];  // of both
   int64_t packed_start, packed_len, packed_blocks;
   int64_t packed_slot;               // even; 0 where packed_blocks is odd
   int64_t v_group;                   // channels that share a value scale
-  int64_t v_rotation;                // packed values stand in the basis of a Hadamard matrix of this size; 1 = as they are
+  int64_t v_rotation;                // packed values are rotated by a Hadamard matrix of this size; 1 = not rotated
   int32_t k_bits, v_bits;            // 8, 4, 3 or 2
   const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
   const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero: codes are signed, with 128 added
@@ -64,15 +67,15 @@ typedef struct {
   const uint16_t *v_scale, *v_zero;  // (B, Hkv, blocks, D / v_group, 32), bf16; v_zero as k_zero
 } kvattn_attend_args;
 
-// Whole blocks of 32 tokens, finite ones, to codes in slots from `slot` on: arrays as in kvattn_attend_args.
+// Quantizes whole blocks of 32 tokens of finite numbers into the slots from `slot` on. Arrays as in kvattn_attend_args.
 typedef struct {
-  int32_t dtype;    // of k and v
-  int32_t threads;  // at most this many
+  int32_t dtype;           // of k and v
+  int32_t threads;         // at most this many
   int32_t k_bits, v_bits;  // 8 or 4
   int64_t batch, kv_heads, blocks, head_dim, v_group, v_rotation;
   int64_t packed_blocks, slot;
-  const void *k;  // (B, Hkv, 32 * blocks, D)
-  const void *v;  // (B, Hkv, 32 * blocks, D)
+  const void *k;        // (B, Hkv, 32 * blocks, D)
+  const void *v;        // (B, Hkv, 32 * blocks, D)
   int64_t k_stride[3];  // batch, head, token
   int64_t v_stride[3];
   uint8_t *k_codes;
@@ -83,6 +86,9 @@ typedef struct {
 } kvattn_quantize_args;
 
 KVATTN_API int kvattn_abi_version(void);
+// Sizes of the structs in bytes, for callers that mirror them by hand.
+KVATTN_API int64_t kvattn_sizeof_attend_args(void);
+KVATTN_API int64_t kvattn_sizeof_quantize_args(void);
 // Name of the SIMD variant in use: chosen from the CPU's features at the first call.
 KVATTN_API const char *kvattn_variant(void);
 // Forces a variant ("avx512_bf16", "avx512", "avx2", "portable"; "" = best). Returns 0, or 1 if this CPU lacks it.
@@ -91,7 +97,7 @@ KVATTN_API int kvattn_select(const char *name);
 KVATTN_API int kvattn_has_openmp(void);
 KVATTN_API int kvattn_attend(const kvattn_attend_args *args);
 KVATTN_API int kvattn_quantize(const kvattn_quantize_args *args);
-// Sums all bytes with `threads` threads: the read bandwidth that attention is compared with.
+// Reads all bytes with `threads` threads and sums them, to measure the read bandwidth.
 KVATTN_API uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads);
 
 #ifdef __cplusplus

@@ -1,49 +1,52 @@
-// Products of packed codes as 16-bit numbers, summed in pairs into 32 bits (`vpmaddwd` on x86). The codes of a lane
-// need no shuffle for them: the first and third are the low bits of its two halves, the others lie eight bits higher.
+// Dot products of packed codes as 16-bit words, summed in pairs into 32 bits (`vpmaddwd` on x86). A lane has four
+// codes. They need no shuffle: codes 0 and 2 are the low bits of the lane's two words, codes 1 and 3 lie eight bits
+// higher.
 //
-// All codes count from their middle, by where sums start, so that the rounding of a step is multiplied by little; the
-// zeros contribute with exact numbers, and nothing where there are none (8 bits), since they are the middle then.
+// Codes are centred: each sum starts at minus the midpoint times the sum of the quantized weights (or of the query). A
+// weight's rounding error is so multiplied by a code's distance from the midpoint. Zero points are multiplied by the
+// exact weights. Codes of 8 bits have no zero point: their midpoint stands for 0.
 //
-// Loops are unrolled by pragmas where vectors are registers: GCC else keeps arrays of them in memory.
+// Loops are unrolled by pragmas where vectors are registers: otherwise GCC keeps arrays of vectors in memory.
 #pragma once
 
 namespace {
 
-constexpr int kFineDigits = 1;  // weights have 15 bits here
-constexpr int kUnroll = Simd::kUnroll;  // a name that pragmas take
+constexpr int kFineLimbs = 1;           // a quantized weight is one word, of 15 bits
+constexpr int kUnroll = Simd::kUnroll;  // a pragma takes no qualified name
 
-constexpr int middle_of(int bits) { return 1 << (bits - 1); }
+constexpr int midpoint_of(int bits) { return 1 << (bits - 1); }
 
 inline Simd::Vec centred_zero(const bf16_t *zero, Simd::Vec scale, int i, int bits) {
   if (!zero) return Simd::set(0.f);
-  return Simd::fma(scale, Simd::set(static_cast<float>(middle_of(bits))), Simd::widen(zero + i));
+  return Simd::fma(scale, Simd::set(static_cast<float>(midpoint_of(bits))), Simd::widen(zero + i));
 }
 
-// What rows' sums of products are: `step * (start + products) + offset`; queries keep their steps themselves.
+// How a row's integer sum becomes a result: `scale * (start + products) + offset`. Queries keep their scale in
+// `Queries`.
 struct Sums {
-  float step[kFour], offset[kFour];
-  int start[kFour];
+  float scale[kPackedRows], offset[kPackedRows];
+  int start[kPackedRows];
 };
 
-// R rows of N whole numbers, of each four the second and third swapped, so that pairs meet pairs of codes.
+// R rows of N words. Of each four the second and third are swapped, to meet the even and odd codes of a lane.
 template <int R, int N>
 struct FoldedWords : Sums {
   int16_t words[R][N];
 };
 
-// From the rows' sums of whole numbers, and of what the zeros contribute.
-inline void start_sums(const Simd::Whole *words, const Simd::Vec *zero_part, int bits, Sums &out) {
-  Simd::Vec total[kFour];
+// Sets `start` from the sums of the rows' words, and `offset` from what the zero points contribute.
+inline void start_sums(const Simd::Ints *words, const Simd::Vec *zero_sum, int bits, Sums &out) {
+  Simd::Vec total[kPackedRows];
 #pragma GCC unroll kUnroll
-  for (int r = 0; r < kFour; ++r) total[r] = Simd::to_floats(words[r]);
-  float sums[kFour];  // exact: below 2^24
+  for (int r = 0; r < kPackedRows; ++r) total[r] = Simd::to_floats(words[r]);
+  float sums[kPackedRows];  // exact: below 2^24
   Simd::sum4(total[0], total[1], total[2], total[3], sums);
-  for (int r = 0; r < kFour; ++r) out.start[r] = -middle_of(bits) * static_cast<int>(sums[r]);
-  Simd::sum4(zero_part[0], zero_part[1], zero_part[2], zero_part[3], out.offset);
+  for (int r = 0; r < kPackedRows; ++r) out.start[r] = -midpoint_of(bits) * static_cast<int>(sums[r]);
+  Simd::sum4(zero_sum[0], zero_sum[1], zero_sum[2], zero_sum[3], out.offset);
 }
 
-// Writes the whole numbers nearest to `a` and `b`, and adds them to `total`.
-inline void write_words(Simd::Vec a, Simd::Vec b, int16_t *to, Simd::Whole &total) {
+// Writes `a` and `b` rounded to words, and adds the words to `total`.
+inline void write_words(Simd::Vec a, Simd::Vec b, int16_t *to, Simd::Ints &total) {
   const int16_t one[2] = {1, 1};
   const Simd::Words words = Simd::to_words(a, b);
   Simd::store_words(to, words);
@@ -54,17 +57,17 @@ struct Codes {
   Simd::Words even, odd;  // codes 0 and 2 of each lane, 1 and 3
 };
 
-// Of unit i of 16 channels of a block: the lanes whose codes of unit 0 start at p.
+// Unit i of 16 channels of a block. Their codes of unit 0 start at p.
 template <int Bits>
 __attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
   constexpr int kLow = Bits == 3 ? 2 : Bits, kShared = 8 / kLow;
-  const uint8_t *low = p + i / kShared * kUnit, *thirds = Bits == 3 ? p + 2 * kUnit : nullptr;
+  const uint8_t *low = p + i / kShared * kUnit, *high = Bits == 3 ? p + 2 * kUnit : nullptr;
   const int shift = i % kShared * kLow;
-  return {Simd::codes(low, shift, kLow, thirds, i), Simd::codes(low, 8 + shift, kLow, thirds, 8 + i)};
+  return {Simd::codes(low, shift, kLow, high, i), Simd::codes(low, 8 + shift, kLow, high, 8 + i)};
 }
 
-// The codes of a unit times the four numbers at `words`, of a token or channel each.
-__attribute__((always_inline)) inline Simd::Whole dot4(Codes codes, const int16_t *words, Simd::Whole sum) {
+// Adds the products of a unit's codes and the four words at `words`, one for each token or channel.
+__attribute__((always_inline)) inline Simd::Ints dot4(Codes codes, const int16_t *words, Simd::Ints sum) {
   return Simd::dot(codes.odd, Simd::pair(words + 2), Simd::dot(codes.even, Simd::pair(words), sum));
 }
 
@@ -75,11 +78,11 @@ template <int R>
 inline void fold_queries(PackedKeys keys, const Queries<R> &query, const float *offset, FoldedQueries<R> &out,
                          int ahead) {
   if (ahead && keys.zero) prefetch(keys.at(ahead).zero, 2 * keys.d);
-  if (ahead) prefetch(keys.at(kStretch).scale, 2 * keys.d);  // the next stretch begins with all of its scales
-  Simd::Vec zero_part[kFour];
-  Simd::Whole total[kFour];
+  if (ahead) prefetch(keys.at(kScaleBlocks).scale, 2 * keys.d);  // quantize_queries will read them all
+  Simd::Vec zero_sum[kPackedRows];
+  Simd::Ints total[kPackedRows];
 #pragma GCC unroll kUnroll
-  for (int r = 0; r < kFour; ++r) zero_part[r] = Simd::set(0.f), total[r] = Simd::whole(0);
+  for (int r = 0; r < kPackedRows; ++r) zero_sum[r] = Simd::set(0.f), total[r] = Simd::set_int(0);
   for (int c = 0; c < keys.d; c += 2 * Simd::kLanes) {
     Simd::Vec scale[2], zero[2];
 #pragma GCC unroll kUnroll
@@ -92,21 +95,21 @@ inline void fold_queries(PackedKeys keys, const Queries<R> &query, const float *
     for (int r = 0; r < R; ++r) {
       const Simd::Vec a = Simd::load(query.x[r] + c), b = Simd::load(query.x[r] + c + Simd::kLanes);
       write_words(Simd::mul(a, scale[0]), Simd::mul(b, scale[1]), out.words[r] + c, total[r]);
-      zero_part[r] = Simd::fma(a, zero[0], Simd::fma(b, zero[1], zero_part[r]));
+      zero_sum[r] = Simd::fma(a, zero[0], Simd::fma(b, zero[1], zero_sum[r]));
     }
   }
-  start_sums(total, zero_part, keys.bits, out);
-  for (int r = 0; r < R; ++r) out.offset[r] = out.offset[r] * query.step[r] + offset[r];
+  start_sums(total, zero_sum, keys.bits, out);
+  for (int r = 0; r < R; ++r) out.offset[r] = out.offset[r] * query.scale[r] + offset[r];
 }
 
-// Keeps the largest score of each row in `top` too.
+// Also raises `row_max` to the largest score of each row.
 template <int R, int Bits>
-void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *step, float *scores, int64_t stride,
-                 Simd::Vec *top, int ahead) {
+void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *scale, float *scores, int64_t stride,
+                 Simd::Vec *row_max, int ahead) {
   for (int lane = 0; lane < 16; lane += Simd::kLanes) {
-    Simd::Whole sum[R][2];  // row, half of the tokens
+    Simd::Ints sum[R][2];  // row, half of the tokens
 #pragma GCC unroll kUnroll
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Simd::whole(query.start[r]);
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Simd::set_int(query.start[r]);
     for (int c = 0; c < keys.d; c += 16) {
       const uint8_t *codes = keys.codes + c * 4 * Bits + 4 * lane;
       if (ahead && lane == 0) prefetch(codes + ahead * int64_t{4} * Bits * keys.d, 64 * Bits);
@@ -123,9 +126,9 @@ void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *st
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll kUnroll
       for (int h = 0; h < 2; ++h) {
-        Simd::Vec score = Simd::fma(Simd::to_floats(sum[r][h]), Simd::set(step[r]), Simd::set(query.offset[r]));
+        Simd::Vec score = Simd::fma(Simd::to_floats(sum[r][h]), Simd::set(scale[r]), Simd::set(query.offset[r]));
         Simd::store(scores + r * stride + 16 * h + lane, score);
-        top[r] = Simd::max(top[r], score);
+        row_max[r] = Simd::max(row_max[r], score);
       }
   }
 }
@@ -133,36 +136,36 @@ void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *st
 template <int R, int>
 using FoldedWeights = FoldedWords<R, kTile>;
 
-template <int R, int Digits, int Blocks>
-inline void fold_weights(PackedValues values, int g, const float *weights, int64_t stride,
-                         FoldedWeights<R, Digits> &out, int ahead) {
+template <int R, int Limbs, int Blocks>
+inline void fold_weights(PackedValues values, int g, const float *weights, int64_t stride, FoldedWeights<R, Limbs> &out,
+                         int ahead) {
   float x[R][Blocks * kBlock];
-  Simd::Vec top[kFour], zero_part[kFour];
-  Simd::Whole total[kFour];
+  Simd::Vec abs_max[kPackedRows], zero_sum[kPackedRows];
+  Simd::Ints total[kPackedRows];
 #pragma GCC unroll kUnroll
-  for (int r = 0; r < kFour; ++r) {
-    top[r] = Simd::set(kLeast), zero_part[r] = Simd::set(0.f), total[r] = Simd::whole(0);
+  for (int r = 0; r < kPackedRows; ++r) {
+    abs_max[r] = Simd::set(kMinAbsMax), zero_sum[r] = Simd::set(0.f), total[r] = Simd::set_int(0);
   }
 #pragma GCC unroll kUnroll
   for (int b = 0; b < Blocks; ++b) {
     const PackedValues block = values.at(b), later = values.at(b + ahead);
-    const int first = g * kBlock;
-    if (ahead) prefetch(later.scale + first, 2 * kBlock);
-    if (ahead && later.zero) prefetch(later.zero + first, 2 * kBlock);
+    const int group_begin = g * kBlock;
+    if (ahead) prefetch(later.scale + group_begin, 2 * kBlock);
+    if (ahead && later.zero) prefetch(later.zero + group_begin, 2 * kBlock);
     for (int t = 0; t < kBlock; t += Simd::kLanes) {
-      const Simd::Vec scale = Simd::widen(block.scale + first + t);
-      const Simd::Vec zero = centred_zero(block.zero, scale, first + t, block.bits);
+      const Simd::Vec scale = Simd::widen(block.scale + group_begin + t);
+      const Simd::Vec zero = centred_zero(block.zero, scale, group_begin + t, block.bits);
 #pragma GCC unroll kUnroll
       for (int r = 0; r < R; ++r) {
         const Simd::Vec w = Simd::load(weights + r * stride + b * kBlock + t), scaled = Simd::mul(w, scale);
         Simd::store(x[r] + b * kBlock + t, scaled);
-        top[r] = Simd::max(top[r], scaled);
-        zero_part[r] = Simd::fma(w, zero, zero_part[r]);
+        abs_max[r] = Simd::max(abs_max[r], scaled);
+        zero_sum[r] = Simd::fma(w, zero, zero_sum[r]);
       }
     }
   }
-  float inverse[kFour];
-  choose_steps(top, 32767.f, out.step, inverse);
+  float inverse[kPackedRows];
+  choose_scales(abs_max, 32767.f, out.scale, inverse);
 #pragma GCC unroll kUnroll
   for (int r = 0; r < R; ++r) {
     const Simd::Vec factor = Simd::set(inverse[r]);
@@ -170,19 +173,19 @@ inline void fold_weights(PackedValues values, int g, const float *weights, int64
       write_words(Simd::mul(Simd::load(x[r] + t), factor), Simd::mul(Simd::load(x[r] + t + Simd::kLanes), factor),
                   out.words[r] + t, total[r]);
   }
-  start_sums(total, zero_part, values.bits, out);
+  start_sums(total, zero_sum, values.bits, out);
 }
 
 constexpr int wide_columns(int) { return 2; }
 
 // Vectors of channels from c on.
-template <int R, int Digits, int Bits, int Blocks, int Vectors>
-void add_columns(PackedValues values, const FoldedWeights<R, Digits> &weights, int c, float *acc, int64_t acc_stride) {
-  Simd::Whole sum[R][Vectors];
+template <int R, int Limbs, int Bits, int Blocks, int Vectors>
+void add_columns(PackedValues values, const FoldedWeights<R, Limbs> &weights, int c, float *acc, int64_t acc_stride) {
+  Simd::Ints sum[R][Vectors];
 #pragma GCC unroll kUnroll
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll kUnroll
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = Simd::whole(weights.start[r]);
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = Simd::set_int(weights.start[r]);
 #pragma GCC unroll kUnroll
   for (int b = 0; b < Blocks; ++b) {
     const uint8_t *codes = values.at(b).codes;
@@ -206,7 +209,7 @@ void add_columns(PackedValues values, const FoldedWeights<R, Digits> &weights, i
     for (int v = 0; v < Vectors; ++v) {
       float *to = acc + r * acc_stride + c + v * Simd::kLanes;
       Simd::Vec before = Simd::add(Simd::load(to), Simd::set(weights.offset[r]));
-      Simd::store(to, Simd::fma(Simd::to_floats(sum[r][v]), Simd::set(weights.step[r]), before));
+      Simd::store(to, Simd::fma(Simd::to_floats(sum[r][v]), Simd::set(weights.scale[r]), before));
     }
 }
 

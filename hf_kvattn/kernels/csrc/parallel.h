@@ -1,5 +1,5 @@
-// Threads: one OpenMP team of the size PyTorch is set to. PyTorch has loaded its OpenMP runtime before this library is,
-// under the same name, so both share one pool; two pools of spinning threads would halve the speed.
+// Threads: one OpenMP team of the size PyTorch is set to. PyTorch has loaded its OpenMP runtime before this library is
+// loaded, under the same name, so that both share one pool. Two pools of spinning threads would halve the speed.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>

@@ -1,22 +1,25 @@
-// Whole blocks of 32 tokens to codes of 8 or 4 bits: the numbers of quant/blocks.py, bit for bit, since each operation is
-// one that PyTorch makes too, in the same order. Loops run over neighbouring numbers, so that compilers vectorize them.
+// Quantizes whole blocks of 32 tokens to codes of 8 or 4 bits. The results are those of quant/blocks.py bit for bit:
+// the operations are the same, in the same order. Inner loops run over neighbouring numbers, so that compilers
+// vectorize them.
 #pragma once
 
 namespace {
 
-// To the nearest whole number, ties to even, of magnitudes below 2^22.
-inline float to_whole(float x) { return x + 12582912.f - 12582912.f; }
+// To the nearest integer, ties to even, for magnitudes below 2^22.
+inline float round_to_int(float x) { return x + 12582912.f - 12582912.f; }
 
-inline float through_bf16(float x, uint16_t *stored) {
+inline float round_to_bf16(float x, uint16_t *stored) {
   bf16_t narrowed;
   narrow(x, &narrowed);
   *stored = narrowed.bits;
   return to_float(narrowed);
 }
 
-// The codes of n groups, of which x[i * n + j] is number i of group j: codes[i * n + j], and each group's scale and zero.
-inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, uint16_t *scale, uint16_t *zero) {
-  float low[kMaxDim], high[kMaxDim], step[kMaxDim];
+// Quantizes n groups: x[i * n + j] is number i of group j, and codes[i * n + j] its code. Each group gets a scale and,
+// below 8 bits, a zero point.
+inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, uint16_t *scale_out,
+                   uint16_t *zero_out) {
+  float low[kMaxDim], high[kMaxDim], scale[kMaxDim];
   for (int j = 0; j < n; ++j) low[j] = high[j] = x[j];
   for (int i = 1; i < group; ++i)
     for (int j = 0; j < n; ++j) {
@@ -28,20 +31,21 @@ inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, u
   for (int j = 0; j < n; ++j) {
     if (symmetric) {
       const float largest = -low[j] > high[j] ? -low[j] : high[j];
-      low[j] = 0.f, step[j] = through_bf16(largest / 127.f, scale + j);
+      low[j] = 0.f, scale[j] = round_to_bf16(largest / 127.f, scale_out + j);
     } else {
-      low[j] = through_bf16(low[j], zero + j);
+      low[j] = round_to_bf16(low[j], zero_out + j);
       const float range = high[j] - low[j];  // the rounded zero may lie above a nearly constant group
-      step[j] = through_bf16((range > 0.f ? range : 0.f) / 15.f, scale + j);
+      scale[j] = round_to_bf16((range > 0.f ? range : 0.f) / 15.f, scale_out + j);
     }
   }
-  const float least_code = symmetric ? -127.f : 0.f, most_code = symmetric ? 127.f : 15.f, add = symmetric ? 128.f : 0.f;
+  const float min_code = symmetric ? -127.f : 0.f, max_code = symmetric ? 127.f : 15.f, add = symmetric ? 128.f : 0.f;
   for (int i = 0; i < group; ++i)
     for (int j = 0; j < n; ++j) {
-      float steps = step[j] > 0.f ? (x[i * n + j] - low[j]) / step[j] : 0.f;
-      // Clamped first: whole numbers as bounds make it the same, and rounding works on small numbers only.
-      steps = steps < least_code ? least_code : steps > most_code ? most_code : steps;
-      codes[i * n + j] = static_cast<uint8_t>(to_whole(steps) + add);
+      float code = scale[j] > 0.f ? (x[i * n + j] - low[j]) / scale[j] : 0.f;
+      // Clamped before it is rounded: the bounds are integers, so the result is the same, and the rounding needs small
+      // numbers.
+      code = code < min_code ? min_code : code > max_code ? max_code : code;
+      codes[i * n + j] = static_cast<uint8_t>(round_to_int(code) + add);
     }
 }
 
@@ -65,12 +69,12 @@ inline void quantize_keys(const float *x, int d, int bits, uint8_t *packed, uint
 inline void quantize_values(const float *x, int d, int group, int bits, uint8_t *packed, uint16_t *scale,
                             uint16_t *zero) {
   uint8_t codes[kBlock * kMaxDim];  // (d, 32)
-  float turned[kBlock * kMaxDim];
+  float transposed[kBlock * kMaxDim];
   for (int g = 0; g < d / group; ++g) {
     for (int c = 0; c < group; ++c)
-      for (int t = 0; t < kBlock; ++t) turned[c * kBlock + t] = x[t * d + g * group + c];
+      for (int t = 0; t < kBlock; ++t) transposed[c * kBlock + t] = x[t * d + g * group + c];
     const int at = g * kBlock;
-    encode(turned, kBlock, group, bits, codes + at * group, scale + at, zero ? zero + at : nullptr);
+    encode(transposed, kBlock, group, bits, codes + at * group, scale + at, zero ? zero + at : nullptr);
   }
   for (int c = 0; c < d; ++c)
     for (int t = 0; t < kBlock; t += 4)
@@ -92,7 +96,7 @@ void quantize_all(const kvattn_quantize_args &a) {
     const T *at = static_cast<const T *>(from) + head / a.kv_heads * stride[0] + head % a.kv_heads * stride[1];
     for (int64_t t = 0; t < kBlock; ++t) widen_row(at + (block * kBlock + t) * stride[2], d, to + t * d);
   };
-  parallel(static_cast<int>(most<int64_t>(1, least<int64_t>(a.threads, jobs / 8))), [&](int thread, int count) {
+  parallel(static_cast<int>(max<int64_t>(1, min<int64_t>(a.threads, jobs / 8))), [&](int thread, int count) {
     float x[kBlock * kMaxDim];
     for (int64_t job = jobs * thread / count; job < jobs * (thread + 1) / count; ++job) {
       const int64_t head = job / a.blocks, block = job % a.blocks, slot = head * a.packed_blocks + a.slot + block;

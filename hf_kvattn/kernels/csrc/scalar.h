@@ -28,7 +28,7 @@ inline float to_float(bf16_t x) { return from_bits(static_cast<uint32_t>(x.bits)
 inline float to_float(f16_t x) {
   uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
   if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest << 13));  // inf, NaN
-  // Subnormals come out right: the product by 2^112 normalises them.
+  // The product with 2^112 normalises subnormals.
   return from_bits(sign | to_bits(from_bits(rest << 13) * from_bits(0x77800000)));
 }
 

@@ -24,7 +24,7 @@ struct Simd {
   }
   static Vec widen(const f16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
   template <typename T>
-  static Vec widen_some(const T *p, int n) {
+  static Vec widen_tail(const T *p, int n) {
     T padded[kLanes] = {};
     for (int i = 0; i < n; ++i) padded[i] = p[i];
     return widen(padded);
@@ -35,11 +35,12 @@ struct Simd {
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec abs(Vec a) { return _mm256_andnot_ps(set(-0.f), a); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // returns b when either is NaN
-  // What x is above the next lower whole number, which x becomes; -127 counts as 0 in `scale_pow2`.
+  // The fractional part of x. x becomes its floor, and at least -127, for which
+  // `scale_pow2` returns 0.
   static Vec fraction(Vec &x) {
     x = max(set(-127.f), x);
-    Vec whole = _mm256_floor_ps(x), rest = _mm256_sub_ps(x, whole);
-    x = whole;
+    Vec floor_x = _mm256_floor_ps(x), rest = _mm256_sub_ps(x, floor_x);
+    x = floor_x;
     return rest;
   }
   static Vec scale_pow2(Vec a, Vec n) {
@@ -68,37 +69,38 @@ struct Simd {
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
   }
 
-  using Words = __m256i;  // 16-bit numbers, two a lane
-  using Whole = __m256i;  // 32-bit numbers, which wrap
-  static Words pair(const int16_t *p) {  // two numbers in every lane
+  using Words = __m256i;                 // 16-bit integers, two a lane
+  using Ints = __m256i;                  // 32-bit integers; sums wrap
+  static Words pair(const int16_t *p) {  // the two words at p in every lane
     int32_t both;
     memcpy(&both, p, 4);
     return _mm256_set1_epi32(both);
   }
-  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
-  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
+  // added as bit 2.
+  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
     Words a = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(low)), shift);
     if (shift + width < 16) a = _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
-    if (!thirds) return a;
-    Words b = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(thirds)), third);
+    if (!high) return a;
+    Words b = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(high)), high_bit);
     return _mm256_or_si256(a, _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(1)), 2));
   }
-  static Whole whole(int x) { return _mm256_set1_epi32(x); }
-  static Whole dot(Words a, Words b, Whole c) {
+  static Ints set_int(int x) { return _mm256_set1_epi32(x); }
+  static Ints dot(Words a, Words b, Ints c) {
     c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);
-    asm("" : "+x"(c));  // else GCC makes all products of a sum first, more than there are registers
+    asm("" : "+x"(c));  // otherwise GCC computes all products of a sum first, and registers run out
     return c;
   }
-  static Vec to_floats(Whole a) { return _mm256_cvtepi32_ps(a); }
-  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+  // Rounded to 16 bits. The second and third of each four numbers change places.
   static Words to_words(Vec a, Vec b) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-    const __m256i order = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    const __m256i order =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     return _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words, 0xd8), order);
   }
   static void store_words(int16_t *p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
-  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
+  // Not _mm_prefetch: GCC 12 removes it from functions that it considers pure.
   static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 };
 

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL, DQ), with bf16 dot products where the variant is built for them.
+// AVX-512 (F, BW, VL, DQ), and bf16 dot products in the variant that is built for them.
 #pragma once
 #include <immintrin.h>
 
@@ -18,21 +18,17 @@ struct Simd {
   static void store(float *p, Vec a) { _mm512_storeu_ps(p, a); }
   static Vec widen(const float *p) { return load(p); }
   static Vec widen(const bf16_t *p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
-  static Vec widen(const f16_t *p) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-  }
-  static Vec widen_some(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
-  static Vec widen_some(const bf16_t *p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
-  static Vec widen_some(const f16_t *p, int n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p));
-  }
+  static Vec widen(const f16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+  static Vec widen_tail(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+  static Vec widen_tail(const bf16_t *p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+  static Vec widen_tail(const f16_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec abs(Vec a) { return _mm512_abs_ps(a); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // returns b when either is NaN
-  // What x is above the next lower whole number; 0 for -inf.
+  // The fractional part of x; 0 for -inf.
   static Vec fraction(const Vec &x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   static Vec scale_pow2(Vec a, Vec x) { return _mm512_scalef_ps(a, x); }  // by the floor of x
   static bool all_at_most(Vec a, float x) { return _mm512_cmp_ps_mask(a, set(x), _CMP_NLE_UQ) == 0; }
@@ -45,43 +41,44 @@ struct Simd {
     reduce4(a, b, c, d, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
   }
 
-  using Words = __m512i;  // 16-bit numbers, two a lane
-  using Whole = __m512i;  // 32-bit numbers, which wrap
-  static Words pair(const int16_t *p) {  // two numbers in every lane
+  using Words = __m512i;                 // 16-bit integers, two a lane
+  using Ints = __m512i;                  // 32-bit integers; sums wrap
+  static Words pair(const int16_t *p) {  // the two words at p in every lane
     int32_t both;
     memcpy(&both, p, 4);
     return _mm512_set1_epi32(both);
   }
-  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
-  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
+  // added as bit 2.
+  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
     Words a = _mm512_srli_epi16(_mm512_loadu_si512(low), shift);
     if (shift + width < 16) a = _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
-    if (!thirds) return a;
-    Words b = _mm512_srli_epi16(_mm512_loadu_si512(thirds), third);
+    if (!high) return a;
+    Words b = _mm512_srli_epi16(_mm512_loadu_si512(high), high_bit);
     return _mm512_or_si512(a, _mm512_slli_epi16(_mm512_and_si512(b, _mm512_set1_epi16(1)), 2));
   }
-  static Whole whole(int x) { return _mm512_set1_epi32(x); }
-  static Whole dot(Words a, Words b, Whole c) {
+  static Ints set_int(int x) { return _mm512_set1_epi32(x); }
+  static Ints dot(Words a, Words b, Ints c) {
     c = _mm512_add_epi32(_mm512_madd_epi16(a, b), c);
-    asm("" : "+v"(c));  // else GCC makes all products of a sum first, more than there are registers
+    asm("" : "+v"(c));  // otherwise GCC computes all products of a sum first, and registers run out
     return c;
   }
-  static Vec to_floats(Whole a) { return _mm512_cvtepi32_ps(a); }
-  // Rounded to 16 bits; the second and third of each four numbers change places.
+  static Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+  // Rounded to 16 bits. The second and third of each four numbers change places.
   static Words to_words(Vec a, Vec b) {
     __m512i words = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
     const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), words), order);
   }
   static void store_words(int16_t *p, Words a) { _mm512_storeu_si512(p, a); }
-  // Not _mm_prefetch: GCC 12 drops it from functions that it takes for pure.
+  // Not _mm_prefetch: GCC 12 removes it from functions that it considers pure.
   static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 
 #ifdef __AVX512BF16__
   static constexpr bool kDotsBf16 = true;
   using Pairs = __m512i;  // 32 bf16 numbers
   static Pairs load_pairs(const bf16_t *p) { return _mm512_loadu_si512(p); }
-  static Pairs load_pairs_some(const bf16_t *p, int n) {
+  static Pairs load_pairs_tail(const bf16_t *p, int n) {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p);
   }
   static Vec dot(Pairs a, Pairs b, Vec c) {
@@ -93,9 +90,7 @@ struct Simd {
 
  private:
   static __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
-  static Vec widen_bf16(__m256i x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-  }
+  static Vec widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
   template <typename F>
   static void reduce4(Vec a, Vec b, Vec c, Vec d, float *out, F f) {
     auto fold = [&](Vec x) { return f(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)); };

@@ -1,4 +1,4 @@
-// Plain C++ vectors of eight floats: correct on every CPU, and as fast as the compiler makes them.
+// Plain C++ vectors of eight floats, for every CPU. The speed is up to the compiler's vectorizer.
 #pragma once
 #include <math.h>
 
@@ -10,7 +10,7 @@ struct Simd {
   static constexpr int kLanes = 8;
   static constexpr int kRows = 2;     // rows held in registers at once
   static constexpr int kVectors = 2;  // vectors of a value row held at once
-  static constexpr int kUnroll = 1;   // each operation is a loop: unrolled, they take GCC minutes
+  static constexpr int kUnroll = 1;   // each operation is a loop: GCC takes minutes to unroll them
   static constexpr bool kDotsBf16 = false;
   struct Vec {
     float lane[kLanes];
@@ -35,7 +35,7 @@ struct Simd {
     return r;
   }
   template <typename T>
-  static Vec widen_some(const T *p, int n) {
+  static Vec widen_tail(const T *p, int n) {
     Vec r = set(0.f);
     for (int i = 0; i < n; ++i) r.lane[i] = to_float(p[i]);
     return r;
@@ -61,13 +61,14 @@ struct Simd {
     KVATTN_EACH a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
     return a;
   }
-  // What x is above the next lower whole number, which x becomes; -127 counts as 0 in `scale_pow2`.
+  // The fractional part of x. x becomes its floor, and at least -127, for which
+  // `scale_pow2` returns 0.
   static Vec fraction(Vec &x) {
     Vec rest;
     KVATTN_EACH {
       x.lane[i] = -127.f > x.lane[i] ? -127.f : x.lane[i];
-      const float whole = floorf(x.lane[i]);
-      rest.lane[i] = x.lane[i] - whole, x.lane[i] = whole;
+      const float floor_x = floorf(x.lane[i]);
+      rest.lane[i] = x.lane[i] - floor_x, x.lane[i] = floor_x;
     }
     return rest;
   }
@@ -75,11 +76,9 @@ struct Simd {
     KVATTN_EACH a.lane[i] /= b.lane[i];
     return a;
   }
-  // a * 2^n for whole n in [-127, 127]; 2^-127 counts as 0.
+  // a * 2^n for integers n in [-127, 127]; for -127 the result is 0.
   static Vec scale_pow2(Vec a, Vec n) {
-    KVATTN_EACH {
-      a.lane[i] *= from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23);
-    }
+    KVATTN_EACH { a.lane[i] *= from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23); }
     return a;
   }
   static bool all_at_most(Vec a, float x) {
@@ -104,45 +103,46 @@ struct Simd {
     out[0] = max_lane(a), out[1] = max_lane(b), out[2] = max_lane(c), out[3] = max_lane(d);
   }
 
-  struct Words {  // 16-bit numbers, two a lane
+  struct Words {  // 16-bit integers, two a lane
     int16_t first[kLanes], second[kLanes];
   };
-  struct Whole {  // 32-bit numbers, which wrap
+  struct Ints {  // 32-bit integers; sums wrap
     uint32_t lane[kLanes];
   };
-  static Words pair(const int16_t *p) {  // two numbers in every lane
+  static Words pair(const int16_t *p) {  // the two words at p in every lane
     Words r;
     KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
     return r;
   }
-  // Of each number at `low` the `width` bits from bit `shift` on; above two of them bit `third` of those at `thirds`.
-  static Words codes(const void *low, int shift, int width, const void *thirds, int third) {
+  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
+  // added as bit 2.
+  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
     uint32_t lane[kLanes], above[kLanes] = {};
     memcpy(lane, low, sizeof lane);
-    if (thirds) memcpy(above, thirds, sizeof above);
+    if (high) memcpy(above, high, sizeof above);
     const uint32_t mask = ((1u << width) - 1) * 0x10001u;
     Words r;
     KVATTN_EACH {
-      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> third & 0x10001u) << 2;
+      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> high_bit & 0x10001u) << 2;
       r.first[i] = static_cast<int16_t>(both & 0xffff), r.second[i] = static_cast<int16_t>(both >> 16);
     }
     return r;
   }
-  static Whole whole(int x) {
-    Whole r;
+  static Ints set_int(int x) {
+    Ints r;
     KVATTN_EACH r.lane[i] = static_cast<uint32_t>(x);
     return r;
   }
-  static Whole dot(Words a, Words b, Whole c) {
+  static Ints dot(Words a, Words b, Ints c) {
     KVATTN_EACH c.lane[i] += static_cast<uint32_t>(a.first[i] * b.first[i] + a.second[i] * b.second[i]);
     return c;
   }
-  static Vec to_floats(Whole a) {
+  static Vec to_floats(Ints a) {
     Vec r;
     KVATTN_EACH r.lane[i] = static_cast<float>(static_cast<int32_t>(a.lane[i]));
     return r;
   }
-  // Rounded to 16 bits; the second and third of each four numbers change places.
+  // Rounded to 16 bits. The second and third of each four numbers change places.
   static Words to_words(Vec a, Vec b) {
     float both[2 * kLanes];
     store(both, a), store(both + kLanes, b);
