@@ -19,6 +19,7 @@ from transformers import (
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache
+from hf_kvattn.attention import kvattn_attention
 from hf_kvattn.caches.static_layer import KVStaticLayer
 
 
@@ -230,7 +231,7 @@ def test_unsupported_models_say_why():
 def test_bad_arguments():
     model = tiny_model()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="unknown cache 'int5'; known: static, int8, fp8, int4, int2"):
+    with pytest.raises(ValueError, match="unknown cache 'int5'; known: static, int8, fp8, k8v4, int4, int3, int2, or"):
         hf_kvattn.enable(model, cache="int5")
     with pytest.raises(ValueError, match="compile must be True or False, got 'yes'"):
         hf_kvattn.enable(model, compile="yes")
@@ -261,3 +262,15 @@ def test_arguments_that_would_change_the_result_are_refused():
         function(module, q, k, k, None, output_attentions=True)
     with pytest.raises(ValueError, match=r"mask \(1, 1, 3, 9\) does not fit 3 queries and 5 keys"):
         function(module, q, k, k, torch.ones(1, 1, 3, 9, dtype=torch.bool))
+
+
+def test_unknown_keywords_are_refused_and_harmless_ones_ignored():
+    module, q, k = torch.nn.Module(), torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    expected, weights = kvattn_attention(module, q, k, k, None)
+    harmless = {"position_ids": torch.arange(3)[None], "use_cache": True, "output_attentions": False, "indices": None}
+    assert torch.equal(kvattn_attention(module, q, k, k, None, **harmless)[0], expected) and weights is None
+    for name in ("position_bias", "block_table", "cache", "head_mask", "indices", "block_indices", "sinks", "anything"):
+        with pytest.raises(ValueError, match=f"does not serve '{name}'"):
+            kvattn_attention(module, q, k, k, None, **{name: torch.ones(1)})
+    with pytest.raises(ValueError, match="output_attentions needs 'eager'"):
+        kvattn_attention(module, q, k, k, None, output_attentions=True)

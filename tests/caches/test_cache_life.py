@@ -237,7 +237,7 @@ def test_looking_at_a_layer_changes_nothing_of_it(kind, family):
         layer.stored_kv(), layer.dense(), layer.keys, layer.values, layer.buffers(), layer.filled(), layer.nbytes
         layer.stored, layer.complete_tokens, layer.get_mask_sizes(3), layer.check_crop(0), layer.check_loaded()
         assert vars(layer).keys() == before.keys()
-        # `kv` keeps what it said, for as long as the arrays that it spoke of are the same ones.
+        # `stored_kv` keeps its last answer as long as the arrays in it are the same ones.
         assert all(value is before[name] for name, value in vars(layer).items() if name != "_last_packed")
 
 

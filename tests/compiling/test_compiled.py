@@ -293,11 +293,11 @@ def test_inductor_steps_over_stocks_static_cache():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (StaticKVCache, "no cache that grows: give StaticKVCache a max_cache_len"),
+        (StaticKVCache, "a cache that does not grow: give StaticKVCache a max_cache_len"),
         (functools.partial(StaticKVCache, max_cache_len=9, offload=True), "StaticKVCache without offload=True"),
         (CACHES["sliding"], "a StaticKVCache or QuantizedKVCache with max_cache_len, not a SlidingWindow"),
-        (CACHES["int8"], "no cache that grows: give QuantizedKVCache a max_cache_len"),
-        (lambda config: QuantizedKVCache(tiny_config("mistral"), 8, group_size=16, max_cache_len=9), "rings of blocks"),
+        (CACHES["int8"], "a cache that does not grow: give QuantizedKVCache a max_cache_len"),
+        (lambda config: QuantizedKVCache(tiny_config("mistral"), 8, group_size=16, max_cache_len=9), "not in rings"),
     ],
 )
 def test_cuda_graphs_are_refused_where_they_would_be_recorded(mode, make, message):

@@ -10,13 +10,15 @@ import torch
 from flash_stub import FA2, flash_libraries
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
-from problems import problem
+from problems import SHAPES, problem
 from tolerance import assert_close_to_reference
 
 import hf_kvattn
-from hf_kvattn.kernels import dispatch, flash, native
-from hf_kvattn.kernels.call import AttendCall, SinkKV
+from hf_kvattn.kernels import dispatch, flash, native, reference
+from hf_kvattn.kernels.call import AttendCall, Feature, SinkKV
 from hf_kvattn.kernels.triton import backend as triton_backend
+from hf_kvattn.quant.blocks import quantize_blocks
+from hf_kvattn.quant.codecs import CODECS
 
 pytestmark = pytest.mark.usefixtures("fresh_choice")
 
@@ -111,6 +113,53 @@ def test_explicit_choices_raise_where_they_cannot_serve(monkeypatch):
     for choose in (hf_kvattn.set_backend, lambda name: hf_kvattn.backend(name).__enter__()):
         with pytest.raises(ValueError, match="'native' .* cannot be used here: no compiler was found"):
             choose("native")
+
+
+def test_every_backend_refuses_a_feature_that_it_does_not_list(monkeypatch):
+    class New:
+        value = "rules of tomorrow"
+
+    monkeypatch.setattr(AttendCall, "features", lambda self: [New()])
+    call = problem("g1-31")
+    for name in ("reference", "sdpa", "native"):
+        assert "no rules of tomorrow" in dispatch.BACKENDS[name].unsupported(call), name
+        with hf_kvattn.backend(name), pytest.raises(ValueError, match="no rules of tomorrow"):
+            dispatch.attend(call)
+    for backend in (flash, triton_backend):  # whose devices are not here
+        assert call.beyond(backend.SERVED) == "no rules of tomorrow"
+
+
+def test_features_are_those_that_a_call_uses():
+    assert problem("long-split").features() == []
+    assert problem("padded-window").features() == [Feature.WINDOW, Feature.LEFT_PADDING]
+    assert problem("sinks-one").features() == [Feature.WINDOW, Feature.SOFTCAP, Feature.SINKS]
+    assert problem("not-causal").features() == [Feature.BIDIRECTIONAL]
+    assert {f for name in SHAPES for f in problem(name).features()} | {
+        Feature.DENSE_MASK, Feature.DROPOUT, Feature.GRADIENTS, Feature.PACKED, Feature.RING
+    } == set(Feature)  # fmt: skip
+    training = problem("g1-31")
+    training.q, training.dropout = training.q.detach().requires_grad_(), 0.5
+    training.mask, training.packed, training.tokens = torch.ones(1), object(), 3
+    assert training.features() == [
+        Feature.DENSE_MASK, Feature.DROPOUT, Feature.PACKED, Feature.RING, Feature.GRADIENTS
+    ]  # fmt: skip
+
+
+def test_priorities_name_backends_and_end_with_one_that_serves_everything():
+    for kind, names in dispatch.PRIORITIES.items():
+        assert set(names) <= set(dispatch.BACKENDS) and names[-1] == "reference", kind
+    assert set(dispatch.QUANTIZERS.values()) <= set(dispatch.BACKENDS)
+    assert reference.SERVED == set(Feature)
+
+
+@pytest.mark.parametrize("device", ["meta", "mps"])
+def test_blocks_on_other_devices_are_quantized_with_pytorch(device):
+    class Elsewhere(torch.Tensor):
+        device = torch.device("meta")
+
+    k = torch.zeros(1, 1, 32, 64).as_subclass(Elsewhere)
+    Elsewhere.device = torch.device(device)
+    assert dispatch.quantizer(k, CODECS["int4"], CODECS["int4"]) is quantize_blocks
 
 
 @pytest.mark.parametrize(
