@@ -71,10 +71,9 @@ def _check(k_buffer: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor) -> No
         )
 
 
-def _append_attend_fake(
-    k_buffer, v_buffer, q, k, v, lengths, leftpad, scale, window, wraps, softcap, s_aux, backend
-) -> torch.Tensor:
-    _check(k_buffer, k, lengths)
+def _fake(k_buffer, v_buffer, q, k, v, numbers, *rest) -> torch.Tensor:
+    """Of both ops: `numbers` are the lengths or the counts."""
+    _check(k_buffer, k, numbers)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
@@ -131,13 +130,6 @@ def _present(call: AttendCall, counts: torch.Tensor) -> torch.Tensor:
     return (there & (position >= call.leftpad[:, None]))[:, None, None]
 
 
-def _append_attend_packed_fake(
-    k_exact, v_exact, q, k, v, counts, leftpad, packed, codecs, layout, scale, softcap, s_aux, backend
-) -> torch.Tensor:
-    _check(k_exact, k, counts)
-    return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
-
-
 _NEW = "Tensor q, Tensor k, Tensor v"
 # Of `torch.ops.hf_kvattn`: arguments, implementation, fake implementation.
 OPS: dict[str, tuple[str, Callable, Callable]] = {
@@ -145,13 +137,13 @@ OPS: dict[str, tuple[str, Callable, Callable]] = {
         f"Tensor(a!) k_buffer, Tensor(b!) v_buffer, {_NEW}, Tensor lengths, Tensor leftpad, float scale, int? window, "
         "bool wraps, float? softcap, Tensor? s_aux, str backend",
         _append_attend,
-        _append_attend_fake,
+        _fake,
     ),
     "append_attend_packed": (
         f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, "
         "str[] codecs, int[] layout, float scale, float? softcap, Tensor? s_aux, str backend",
         _append_attend_packed,
-        _append_attend_packed_fake,
+        _fake,
     ),
 }
 

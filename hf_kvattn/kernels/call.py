@@ -31,6 +31,12 @@ class Feature(str, Enum):
     WINDOW = "window"
 
 
+# Groups of features that backends have in common.
+RULES = frozenset({Feature.BIDIRECTIONAL, Feature.LEFT_PADDING, Feature.SOFTCAP, Feature.WINDOW})
+PIECES = frozenset({Feature.RING, Feature.S_AUX, Feature.SINKS})  # parts of one softmax beside dense keys in order
+TRAINING = frozenset({Feature.DROPOUT, Feature.GRADIENTS})
+
+
 @dataclass(slots=True)
 class SinkKV:
     """First tokens that stay visible after a sliding window has passed them (StreamingLLM, arXiv:2309.17453).
@@ -124,28 +130,20 @@ class AttendCall:
 
     def features(self) -> list[Feature]:
         """What this call asks for beyond causal attention over dense keys."""
-        used = [] if self.causal else [Feature.BIDIRECTIONAL]
-        if self.window is not None:
-            used.append(Feature.WINDOW)
-        if self.softcap is not None:
-            used.append(Feature.SOFTCAP)
-        if self.leftpad is not None:
-            used.append(Feature.LEFT_PADDING)
-        if self.mask is not None:
-            used.append(Feature.DENSE_MASK)
-        if self.dropout > 0:
-            used.append(Feature.DROPOUT)
-        if self.packed is not None:
-            used.append(Feature.PACKED)
-        if self.tokens is not None:
-            used.append(Feature.RING)
-        if self.sinks is not None:
-            used.append(Feature.SINKS)
-        if self.s_aux is not None:
-            used.append(Feature.S_AUX)
-        if self.needs_grad:
-            used.append(Feature.GRADIENTS)
-        return used
+        uses = (
+            (Feature.BIDIRECTIONAL, not self.causal),
+            (Feature.WINDOW, self.window is not None),
+            (Feature.SOFTCAP, self.softcap is not None),
+            (Feature.LEFT_PADDING, self.leftpad is not None),
+            (Feature.DENSE_MASK, self.mask is not None),
+            (Feature.DROPOUT, self.dropout > 0),
+            (Feature.PACKED, self.packed is not None),
+            (Feature.RING, self.tokens is not None),
+            (Feature.SINKS, self.sinks is not None),
+            (Feature.S_AUX, self.s_aux is not None),
+            (Feature.GRADIENTS, self.needs_grad),
+        )
+        return [feature for feature, used in uses if used]
 
     def beyond(self, served: frozenset[Feature]) -> str | None:
         """The features that are not among `served`, as `no dense mask, no dropout`; None where all are."""

@@ -19,19 +19,9 @@ from types import ModuleType
 
 import torch
 
-from .call import AttendCall, Feature
+from .call import PIECES, RULES, AttendCall
 
-SERVED = frozenset(
-    {
-        Feature.BIDIRECTIONAL,
-        Feature.LEFT_PADDING,
-        Feature.RING,
-        Feature.S_AUX,
-        Feature.SINKS,
-        Feature.SOFTCAP,
-        Feature.WINDOW,
-    }
-)
+SERVED = RULES | PIECES
 _FA2, _FA3 = "flash_attn", "flash_attn_interface"
 _INSTALL = "pip install flash-attn --no-build-isolation"
 

@@ -23,20 +23,9 @@ from ..quant import rotation
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .call import AttendCall, Feature, SinkKV
+from .call import PIECES, RULES, AttendCall, Feature, SinkKV
 
-SERVED = frozenset(
-    {
-        Feature.BIDIRECTIONAL,
-        Feature.LEFT_PADDING,
-        Feature.PACKED,
-        Feature.RING,
-        Feature.S_AUX,
-        Feature.SINKS,
-        Feature.SOFTCAP,
-        Feature.WINDOW,
-    }
-)
+SERVED = RULES | PIECES | {Feature.PACKED}
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
 _ABI_VERSION = 6

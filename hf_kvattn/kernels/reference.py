@@ -4,23 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .call import AttendCall, Feature
+from .call import PIECES, RULES, TRAINING, AttendCall, Feature
 
-SERVED = frozenset(
-    {
-        Feature.BIDIRECTIONAL,
-        Feature.DENSE_MASK,
-        Feature.DROPOUT,
-        Feature.GRADIENTS,
-        Feature.LEFT_PADDING,
-        Feature.PACKED,
-        Feature.RING,
-        Feature.S_AUX,
-        Feature.SINKS,
-        Feature.SOFTCAP,
-        Feature.WINDOW,
-    }
-)
+SERVED = RULES | PIECES | TRAINING | {Feature.DENSE_MASK, Feature.PACKED}
 
 
 def unavailable() -> str | None:
@@ -29,7 +15,7 @@ def unavailable() -> str | None:
 
 def unsupported(call: AttendCall) -> str | None:
     beyond = call.beyond(SERVED)
-    return f"the reference serves {beyond}" if beyond else None
+    return beyond and f"the reference serves {beyond}"
 
 
 def attend(call: AttendCall) -> torch.Tensor:

@@ -14,21 +14,10 @@ from itertools import chain
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import AttendCall, Feature
+from .call import TRAINING, AttendCall, Feature
 
-# What torch's function has, with masks where it has no argument,
-PLAIN = frozenset(
-    {
-        Feature.BIDIRECTIONAL,
-        Feature.DENSE_MASK,
-        Feature.DROPOUT,
-        Feature.GRADIENTS,
-        Feature.LEFT_PADDING,
-        Feature.RING,
-        Feature.WINDOW,
-    }
-)
-# and what is computed here, a tile of keys at a time, in inference.
+# What torch's function has, with masks where it has no argument, and what is computed here a tile of keys at a time.
+PLAIN = frozenset({Feature.BIDIRECTIONAL, Feature.LEFT_PADDING, Feature.RING, Feature.WINDOW, Feature.DENSE_MASK})
 TILED = frozenset({Feature.PACKED, Feature.S_AUX, Feature.SINKS, Feature.SOFTCAP})
 TILE = 1024  # tokens dequantized at once, a multiple of 32
 WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
@@ -44,12 +33,11 @@ def is_plain(call: AttendCall) -> bool:
 
 
 def unsupported(call: AttendCall) -> str | None:
-    served = PLAIN if is_plain(call) else (PLAIN | TILED) - {Feature.DROPOUT, Feature.GRADIENTS}
-    if beyond := call.beyond(served):
-        return f"sdpa serves {beyond}" + (
-            "" if is_plain(call) else "; softcap, sinks and quantized tokens in inference only"
-        )
-    return None
+    if is_plain(call):
+        beyond = call.beyond(PLAIN | TRAINING)
+        return beyond and f"sdpa serves {beyond}"
+    beyond = call.beyond(PLAIN | TILED)
+    return beyond and f"sdpa serves {beyond}; softcap, sinks and quantized tokens in inference only"
 
 
 def attend(call: AttendCall) -> torch.Tensor:

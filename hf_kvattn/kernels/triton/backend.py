@@ -14,20 +14,9 @@ import torch
 
 from ...quant.codecs import Codec
 from ...quant.packed import PackedKV
-from ..call import AttendCall, Feature
+from ..call import PIECES, RULES, AttendCall, Feature
 
-SERVED = frozenset(
-    {
-        Feature.BIDIRECTIONAL,
-        Feature.LEFT_PADDING,
-        Feature.PACKED,
-        Feature.RING,
-        Feature.S_AUX,
-        Feature.SINKS,
-        Feature.SOFTCAP,
-        Feature.WINDOW,
-    }
-)
+SERVED = RULES | PIECES | {Feature.PACKED}
 READ_CODECS = ("int8", "fp8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
 MAX_QUERIES = 16
