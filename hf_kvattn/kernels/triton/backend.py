@@ -89,9 +89,7 @@ def attend(call: AttendCall, lengths: torch.Tensor | None = None) -> torch.Tenso
     from . import attention  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):
-        out, _ = attention.decode_attention(
-            *attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device), lengths=lengths
-        )
+        out, _ = attention.launch(call, _multiprocessors(call.q.device), lengths)
     return out
 
 
@@ -110,10 +108,8 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
     """`quant.blocks.quantize_blocks` on the GPU of `k`. Queued."""
     from . import quantize  # triton is an optional dependency
 
-    k_codes, k_scale, k_zero, k_mean, *values = into.arrays()
-    arrays = (k_mean, k_codes, k_scale, k_zero, *values)
     with torch.cuda.device(k.device):
-        quantize.quantize_blocks(k, v, *arrays, into.k_bits, into.v_bits, slot)
+        quantize.launch(k, v, into, slot)
 
 
 @functools.lru_cache
