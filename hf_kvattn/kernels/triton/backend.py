@@ -1,5 +1,5 @@
-"""Triton on a GPU, for quantized caches: decode attention that reads them packed (the backend `triton`), and blocks
-quantized in one kernel. What serves what, without triton; the kernels are in `attention_kernels.py`, `quantize.py`.
+"""Triton on a GPU, for quantized caches: decode attention over packed blocks (the backend `triton`), and a kernel that
+quantizes blocks. This module needs no triton. The kernels are in `attention_kernels.py` and `quantize.py`.
 
 Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
@@ -41,8 +41,8 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _no_fp8(device: torch.device) -> str | None:
-    """Why the kernels do not read fp8 on this GPU. (Where ROCm's Triton converts it in software, they get twice as
-    long: 8-bit codes, with as many bytes, are faster there.)"""
+    """Why the kernels do not read fp8 on this GPU. ROCm's Triton may convert it in software, which doubles a kernel's
+    instructions: 8-bit codes take as many bytes and are faster there."""
     if torch.version.hip is not None:
         return "triton kernels read fp8 on NVIDIA's GPUs only"
     capability = torch.cuda.get_device_capability(device)
