@@ -140,7 +140,7 @@ class KVCache(Cache):
             layer.replace_buffers({name: next(views) for name in layer.buffers()})
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_frozen": None}
+        return {**self.__dict__, "_shared": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

@@ -231,9 +231,7 @@ def compile_case(case: Case) -> dict[str, int]:
             packed = call.packed
             assert packed is not None
             new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
-            k_arrays = packed.k_mean, packed.k_codes, packed.k_scale, packed.k_zero
-            v_arrays = packed.v_codes, packed.v_scale, packed.v_zero
-            triton_quantize.launch(new, new, *k_arrays, *v_arrays, packed.k_bits, packed.v_bits, 0)
+            triton_quantize.launch(new, new, packed, 0)
         else:
             lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
             triton_attention.launch(call, 132, lengths)

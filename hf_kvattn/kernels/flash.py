@@ -1,13 +1,13 @@
 """FlashAttention on NVIDIA GPUs: `flash_attn` (FA2), or `flash_attn_interface` (FA3) on compute capability 9.0.
 
-One library function serves everything, `flash_attn_with_kvcache`, on views of the cache transposed to `(B, T, Hkv, D)`:
-nothing is copied. A decode step is split over the tokens, with the query heads of a group as rows of their KV head; for
-a prompt it launches the kernel of `flash_attn_func`. Left padding is `cache_leftpad`: nothing is unpadded, which would
-copy keys and values and read lengths back from the GPU. For one query a ring buffer that wraps is read in two pieces,
-and sinks are a piece of their own; the log-sum-exps join them.
+Every call uses one function of the library, `flash_attn_with_kvcache`, on views of the cache transposed to
+`(B, T, Hkv, D)`: nothing is copied. For a decode step it splits the tokens over the GPU and computes the query heads of
+a group together. For a prompt it launches the kernel of `flash_attn_func`. Left padding is passed as `cache_leftpad`.
+Unpadding would copy keys and values and read lengths back from the GPU. With one query, a ring buffer that wraps is
+read in two pieces, and sinks are a piece of their own. The results are merged by their log-sum-exps.
 
 `append_attend` is a decode step whose lengths are on the GPU: the library appends the new tokens in the same call.
-`attend` finds them written by the cache, as every backend does, with two small copies a layer.
+With `attend` the cache has written them before, as for every backend, which takes two small copies a layer.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def unsupported(call: AttendCall) -> str | None:
 
 
 def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
-    """Where the tokens from `begin` on lie, in one piece or two: the position of each one's first token, its slots."""
+    """The slots of the tokens from `begin` on, in one piece or two, each with the position of its first token."""
     slots = call.k.shape[2]
     everything = call.tokens == slots and not begin and call.leftpad is None
     if not call.slot or (everything and call.q.shape[2] == 1):  # the order of keys does not matter to one query
@@ -108,7 +108,7 @@ def attend(call: AttendCall) -> torch.Tensor:
     for start, slots in _pieces(call, begin):
         padding = {}
         if call.leftpad is not None:
-            # With the length: without it the kernels read whole tiles as if nothing were padded.
+            # The length is passed too: without it the kernels read all tiles, as if nothing were padded.
             length = slots.stop - slots.start
             leftpad = (call.leftpad.to(q.device, torch.int32) - start).clamp(0, length)
             padding = {"cache_leftpad": leftpad, "cache_seqlens": length}
@@ -131,14 +131,14 @@ def cannot_append(call: AttendCall) -> str | None:
 def append_attend(
     call: AttendCall, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, reach: torch.Tensor, wraps: bool
 ) -> torch.Tensor:
-    """Writes the new token of each row into the whole buffers of `call`, in place, and attends to it and those before.
+    """Writes each row's new token into the buffers of `call`, in place, and attends to it and the tokens before it.
 
     Args:
-        call: one query a row over buffers of all slots; `window` and `leftpad` are in `reach` already.
+        call: one query a row over the buffers with all their slots. `reach` includes the window and left padding.
         k, v: `(B, Hkv, 1, D)`, the new tokens.
-        slot: `(B,)` int32 on the GPU, where each row's token goes.
-        reach: `(B,)` int32 on the GPU, how many tokens before it each query sees.
-        wraps: whether the buffers are rings, in which the slot before the first is the last.
+        slot: `(B,)` int32 on the GPU, the slot of each row's new token.
+        reach: `(B,)` int32 on the GPU, how many earlier tokens each query sees.
+        wraps: whether the buffers are rings: the tokens before slot 0 are in the last slots.
 
     Returns:
         `(B, 1, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU.
@@ -155,7 +155,7 @@ def append_attend(
 
 
 def _launcher(call: AttendCall) -> Callable[..., tuple]:
-    """The library's function with what all pieces of `call` have in common: it returns results and log-sum-exps."""
+    """The library's function with the arguments that all pieces of `call` share: it returns results, log-sum-exps."""
     library, reason = _library(call.q.device)
     if library is None:
         raise ValueError(f"backend 'flash' cannot be used here: {reason}")
@@ -172,7 +172,7 @@ def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:
     if len(parts) == 1 and call.s_aux is None:
         return parts[0][0]
     scores = torch.stack([part[1] for part in parts])
-    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # the library's mark of a part without keys
+    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # the library returns inf for a part without keys
     if call.s_aux is not None:
         own = call.s_aux.float()[:, None].expand_as(scores[:1])
         scores = torch.cat([scores, own])

@@ -1,8 +1,8 @@
 """The C++ kernels of `csrc/`, loaded with ctypes: flash-decoding on a CPU, one pass over each KV head for its group.
 
-The library is built with the package where a C++ compiler is found. It knows nothing of Python or PyTorch, so one
-build serves every version of both; what it must share with PyTorch is the OpenMP runtime, and it does so by being
-loaded after PyTorch has loaded its own.
+The library is built with the package where a C++ compiler is found. It uses neither Python's nor PyTorch's headers, so
+one build serves every version of both. It shares PyTorch's OpenMP runtime: it must be loaded after PyTorch has loaded
+its own.
 """
 
 from __future__ import annotations

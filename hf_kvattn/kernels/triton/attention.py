@@ -1,5 +1,5 @@
-"""Decode attention in Triton over quantized and exact tokens: which program takes which, and the op that launches both
-kernels (`attention_kernels.py`).
+"""Decode attention in Triton over quantized and exact tokens: how the tokens are split over programs, and the launch of
+both kernels (`attention_kernels.py`).
 
 This module needs triton and is imported when the first call comes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -15,18 +16,20 @@ import triton
 from ...quant import rotation
 from ...quant.layout import BLOCK
 from ...quant.packed import PackedKV
-from ..call import AttendCall, SinkKV
+from ..call import AttendCall
 from .attention_kernels import decode_attention_kernel, merge_splits_kernel
 
 MAX_SPLITS = 128
-_SPLIT_PAYS = 16  # a split reads so many times the bytes that its partial result costs,
-_SPLIT_BLOCKS = (8, 64)  # within these bounds: with many query rows it is more important that all multiprocessors read
+# A split reads at least so many times the bytes that are written and read for its partial result, if that takes no more
+# blocks than the second bound: with many query rows it is more important that all multiprocessors have work.
+_SPLIT_READ_RATIO = 16
+_SPLIT_BLOCKS = (8, 64)
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How much a program takes at once: query rows, blocks of 32 tokens; its warps, and the stages of its loads."""
+    """What a program computes at once: query rows, blocks of 32 tokens; its warps, and the stages of its loads."""
 
     rows: int
     blocks: int
@@ -35,20 +38,22 @@ class Tile:
 
 
 def tile_for(rows: int, padded: int, three_bits: bool, amd: bool) -> Tile:
-    """The tile for `rows` query rows a KV head and heads of `padded` numbers: none spills, two fit a multiprocessor.
+    """The tile for `rows` query rows a KV head and heads of `padded` numbers.
 
-    On AMD's GPUs, where the next loads wait in registers, one fits with 8-bit keys and heads of more than 128 numbers,
-    and 32 rows of 128 numbers spill with codes of 3 bits.
+    No kernel spills registers, and two programs fit a multiprocessor. AMD's GPUs prefetch into registers: there only
+    one program fits with 8-bit keys and heads of more than 128 numbers, and 32 rows of 128 numbers would spill with
+    codes of 3 bits.
     """
-    most = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
-    # More rows are tiles, which read the same keys and values one after another.
+    max_rows = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
+    # More query rows take several tiles, which read the same keys and values.
     stages = 2 if amd and padded <= 128 else 3
-    return Tile(min(most, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, 4, stages)
+    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, 4, stages)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Which tokens which programs take: from `block_begin` and `exact_begin` on, `blocks` blocks' worth a split."""
+    """How the tokens from `block_begin` and `exact_begin` on are split: into `packed` splits of `blocks` blocks, and
+    `exact` splits of as many exact tokens."""
 
     block_begin: int
     exact_begin: int
@@ -60,7 +65,7 @@ class Splits:
 def splits_for(
     call: AttendCall, programs: int, multiprocessors: int, blocks_at_once: int, any_length: bool = False
 ) -> Splits:
-    """Splits that fill the GPU, where `programs` are needed for each; from lengths alone, so nothing waits for it.
+    """Splits that fill the GPU, where each takes `programs` programs. They depend on lengths alone, not on tensors.
 
     With `any_length` they serve every length up to that of `call`: a window may begin anywhere.
     """
@@ -72,12 +77,18 @@ def splits_for(
     packed_blocks = packed_tokens // BLOCK - block_begin
     exact_blocks = -(-(exact - exact_begin) // BLOCK)
     wanted = max(1, multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs)
-    wanted = min(wanted, MAX_SPLITS - 2 - (call.sinks is not None))  # both kinds round up, and sinks are one more
+    wanted = min(wanted, MAX_SPLITS - 2 - (call.sinks is not None))  # both kinds round up; sinks are one more split
     bits = 16 if call.packed is None else (call.packed.k_bits + call.packed.v_bits) / 2
     rows = call.q.shape[2] * call.q.shape[1] // call.k.shape[1]
-    least, most = _SPLIT_BLOCKS
-    pays = _SPLIT_PAYS * rows * 8 / (2 * BLOCK * bits / 8)  # of each channel: 4 bytes written and read; keys and values
-    blocks = max(min(most, max(least, math.ceil(pays))), -(-(packed_blocks + exact_blocks) // wanted))
+    low, high = _SPLIT_BLOCKS
+    partial_bytes, block_bytes = (
+        rows * 8,
+        2 * BLOCK * bits / 8,
+    )  # of a channel: float32 written and read; keys and values
+    blocks = max(
+        min(high, max(low, math.ceil(_SPLIT_READ_RATIO * partial_bytes / block_bytes))),
+        -(-(packed_blocks + exact_blocks) // wanted),
+    )
     blocks = -(-blocks // blocks_at_once) * blocks_at_once
     return Splits(block_begin, exact_begin, blocks, -(-packed_blocks // blocks), -(-exact_blocks // blocks))
 
@@ -91,9 +102,9 @@ def launch(
         call: no ring with `lengths`: its tokens lie in order from slot 0 on.
         multiprocessors: of the GPU.
         lengths: `(2,)` int32 on the device of `q`, read when the kernels run: how many packed tokens (a multiple of 32)
-            and exact tokens there are; Tk is their sum. Those of `call`, the most that there may be, then only say how
-            the work is split, so that one captured launch serves all lengths. Beyond them memory is read that is not
-            the cache's: nothing can check it here. Without a packed part the first number is not read.
+            and exact tokens there are; Tk is their sum. The lengths of `call` are then upper bounds, which decide how
+            the work is split, so that one captured launch serves all lengths. Greater numbers in `lengths` would read
+            beyond the cache's memory: this cannot be checked here. Without a packed part the first number is not read.
 
     Raises:
         ValueError: `lengths` of another shape, dtype or device, or beside a ring or sinks.
@@ -118,23 +129,23 @@ def launch(
     if (sinks := call.sinks) is not None:  # exact tokens with queries of their own: the last split
         sink_call = AttendCall(sinks.q, sinks.k, sinks.v, call.scale, softcap=call.softcap, leftpad=sinks.leftpad)
         last = partial.narrow(2, own_splits, 1), partial_lse.narrow(2, own_splits, 1)
-        all_of_them = Splits(0, 0, 2 * tile.blocks, 0, 1)
-        _queue_decode(sink_call, sinks.evicted + q_len - 1, None, tile, all_of_them, *last, n_splits)
+        one_split = Splits(0, 0, 2 * tile.blocks, 0, 1)
+        _queue_decode(sink_call, sinks.evicted + q_len - 1, None, tile, one_split, *last, n_splits)
     merge_splits_kernel[(q_len, q_heads, batch)](
-        partial,
-        partial_lse,
-        call.s_aux,
-        out,
-        lse,
-        n_splits,
-        splits.packed,
-        q_len,
+        partial_ptr=partial,
+        partial_lse_ptr=partial_lse,
+        s_aux_ptr=call.s_aux,
+        out_ptr=out,
+        lse_ptr=lse,
+        splits=n_splits,
+        packed_splits=splits.packed,
+        q_len=q_len,
         HEADS=q_heads,
         HEADS_PER_KV=heads_per_kv,
         D=dim,
         PADDED=padded,
         LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
-        MOST=MAX_SPLITS,
+        MAX_SPLITS=MAX_SPLITS,
         CHUNK=8,
         num_warps=4,
     )
@@ -153,54 +164,37 @@ def _queue_decode(
 ) -> None:
     """Queues the kernel that writes the results of `splits` to `partial` and `partial_lse`.
 
-    With `n_splits` those are the last of so many splits, and the tokens are sinks: `kv_len` says what is seen of them.
+    With `n_splits` these are the last of so many splits, and the tokens are sinks: `kv_len` says how many are visible.
     """
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
     batch, q_heads, q_len, dim = q.shape
     kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
     row_tiles = triton.cdiv(heads_per_kv * q_len, tile.rows)
-    packed = call.packed
-    group = dim if packed is None else dim // packed.v_scale.shape[3]
     decode_attention_kernel[(row_tiles * max(1, splits.packed + splits.exact), kv_heads, batch)](
-        q,
-        k,
-        v,
-        call.leftpad,
-        lengths,
-        *((None,) * 7 if packed is None else packed.arrays()),
-        partial,
-        partial_lse,
-        call.scale,
-        call.softcap or 0.0,
-        0 if packed is None else packed.start,
-        0 if packed is None else packed.tokens,
-        splits.block_begin,
-        0 if packed is None else packed.tokens // BLOCK,
-        0 if packed is None else packed.slot,
-        0 if packed is None else packed.k_codes.shape[2],
-        splits.exact_begin,
-        k.shape[2] if call.tokens is None else call.tokens,
-        call.slot,
-        k.shape[2],
-        kv_len,
-        2**31 - 1 if call.window is None else call.window,
-        splits.blocks,
-        splits.packed,
-        partial.shape[2] if n_splits is None else n_splits,
-        q_len,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        leftpad_ptr=None if call.leftpad is None else call.leftpad.to(q.device, torch.int32),
+        lengths_ptr=lengths,
+        partial_ptr=partial,
+        lse_ptr=partial_lse,
+        scale=call.scale,
+        softcap=call.softcap or 0.0,
+        **_packed_arguments(call.packed, dim),
+        **_split_arguments(splits, partial.shape[2] if n_splits is None else n_splits),
+        exact=k.shape[2] if call.tokens is None else call.tokens,
+        exact_slot=call.slot,
+        ring=k.shape[2],
+        kv_len=kv_len,
+        window=2**31 - 1 if call.window is None else call.window,
+        q_len=q_len,
+        **strides(q=q, k=k, v=v),
         KV_HEADS=kv_heads,
         HEADS_PER_KV=heads_per_kv,
         D=dim,
         PADDED=max(16, triton.next_power_of_2(dim)),
         ROWS=tile.rows,
         BLOCKS=tile.blocks,
-        K_BITS=0 if packed is None else packed.k_bits,
-        V_BITS=0 if packed is None else packed.v_bits,
-        GROUP=group,
-        SPAN=group & -group,
         CAUSAL=call.causal,
         SOFTCAP=call.softcap is not None,
         SINKS=n_splits is not None,
@@ -208,6 +202,48 @@ def _queue_decode(
         num_stages=tile.stages,
         **_registers(),
     )
+
+
+def _packed_arguments(packed: PackedKV | None, dim: int) -> dict[str, Any]:
+    """What `decode_attention_kernel` is told of the quantized tokens of heads of `dim`."""
+    if packed is None:
+        arrays = dict.fromkeys(("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"))
+        numbers = dict.fromkeys(("start", "packed_tokens", "blocks", "slot", "slots", "K_BITS", "V_BITS"), 0)
+        return {**arrays, **numbers, "GROUP": dim, "SPAN": dim & -dim}
+    group = dim // packed.v_scale.shape[3]
+    return {
+        "k_codes": packed.k_codes,
+        "k_scale": packed.k_scale,
+        "k_zero": packed.k_zero,
+        "k_mean": packed.k_mean,
+        "v_codes": packed.v_codes,
+        "v_scale": packed.v_scale,
+        "v_zero": packed.v_zero,
+        "start": packed.start,
+        "packed_tokens": packed.tokens,
+        "blocks": packed.tokens // BLOCK,
+        "slot": packed.slot,
+        "slots": packed.k_codes.shape[2],
+        "K_BITS": packed.k_bits,
+        "V_BITS": packed.v_bits,
+        "GROUP": group,
+        "SPAN": group & -group,
+    }
+
+
+def _split_arguments(splits: Splits, n_splits: int) -> dict[str, int]:
+    return {
+        "block_begin": splits.block_begin,
+        "exact_begin": splits.exact_begin,
+        "split_blocks": splits.blocks,
+        "packed_splits": splits.packed,
+        "splits": n_splits,
+    }
+
+
+def strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """`stride_qb`, `stride_qh` and `stride_qt` of a tensor `q` `(B, H, T, D)`, and so on."""
+    return {f"stride_{name}{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate("bht")}
 
 
 def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
@@ -223,107 +259,6 @@ def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
 
 
 def _registers() -> dict[str, int]:
-    """Lets a thread have the 255 registers that still leave room for two blocks of 4 warps: without this option the
-    assembler spills a few bytes here and there to fit a third. Triton has it for NVIDIA alone."""
+    """Allows a thread 255 registers, with which two programs of 4 warps fit a multiprocessor. Without this option the
+    assembler spills a few bytes to make room for a third. Triton has it for NVIDIA only."""
     return {} if torch.version.hip else {"maxnreg": 255}
-
-
-@torch.library.custom_op("hf_kvattn::decode_attention", mutates_args=())
-def decode_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    leftpad: torch.Tensor | None,
-    packed: list[torch.Tensor | None],
-    layout: list[int],
-    tokens: int | None,
-    slot: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: list[torch.Tensor],
-    evicted: int,
-    s_aux: torch.Tensor | None,
-    multiprocessors: int,
-    lengths: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`launch` as an op of `torch.library`: the fields of an `AttendCall`, see there and `op_arguments`."""
-    call = _call(q, k, v, leftpad, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted)
-    call.s_aux = s_aux
-    return launch(call, multiprocessors, lengths)
-
-
-@decode_attention.register_fake
-def _(
-    q,
-    k,
-    v,
-    leftpad,
-    packed,
-    layout,
-    tokens,
-    slot,
-    scale,
-    causal,
-    window,
-    softcap,
-    sinks,
-    evicted,
-    s_aux,
-    multiprocessors,
-    lengths=None,
-):
-    batch, q_heads, q_len, dim = q.shape
-    for tensor in (k, v, leftpad, s_aux, lengths, *packed, *sinks):
-        torch._check(tensor is None or tensor.device == q.device, lambda: f"q is on {q.device}, not all others are")
-    return q.new_empty(batch, q_len, q_heads, dim), q.new_empty(batch, q_heads, q_len, dtype=torch.float32)
-
-
-def op_arguments(call: AttendCall) -> tuple:
-    """`call` as the arguments of the op.
-
-    `packed` holds a packed part's arrays, `layout` its numbers; `sinks` their k, v, q and perhaps first.
-    """
-    packed, sinks = call.packed, call.sinks
-    return (
-        call.q,
-        call.k,
-        call.v,
-        _on_device(call.leftpad, call.q.device),
-        [] if packed is None else list(packed.arrays()),
-        [] if packed is None else [packed.start, packed.tokens, packed.k_bits, packed.v_bits, packed.slot],
-        call.tokens,
-        call.slot,
-        call.scale,
-        call.causal,
-        call.window,
-        call.softcap,
-        []
-        if sinks is None
-        else [
-            sinks.k,
-            sinks.v,
-            sinks.q,
-            *([] if sinks.leftpad is None else [_on_device(sinks.leftpad, call.q.device)]),
-        ],
-        0 if sinks is None else sinks.evicted,
-        call.s_aux,
-    )
-
-
-def _on_device(leftpad: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if leftpad is None else leftpad.to(device, torch.int32)
-
-
-def _call(q, k, v, leftpad, packed, layout, tokens, slot, scale, causal, window, softcap, sinks, evicted) -> AttendCall:
-    """The inverse of `op_arguments`."""
-    call = AttendCall(q, k, v, scale, causal, window, softcap, leftpad, tokens=tokens, slot=slot)
-    if sinks:
-        own_k, own_v, own_q, *own_first = sinks
-        call.sinks = SinkKV(own_k, own_v, own_q, evicted, *own_first)
-    if layout:
-        *numbers, packed_slot = layout
-        call.packed = PackedKV(*numbers, *packed)
-        call.packed.slot = packed_slot
-    return call

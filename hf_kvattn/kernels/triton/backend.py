@@ -1,5 +1,5 @@
-"""Triton on a GPU, for quantized caches: decode attention that reads them packed (the backend `triton`), and blocks
-quantized in one kernel. What serves what, without triton; the kernels are in `attention_kernels.py`, `quantize.py`.
+"""Triton on a GPU, for quantized caches: decode attention over packed blocks (the backend `triton`), and a kernel that
+quantizes blocks. This module needs no triton. The kernels are in `attention_kernels.py` and `quantize.py`.
 
 Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
@@ -42,8 +42,8 @@ def _too_old(device: torch.device) -> str | None:
 
 
 def _no_fp8(device: torch.device) -> str | None:
-    """Why the kernels do not read fp8 on this GPU. (Where ROCm's Triton converts it in software, they get twice as
-    long: 8-bit codes, with as many bytes, are faster there.)"""
+    """Why the kernels do not read fp8 on this GPU. ROCm's Triton may convert it in software, which doubles a kernel's
+    instructions: 8-bit codes take as many bytes and are faster there."""
     if torch.version.hip is not None:
         return "triton kernels read fp8 on NVIDIA's GPUs only"
     capability = torch.cuda.get_device_capability(device)
@@ -93,9 +93,7 @@ def attend_lengths(call: AttendCall, lengths: torch.Tensor | None) -> torch.Tens
     from . import attention  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):
-        out, _ = attention.decode_attention(
-            *attention.op_arguments(call), multiprocessors=_multiprocessors(call.q.device), lengths=lengths
-        )
+        out, _ = attention.launch(call, _multiprocessors(call.q.device), lengths)
     return out
 
 
@@ -114,10 +112,8 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
     """`quant.blocks.quantize_blocks` on the GPU of `k`. Queued."""
     from . import quantize  # triton is an optional dependency
 
-    k_codes, k_scale, k_zero, k_mean, *values = into.arrays()
-    arrays = (k_mean, k_codes, k_scale, k_zero, *values)
     with torch.cuda.device(k.device):
-        quantize.quantize_blocks(k, v, *arrays, into.k_bits, into.v_bits, slot)
+        quantize.launch(k, v, into, slot)
 
 
 @functools.lru_cache

@@ -1,8 +1,8 @@
-"""Quantizes and packs whole blocks of 32 tokens in Triton, as `quant/` does: one program a block and KV head.
+"""Quantizes and packs whole blocks of 32 tokens in Triton, as `quant/` does: one program for each block and KV head.
 
-Codes, scales and zeros are those of `quant/` on a CPU bit for bit: the same operations in the same order, with IEEE
-division and without contraction into fused multiply-adds. For 8 and 4 bits; the search of 3 and 2 bits for the range of
-each group stays with PyTorch's operations (unrolled into this kernel it spills registers).
+Codes, scales and zeros are those of `quant/` on a CPU bit for bit: the operations and their order are the same,
+division is IEEE's, and nothing is contracted into fused multiply-adds. It serves 8 and 4 bits. With 3 and 2 bits each
+group's range is searched for, which stays with PyTorch's operations: unrolled into this kernel it spills registers.
 
 Checked in Triton's interpreter; never run on a GPU. This module needs triton and is imported when the first call comes.
 """
@@ -15,39 +15,42 @@ import triton.language as tl
 
 from ...quant import rotation
 from ...quant.layout import BLOCK
+from ...quant.packed import PackedKV
+from .attention import strides
 from .attention_kernels import rotate
+from .backend import WRITTEN_CODECS
 
 
 @triton.jit
 def _round(x):
-    """To the nearest whole number, ties to even, of magnitudes below 2**22."""
+    """To the nearest integer, ties to even, for magnitudes below 2**22."""
     return x + 12582912.0 - 12582912.0
 
 
 @triton.jit
-def _quantize(x, counts, AXIS: tl.constexpr, BITS: tl.constexpr):
-    """`codecs.quantize` of the numbers along AXIS that count: codes (float32), scale, zero, AXIS kept as 1."""
+def _quantize(x, members, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """`codecs.quantize` of the numbers in `members` along AXIS, which is kept as 1: codes (float32), scale and zero."""
     if BITS == 8:
-        largest = tl.max(tl.where(counts, tl.abs(x), 0.0), AXIS, keep_dims=True)
+        largest = tl.max(tl.where(members, tl.abs(x), 0.0), AXIS, keep_dims=True)
         scale = tl.div_rn(largest, 127.0).to(tl.bfloat16).to(tl.float32)
-        steps = tl.where(scale > 0, tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
-        return _round(tl.minimum(tl.maximum(steps, -127.0), 127.0)) + 128.0, scale, scale
+        codes = tl.where(scale > 0, tl.div_rn(x, tl.where(scale > 0, scale, 1.0)), 0.0)
+        return _round(tl.minimum(tl.maximum(codes, -127.0), 127.0)) + 128.0, scale, scale
     else:
-        low = tl.min(tl.where(counts, x, float("inf")), AXIS, keep_dims=True)
-        high = tl.max(tl.where(counts, x, -float("inf")), AXIS, keep_dims=True)
+        low = tl.min(tl.where(members, x, float("inf")), AXIS, keep_dims=True)
+        high = tl.max(tl.where(members, x, -float("inf")), AXIS, keep_dims=True)
         zero = low.to(tl.bfloat16).to(tl.float32)
         scale = tl.div_rn(tl.maximum(high - zero, 0.0), 15.0).to(tl.bfloat16).to(tl.float32)
-        steps = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
-        return _round(tl.minimum(tl.maximum(steps, 0.0), 15.0)), scale, zero
+        codes = tl.where(scale > 0, tl.div_rn(x - zero, tl.where(scale > 0, scale, 1.0)), 0.0)
+        return _round(tl.minimum(tl.maximum(codes, 0.0), 15.0)), scale, zero
 
 
 @triton.jit
-def _store_units(at, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+def _store_units(to_ptr, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
     """Packs the units `(PADDED / 2, 64)` of `quant/layout.py` and stores those of the first D channels."""
-    together = tl.reshape(units, (PADDED * BITS // 16, 8 // BITS, 64))
-    packed = tl.sum(together << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
+    sharing_a_byte = tl.reshape(units, (PADDED * BITS // 16, 8 // BITS, 64))
+    packed = tl.sum(sharing_a_byte << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
     byte = tl.arange(0, 4 * BITS * PADDED)
-    tl.store(at + byte, tl.reshape(packed, (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
+    tl.store(to_ptr + byte, tl.reshape(packed, (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
 
 
 @triton.jit(do_not_specialize=["slot", "slots"])
@@ -78,8 +81,8 @@ def quantize_blocks_kernel(
     GROUP: tl.constexpr,
 ):
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    kv, lies = batch * KV_HEADS + head, (slot + tl.program_id(0)) % slots
-    block = kv * slots + lies
+    kv = batch * KV_HEADS + head
+    block = kv * slots + (slot + tl.program_id(0)) % slots
     token = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
     d = tl.arange(0, PADDED)
     inside = (d < D)[None, :]
@@ -100,9 +103,9 @@ def quantize_blocks_kernel(
     x = rotate(tl.load(at, mask=inside, other=0).to(tl.float32), 32, PADDED, LOG_SIZE)
     all_codes = tl.zeros((32, PADDED), tl.float32)
     for group in tl.range(0, D // GROUP):
-        counts = (d // GROUP == group)[None, :]
-        group_codes, group_scale, group_zero = _quantize(x, counts, 1, V_BITS)
-        all_codes = tl.where(counts, group_codes, all_codes)
+        members = (d // GROUP == group)[None, :]
+        group_codes, group_scale, group_zero = _quantize(x, members, 1, V_BITS)
+        all_codes = tl.where(members, group_codes, all_codes)
         at_token = (block * (D // GROUP) + group) * 32 + tl.arange(0, 32)[:, None]
         tl.store(v_scale + at_token, group_scale.to(tl.bfloat16))
         if V_BITS != 8:
@@ -112,71 +115,46 @@ def quantize_blocks_kernel(
     _store_units(v_codes + block * (4 * V_BITS * D), units, V_BITS, D, PADDED)
 
 
-def launch(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    k_mean: torch.Tensor,
-    k_codes: torch.Tensor,
-    k_scale: torch.Tensor,
-    k_zero: torch.Tensor | None,
-    v_codes: torch.Tensor,
-    v_scale: torch.Tensor,
-    v_zero: torch.Tensor | None,
-    k_bits: int,
-    v_bits: int,
-    slot: int,
-) -> None:
-    """Queues the kernel. Finite numbers only: whether they are is the caller's to check.
+def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
+    """Queues the kernel. Finite numbers only: the caller checks that they are.
 
     Args:
         k, v: `(B, Hkv, n * 32, D)`; whole blocks.
-        k_mean: taken off the keys, and the arrays written to: as in `PackedKV`.
-        slot: where the first block goes; the others follow, around the end of the arrays.
+        into: its `k_mean` is subtracted from the keys, and its other arrays are written to.
+        slot: of the first block. The others follow, and wrap at the end of the arrays.
     """
     batch, kv_heads, tokens, dim = k.shape
-    slots = k_codes.shape[2]
+    slots, codecs = into.k_codes.shape[2], (into.k_codec, into.v_codec)
     if tokens % BLOCK or tokens // BLOCK > slots or not 0 <= slot < slots:
         raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
-    if {k_bits, v_bits} - {8, 4}:
-        raise ValueError(f"blocks are quantized in Triton to 8 and 4 bits, not keys to {k_bits} and values to {v_bits}")
-    if (k_bits != 8) != (k_zero is not None) or (v_bits != 8) != (v_zero is not None):
-        raise ValueError(f"keys of {k_bits} and values of {v_bits} bits: zeros are stored below 8 bits, and only there")
+    names = [codec.name for codec in codecs]
+    if not set(names) <= set(WRITTEN_CODECS):
+        raise ValueError("Triton quantizes to 8 and 4 bits, not keys to {} and values to {}".format(*names))
+    if [codec.symmetric for codec in codecs] != [into.k_zero is None, into.v_zero is None]:
+        raise ValueError(
+            "{} keys and {} values: affine codes have zero points, symmetric ones have none".format(*names)
+        )
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
-        k,
-        v,
-        k_mean,
-        k_codes,
-        k_scale,
-        k_zero,
-        v_codes,
-        v_scale,
-        v_zero,
-        slot,
-        slots,
-        *k.stride()[:3],
-        *v.stride()[:3],
+        k_ptr=k,
+        v_ptr=v,
+        k_mean=into.k_mean,
+        k_codes=into.k_codes,
+        k_scale=into.k_scale,
+        k_zero=into.k_zero,
+        v_codes=into.v_codes,
+        v_scale=into.v_scale,
+        v_zero=into.v_zero,
+        slot=slot,
+        slots=slots,
+        **strides(k=k, v=v),
         KV_HEADS=kv_heads,
         D=dim,
         PADDED=triton.next_power_of_2(dim),
         LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
-        K_BITS=k_bits,
-        V_BITS=v_bits,
-        GROUP=dim // v_scale.shape[3],
+        K_BITS=into.k_bits,
+        V_BITS=into.v_bits,
+        GROUP=dim // into.v_scale.shape[3],
         num_warps=4 if dim <= 128 else 8 if torch.version.hip else 16,  # of 64 and of 32 threads; none spills
         enable_fp_fusion=False,
     )
-
-
-# `launch` as an op of `torch.library`.
-quantize_blocks = torch.library.custom_op(
-    "hf_kvattn::quantize_blocks",
-    launch,
-    mutates_args=("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"),
-)
-
-
-@quantize_blocks.register_fake
-def _(k, v, k_mean, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero, k_bits, v_bits, slot):
-    for tensor in (v, k_mean, k_codes, k_scale, k_zero, v_codes, v_scale, v_zero):
-        torch._check(tensor is None or tensor.device == k.device, lambda: f"k is on {k.device}, not all others are")

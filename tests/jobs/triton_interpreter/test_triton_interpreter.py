@@ -8,7 +8,7 @@ import importlib.util
 import itertools
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import bf16_interpreter
@@ -34,13 +34,14 @@ from hf_kvattn.kernels.triton import attention as triton_attention
 from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
 from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.kernels.triton import quantize as triton_quantize
-from hf_kvattn.quant.codecs import FP8, KEYS, VALUES, has_zero, quantize
+from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
 from hf_kvattn.quant.packed import PackedKV
 from hf_kvattn.quant.rotation import rotate
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: without it Triton compiles"
 
+FP8 = "fp8"
 MIXES = [(8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 2), (2, 8), (3, 8), (FP8, FP8), (FP8, 4), (3, FP8)]
 ALL = os.environ.get("KVATTN_TRITON_ALL") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]  # float32 shows the algorithm without rounding
@@ -247,34 +248,35 @@ BUGS = {
     "window off by one": ("> position[:, None] - window", ">= position[:, None] - window", "ring"),
     "padding off by one": ("(key >= leftpad)", "(key > leftpad)", "padded"),
     "end of a split not masked": ("token < end * 32", "token < end * 32 + 32", "splits"),
-    "sums are not rescaled": ("total = total * shrink +", "total = total +", "one split"),
-    "results are not rescaled": ("acc * shrink[:, None]", "acc", "one split"),
-    "NaN where nothing is visible": ('tl.where(new_top == -float("inf"), 0.0, new_top)', "new_top", "padded"),
-    "NaN in an empty split": ("acc / tl.where(total > 0, total, 1.0)[:, None]", "acc / total[:, None]", "padded"),
-    "NaN in an empty row": ("finite = tl.where(top == -float(\"inf\"), 0.0, top)", "finite = top", "padded"),
+    "sums are not rescaled": ("row_sum = row_sum * rescale +", "row_sum = row_sum +", "one split"),
+    "results are not rescaled": ("acc * rescale[:, None]", "acc", "one split"),
+    "NaN where nothing is visible": ('tl.where(new_max == -float("inf"), 0.0, new_max)', "new_max", "padded"),
+    "NaN in an empty split": ("/ tl.where(row_sum > 0, row_sum, 1.0)[:, None]", "/ row_sum[:, None]", "padded"),
+    "NaN in an empty row": ('finite_max = tl.where(row_max == -float("inf"), 0.0, row_max)', "finite_max = row_max",
+                            "padded"),
     "wrong KV head": ("kv = batch * KV_HEADS + head\n", "kv = batch * KV_HEADS\n", "splits"),
     "wrong query head": ("(head * HEADS_PER_KV + rows // q_len)", "(head + rows // q_len * KV_HEADS)", "splits"),
     "wrong group of values": ("channel // GROUP * 32", "channel // GROUP * 0", "splits"),
-    "wrong scale of keys": ("slot[:, None] * D + d[None, :], there", "slot[:, None] * 0 + d[None, :], there", "splits"),
-    "zero of keys left out": ("x = x * step + tl.load(zero + at", "x = x * step + 0 * tl.load(zero + at", "splits"),
-    "mean of keys left out": ("+ of_mean[:, None]", "", "splits"),
+    "wrong scale of keys": ("slot[:, None] * D + d[None, :], valid", "slot[:, None] * 0 + d[None, :], valid", "splits"),
+    "zero of keys left out": ("x * scale + tl.load(zero_ptr + at", "x * scale + 0 * tl.load(zero_ptr + at", "splits"),
+    "mean of keys left out": ("+ mean_score[:, None]", "", "splits"),
     "halves of keys exchanged": ("(0, 2, 3, 1, 4)", "(0, 3, 2, 1, 4)", "splits"),
     "tokens of values exchanged": ("(0, 2, 4, 1, 3)", "(0, 4, 2, 1, 3)", "splits"),
     "values stay rotated": ("rotate(tl.reshape(packed, (1, PADDED)), 1, PADDED, LOG_SIZE)", "packed", "splits"),
-    "wrong ring slot": ("tl.where(lies >= slots, lies - slots, lies)", "lies % (slots - 1)", "ring"),
-    "wrong slot of an exact ring": ("lies - ring, lies)", "lies - ring + 1, lies)", "dense ring"),
+    "wrong ring slot": ("tl.where(at_slot >= slots, at_slot - slots, at_slot)", "at_slot % (slots - 1)", "ring"),
+    "wrong slot of an exact ring": ("at_slot - ring, at_slot)", "at_slot - ring + 1, at_slot)", "dense ring"),
     "first tokens at the wrong place": ("tl.where(token < start, token, ", "tl.where(token < 0, token, ", "padded"),
     "third bits at the wrong place": ("(third << 2)", "(third << 1)", "three bits"),
     "third bits of another unit": ("tl.arange(0, 8).to(tl.uint8)", "(7 - tl.arange(0, 8)).to(tl.uint8)", "three bits"),
     "low bits of another unit": ("(2 * tl.arange(0, 4))", "(6 - 2 * tl.arange(0, 4))", "three bits"),
-    "fp8 keys taken for whole numbers": ("None, :]\n    if codes.dtype.element_ty == tl.float8e4nv:",
+    "fp8 keys taken for whole numbers": ("None, :]\n    if codes_ptr.dtype.element_ty == tl.float8e4nv:",
                                          "None, :]\n    if BITS == 0:", "fp8"),
-    "fp8 values taken for whole numbers": ("3)\n    if codes.dtype.element_ty == tl.float8e4nv:",
+    "fp8 values taken for whole numbers": ("3)\n    if codes_ptr.dtype.element_ty == tl.float8e4nv:",
                                            "3)\n    if BITS == 0:", "fp8"),
-    "learned sinks left out": ("total += tl.exp2(own - finite)", "total += 0", "s_aux"),
+    "learned sinks left out": ("row_sum += tl.exp2(aux - finite_max)", "row_sum += 0", "s_aux"),
     "learned sinks of another head": ("tl.load(s_aux_ptr + head)", "tl.load(s_aux_ptr + query)", "s_aux"),
     "padding of sinks left out": ("key += leftpad", "key += 0", "sinks"),
-    "a split is not merged": ("there = split < splits", "there = split < splits - 1", "splits"),
+    "a split is not merged": ("valid = split < splits", "valid = split < splits - 1", "splits"),
 }  # fmt: skip
 
 
@@ -407,10 +409,10 @@ def test_lengths_do_not_change_the_launch(monkeypatch):
 
             class Recorded:
                 def __getitem__(self, grid, kernel=kernel, numbers=numbers):
-                    def run(*arguments, **constants):
-                        shapes = [each.shape if isinstance(each, torch.Tensor) else each for each in arguments]
-                        numbers.append((grid, shapes, constants))
-                        kernel[grid](*arguments, **constants)
+                    def run(**arguments):
+                        shapes = {n: x.shape if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+                        numbers.append((grid, shapes))
+                        kernel[grid](**arguments)
 
                     return run
 
@@ -447,7 +449,7 @@ BUGS_OF_LENGTHS = {
     "positions of the host": ("kv_len = exact", "kv_len += exact"),
     "packed tokens have no positions": ("kv_len += packed_tokens", "kv_len += 0"),
     "a window begins late": ("kv_len - q_len - window + 1)", "kv_len - q_len - window + 2)"),
-    "an exact split begins late": ("seen_from - packed_tokens)", "seen_from - packed_tokens + 1)"),
+    "an exact split begins late": ("first_visible - packed_tokens)", "first_visible - packed_tokens + 1)"),
 }
 
 
@@ -537,6 +539,11 @@ def traced_bytes(call: AttendCall, monkeypatch) -> int:
     return sum(counted)
 
 
+def arrays_of(packed: PackedKV) -> list[str]:
+    """The names of the tensors that there are."""
+    return [field.name for field in fields(packed) if isinstance(getattr(packed, field.name), torch.Tensor)]
+
+
 def empty_arrays(shape, bits, group) -> dict[str, torch.Tensor | None]:
     batch, heads, slots, dim = shape
 
@@ -548,18 +555,21 @@ def empty_arrays(shape, bits, group) -> dict[str, torch.Tensor | None]:
     return {
         "k_codes": torch.full((batch, heads, slots, 4 * k_bits * dim), 255, dtype=torch.uint8),
         "k_scale": scales(k_bits, *k_shape),
-        "k_zero": scales(k_bits, *k_shape) if has_zero(k_bits) else None,
+        "k_zero": scales(k_bits, *k_shape) if not codec_for(k_bits).symmetric else None,
         "v_codes": torch.full((batch, heads, slots, 4 * v_bits * dim), 255, dtype=torch.uint8),
         "v_scale": scales(v_bits, *v_shape),
-        "v_zero": scales(v_bits, *v_shape) if has_zero(v_bits) else None,
+        "v_zero": scales(v_bits, *v_shape) if not codec_for(v_bits).symmetric else None,
     }
 
 
 def quantized_by_torch(k, v, mean, arrays, bits, group, slots) -> None:
-    k_made = quantize((k.float() - mean[:, :, None]).unflatten(2, (-1, BLOCK)), bits[0], -2, KEYS)
-    v_made = quantize(rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, group)), bits[1], -1, VALUES)
-    arrays["k_codes"][:, :, slots] = pack_keys(k_made[0], bits[0])
-    arrays["v_codes"][:, :, slots] = pack_values(v_made[0].flatten(-2), bits[1])
+    k_codec, v_codec = map(codec_for, bits)
+    blocks = (k.float() - mean[:, :, None]).unflatten(2, (-1, BLOCK))
+    k_made = k_codec.quantize(blocks, -2, k_codec.key_shares)
+    groups = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, group))
+    v_made = v_codec.quantize(groups, -1, v_codec.value_shares)
+    arrays["k_codes"][:, :, slots] = pack_keys(k_made[0], k_codec.planes)
+    arrays["v_codes"][:, :, slots] = pack_values(v_made[0].flatten(-2), v_codec.planes)
     for name, k_part, v_part in (("scale", k_made[1], v_made[1]), ("zero", k_made[2], v_made[2])):
         if k_part is not None:
             arrays[f"k_{name}"][:, :, slots] = k_part[..., 0, :].bfloat16()
@@ -577,7 +587,7 @@ def test_blocks_are_quantized_bit_for_bit_as_quant_does(dim, group, bits, kind):
     mean = k.float().mean(2)
     expected, arrays = (empty_arrays((3, 2, 5, dim), bits, group) for _ in range(2))
     quantized_by_torch(k, v, mean, expected, bits, group, [4, 0])
-    triton_quantize.quantize_blocks(k, v, mean, **arrays, k_bits=bits[0], v_bits=bits[1], slot=4)
+    triton_quantize.launch(k, v, PackedKV(0, 0, *map(codec_for, bits), **arrays, k_mean=mean), slot=4)
     for name, tensor in expected.items():
         assert tensor is None or torch.equal(arrays[name], tensor), name
 
@@ -601,23 +611,29 @@ def made_of(kind: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         ({"tokens": 192}, "192 tokens from slot 0 .* 5 slots"),
         ({"slot": 5}, "from slot 5 on .* 5 slots"),
         ({"slot": -1}, "from slot -1"),
-        ({"v_bits": 2}, "8 and 4 bits, not keys to 4 and values to 2"),
-        ({"v_bits": 8}, "zeros are stored below 8 bits"),
+        ({"v_bits": 2}, "8 and 4 bits, not keys to int4 and values to int2"),
+        ({"v_bits": 8}, "int4 keys and int8 values: affine codes have zero points"),
     ],
 )
 def test_what_quantizing_refuses(changes, message):
     numbers = {"tokens": 64, "slot": 0, "k_bits": 4, "v_bits": 4} | changes
-    k = torch.randn(1, 1, numbers.pop("tokens"), 16)
+    k, bits = torch.randn(1, 1, numbers["tokens"], 16), (numbers["k_bits"], numbers["v_bits"])
+    into = PackedKV(0, 0, *map(codec_for, bits), **empty_arrays((1, 1, 5, 16), (4, 4), 16), k_mean=k[:, :, 0])
     with pytest.raises(ValueError, match=message):
-        triton_quantize.quantize_blocks(k, k, k[:, :, 0], **empty_arrays((1, 1, 5, 16), (4, 4), 16), **numbers)
+        triton_quantize.launch(k, k, into, numbers["slot"])
 
 
 @pytest.mark.parametrize(("bits", "window"), [((4, 8), None), ((8, 4), 50), ((4, 4), None)], ids=str)
 def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypatch):
     """Through the cache's own steps: a prompt, growth, a ring that wraps; and nothing is read back meanwhile."""
     monkeypatch.setattr(quantized_layer, "_CHUNK_BLOCKS", 2)
-    launched, queue = [], triton_backend.quantize_blocks
-    monkeypatch.setattr(triton_backend, "quantize_blocks", lambda *args: launched.append(queue(*args)))
+    launched, launch = [], triton_quantize.launch
+
+    def launch_on_cpu(k, v, into, slot):  # the interpreter reads memory
+        on_cpu = replace(into, **{name: getattr(into, name).data_on_cpu for name in arrays_of(into)})
+        launched.append(launch(k.data_on_cpu, v.data_on_cpu, on_cpu, slot))
+
+    monkeypatch.setattr(triton_quantize, "launch", launch_on_cpu)
     settings = quantized_layer.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
     here, there = (quantized_layer.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
@@ -640,50 +656,42 @@ def test_keys_and_values_of_any_strides_are_quantized():
     quantized_by_torch(k, v, mean, expected, (4, 4), 32, [0, 1])
     apart = [torch.stack((t, torch.full_like(t, 7)), -1)[..., 0] for t in (k, v)]
     assert apart[0].stride(-1) == 2
-    triton_quantize.quantize_blocks(*apart, mean, **arrays, k_bits=4, v_bits=4, slot=0)
+    triton_quantize.launch(*apart, PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean), slot=0)
     assert all(torch.equal(arrays[name], tensor) for name, tensor in expected.items())
 
 
 def test_append_quantize_and_attend():
-    """Blocks quantized by one op are read by the other, step by step, as a cache does it."""
+    """Blocks quantized by one kernel are read by the other, step by step, as a cache does it."""
     k, v, q = (torch.randn(1, heads, 100, 64).bfloat16() for heads in (2, 2, 6))
     arrays, mean = empty_arrays((1, 2, 3, 64), (4, 4), 32), k[:, :, :32].float().mean(2)
     for step in (40, 64, 70, 99):
         packed = step // BLOCK * BLOCK
         for block in range(packed // BLOCK):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
-            triton_quantize.quantize_blocks(
-                k[:, :, part], v[:, :, part], mean, **arrays, k_bits=4, v_bits=4, slot=block
-            )
+            into = PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean)
+            triton_quantize.launch(k[:, :, part], v[:, :, part], into, slot=block)
         tail = slice(packed, step)
         call = AttendCall(q[:, :, step : step + 1], k[:, :, tail], v[:, :, tail], 0.125)
-        call.packed = PackedKV(0, packed, 4, 4, **arrays, k_mean=mean)
+        call.packed = PackedKV(0, packed, codec_for(4), codec_for(4), **arrays, k_mean=mean)
         check(call)
 
 
-def test_ops_are_declared_as_they_are():
+def test_the_backend_launches_the_kernels_on_what_a_call_holds(monkeypatch):
+    """With and without lengths, and with sinks; a row's padding may be of another integer type."""
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     call = one_head(packed_problem("g8-d96", 4, 8, torch.float16, start=4))
     call.leftpad = torch.tensor([60], dtype=torch.int32)
     lengths = torch.tensor([call.packed.tokens, call.k.shape[2]], dtype=torch.int32)
-    for more in ((), (lengths,)):
-        arguments, number = (
-            triton_attention.op_arguments(call),
-            {"multiprocessors": 3} | ({"lengths": lengths} if more else {}),
-        )
-        torch.library.opcheck(triton_attention.decode_attention, arguments, number)
-        op = triton_attention.decode_attention(*arguments, **number)
-        for mine, direct in zip(op, triton_attention.launch(call, 3, *more), strict=True):
-            assert torch.equal(mine, direct)
-    sink_inputs = problem("sinks-padded", torch.float16)
-    torch.library.opcheck(
-        triton_attention.decode_attention, triton_attention.op_arguments(sink_inputs), {"multiprocessors": 3}
-    )
-    made = triton_attention.decode_attention(*triton_attention.op_arguments(sink_inputs), multiprocessors=3)
-    check(sink_inputs, made=made)
-    k, v = made_of("normal", 32)
-    arrays = empty_arrays((3, 2, 3, 32), (4, 4), 32)
-    arguments, numbers = (k, v, k.float().mean(2), *arrays.values()), {"k_bits": 4, "v_bits": 4, "slot": 1}
-    torch.library.opcheck(triton_quantize.quantize_blocks, arguments, numbers)
+    for more in ((None,), (lengths,)):
+        direct, _ = triton_attention.launch(call, 3, *more)
+        assert torch.equal(triton_backend.attend_lengths(call, *more), direct)
+        assert torch.equal(triton_backend.attend_lengths(replace(call, leftpad=call.leftpad.long()), *more), direct)
+    sinks = problem("sinks-padded", torch.float16)
+    made = triton_attention.launch(sinks, 3)
+    check(sinks, made=made)
+    sinks.sinks.leftpad = sinks.sinks.leftpad.long()
+    assert torch.equal(triton_backend.attend(sinks), made[0])
 
 
 def test_a_model_decodes_through_the_backend(monkeypatch):
