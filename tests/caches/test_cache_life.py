@@ -178,6 +178,18 @@ def test_forks_continue_one_prefix_each_in_its_way(kind):
     assert torch.equal(model.generate(asks[1], **arguments, past_key_values=cache), expected[1])
 
 
+@pytest.mark.parametrize("kind", ALL)
+def test_a_forked_cache_leaves_its_shared_memory_behind_when_it_is_pickled_or_copied(kind):
+    """Shared memory is a file of this process: its number means another file in the process that loads the pickle."""
+    cache = ALL[kind](tiny_config())
+    forward(cache, tokens(50))
+    cache.fork()
+    for other in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
+        assert other._shared is None and same(contents(other), contents(cache))
+        forward(other.fork(), tokens(3))
+        assert same(contents(other), contents(cache))
+
+
 def resident_bytes() -> int:
     """Of this process, shared pages counted once."""
     with open("/proc/self/smaps_rollup") as file:
