@@ -204,41 +204,24 @@ def _queue_decode(
     )
 
 
+_ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
+
+
 def _packed_arguments(packed: PackedKV | None, dim: int) -> dict[str, Any]:
     """What `decode_attention_kernel` is told of the quantized tokens of heads of `dim`."""
     if packed is None:
-        arrays = dict.fromkeys(("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero"))
         numbers = dict.fromkeys(("start", "packed_tokens", "blocks", "slot", "slots", "K_BITS", "V_BITS"), 0)
-        return {**arrays, **numbers, "GROUP": dim, "SPAN": dim & -dim}
-    group = dim // packed.v_scale.shape[3]
-    return {
-        "k_codes": packed.k_codes,
-        "k_scale": packed.k_scale,
-        "k_zero": packed.k_zero,
-        "k_mean": packed.k_mean,
-        "v_codes": packed.v_codes,
-        "v_scale": packed.v_scale,
-        "v_zero": packed.v_zero,
-        "start": packed.start,
-        "packed_tokens": packed.tokens,
-        "blocks": packed.tokens // BLOCK,
-        "slot": packed.slot,
-        "slots": packed.k_codes.shape[2],
-        "K_BITS": packed.k_bits,
-        "V_BITS": packed.v_bits,
-        "GROUP": group,
-        "SPAN": group & -group,
-    }
+        return {**dict.fromkeys(_ARRAYS), **numbers, "GROUP": dim, "SPAN": dim & -dim}
+    group, slots = dim // packed.v_scale.shape[3], packed.k_codes.shape[2]
+    arrays = {name: getattr(packed, name) for name in _ARRAYS}
+    lengths = {"start": packed.start, "packed_tokens": packed.tokens, "blocks": packed.tokens // BLOCK}
+    widths = {"K_BITS": packed.k_bits, "V_BITS": packed.v_bits, "GROUP": group, "SPAN": group & -group}
+    return {**arrays, **lengths, "slot": packed.slot, "slots": slots, **widths}
 
 
 def _split_arguments(splits: Splits, n_splits: int) -> dict[str, int]:
-    return {
-        "block_begin": splits.block_begin,
-        "exact_begin": splits.exact_begin,
-        "split_blocks": splits.blocks,
-        "packed_splits": splits.packed,
-        "splits": n_splits,
-    }
+    begins = {"block_begin": splits.block_begin, "exact_begin": splits.exact_begin}
+    return {**begins, "split_blocks": splits.blocks, "packed_splits": splits.packed, "splits": n_splits}
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:

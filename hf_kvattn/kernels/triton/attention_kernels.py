@@ -48,16 +48,9 @@ def _load_units(
 
 @triton.jit
 def _load_keys(
-    codes_ptr,
-    scale_ptr,
-    zero_ptr,
-    slot,
-    valid,
-    BLOCKS: tl.constexpr,
-    BITS: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-):
+    codes_ptr, scale_ptr, zero_ptr, slot, valid,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
     """float32 keys of some blocks without their mean, `(BLOCKS * 32, PADDED)`."""
     units = _load_units(codes_ptr, slot, valid, BLOCKS, BITS, D, PADDED)
     lanes = tl.reshape(units, (BLOCKS, PADDED // 4, 2, 16, 4))  # block, channels, half, token, channel
@@ -76,18 +69,9 @@ def _load_keys(
 
 @triton.jit
 def _load_values(
-    codes_ptr,
-    scale_ptr,
-    zero_ptr,
-    slot,
-    valid,
-    BLOCKS: tl.constexpr,
-    BITS: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-):
+    codes_ptr, scale_ptr, zero_ptr, slot, valid,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
     """float32 rotated values of some blocks, `(BLOCKS * 32, PADDED)`; SPAN: largest power of two that divides GROUP."""
     units = _load_units(codes_ptr, slot, valid, BLOCKS, BITS, D, PADDED)
     lanes = tl.reshape(units, (BLOCKS, PADDED // 16, 8, 16, 4))  # block, channels, tokens, channel, token
@@ -110,21 +94,9 @@ def _load_values(
 
 @triton.jit
 def _add_tile(
-    scores,
-    v,
-    valid,
-    key,
-    position,
-    leftpad,
-    scale,
-    softcap,
-    window,
-    row_max,
-    row_sum,
-    acc,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
+    scores, v, valid, key, position, leftpad, scale, softcap, window, row_max, row_sum, acc,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax, in powers of two: keys at the positions `key`, queries at `position`."""
     if SOFTCAP:
         scores = scores * (scale / softcap)
@@ -149,61 +121,20 @@ def _add_tile(
     + ["exact_slot", "ring", "kv_len", "window", "split_blocks", "packed_splits", "splits", "q_len"]
 )
 def decode_attention_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    leftpad_ptr,
+    q_ptr, k_ptr, v_ptr, leftpad_ptr,
     lengths_ptr,  # (2,) int32, numbers of packed and exact tokens that replace the host's; or None
-    k_codes,
-    k_scale,
-    k_zero,
-    k_mean,
-    v_codes,
-    v_scale,
-    v_zero,
+    k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero,
     partial_ptr,  # (B, Hkv, splits, G * Tq, D) float32
     lse_ptr,  # (B, Hkv, splits, G * Tq) float32, of base 2
-    scale,
-    softcap,
-    start,
-    packed_tokens,
-    block_begin,
-    blocks,
-    slot,
-    slots,
-    exact_begin,
-    exact,
-    exact_slot,
-    ring,
-    kv_len,
-    window,
-    split_blocks,
-    packed_splits,
-    splits,
-    q_len,
-    stride_qb,
-    stride_qh,
-    stride_qt,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    KV_HEADS: tl.constexpr,
-    HEADS_PER_KV: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPAN: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-):
+    scale, softcap,
+    start, packed_tokens, block_begin, blocks, slot, slots,  # of packed tokens
+    exact_begin, exact, exact_slot, ring,  # of exact tokens
+    kv_len, window, split_blocks, packed_splits, splits, q_len,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    KV_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     kv = batch * KV_HEADS + head
     row_count = HEADS_PER_KV * q_len
@@ -301,22 +232,14 @@ def rotate(x, ROWS: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits", "packed_splits", "q_len"])
 def merge_splits_kernel(
-    partial_ptr,
-    partial_lse_ptr,
+    partial_ptr, partial_lse_ptr,
     s_aux_ptr,  # (Hq,) scores without values, or None
     out_ptr,  # (B, Tq, Hq, D)
     lse_ptr,  # (B, Hq, Tq) float32, natural
-    splits,
-    packed_splits,
-    q_len,
-    HEADS: tl.constexpr,
-    HEADS_PER_KV: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG_SIZE: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    splits, packed_splits, q_len,
+    HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+    LOG_SIZE: tl.constexpr, MAX_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     query, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row_count = HEADS_PER_KV * q_len
     kv = batch * (HEADS // HEADS_PER_KV) + head // HEADS_PER_KV

@@ -55,31 +55,12 @@ def _store_units(to_ptr, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.
 
 @triton.jit(do_not_specialize=["slot", "slots"])
 def quantize_blocks_kernel(
-    k_ptr,
-    v_ptr,
-    k_mean,
-    k_codes,
-    k_scale,
-    k_zero,
-    v_codes,
-    v_scale,
-    v_zero,
-    slot,
-    slots,
-    stride_kb,
-    stride_kh,
-    stride_kt,
-    stride_vb,
-    stride_vh,
-    stride_vt,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    LOG_SIZE: tl.constexpr,
-    K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    k_ptr, v_ptr, k_mean,
+    k_codes, k_scale, k_zero, v_codes, v_scale, v_zero,
+    slot, slots, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     kv = batch * KV_HEADS + head
     block = kv * slots + (slot + tl.program_id(0)) % slots
