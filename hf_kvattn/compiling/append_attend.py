@@ -19,20 +19,10 @@ from ..quant.packed import PackedKV
 
 
 def _append_attend(
-    k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: torch.Tensor,
-    leftpad: torch.Tensor,
-    scale: float,
-    window: int | None,
-    wraps: bool,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
+    k_buffer: torch.Tensor, v_buffer: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    lengths: torch.Tensor, leftpad: torch.Tensor, scale: float, window: int | None, wraps: bool,
+    softcap: float | None, s_aux: torch.Tensor | None, backend: str,
+) -> torch.Tensor:  # fmt: skip
     """Stores one new token of each row and gives the attention of its query, `(B, 1, Hq, D)`.
 
     Args:
@@ -78,21 +68,10 @@ def _fake(k_buffer, v_buffer, q, k, v, numbers, *rest) -> torch.Tensor:
 
 
 def _append_attend_packed(
-    k_exact: torch.Tensor,
-    v_exact: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    counts: torch.Tensor,
-    leftpad: torch.Tensor,
-    packed: list[torch.Tensor | None],
-    codecs: list[str],
-    layout: list[int],
-    scale: float,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
+    k_exact: torch.Tensor, v_exact: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    counts: torch.Tensor, leftpad: torch.Tensor, packed: list[torch.Tensor | None], codecs: list[str],
+    layout: list[int], scale: float, softcap: float | None, s_aux: torch.Tensor | None, backend: str,
+) -> torch.Tensor:  # fmt: skip
     """`append_attend` for a layer of a `QuantizedKVCache`, whose new tokens are exact.
 
     Args:

@@ -155,32 +155,17 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     leftpad = None if call.leftpad is None else call.leftpad.to(torch.int32).contiguous()
     sinks = call.sinks
     sink_leftpad = None if sinks is None or sinks.leftpad is None else sinks.leftpad.to(torch.int32).contiguous()
+    # In the order of the struct, a line for each of its lines.
     args = _ARGS.pack(
-        _DTYPES[q.dtype],
-        call.causal,
-        torch.get_num_threads(),
-        0,
-        batch,
-        q_heads,
-        k.shape[1],
-        q_len,
-        call.kv_len,
-        dim,
-        call.window or 0,
-        call.scale,
-        call.softcap or 0.0,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        0 if leftpad is None else leftpad.data_ptr(),
-        out.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
+        _DTYPES[q.dtype], call.causal, torch.get_num_threads(), 0,
+        batch, q_heads, k.shape[1], q_len, call.kv_len, dim,
+        call.window or 0, call.scale, call.softcap or 0.0,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr(),
+        out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
         *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_leftpad)),
-    )
+    )  # fmt: skip
     packed = _NOTHING_PACKED
     if call.packed is not None:
         packed = call.packed.as_arguments or _packed_args(call.packed)
@@ -201,32 +186,18 @@ def _sink_args(sinks: SinkKV, leftpad: torch.Tensor | None) -> tuple[int, ...]:
     """The fields of the struct from `sinks` to `sink_kv_stride`; `leftpad` must live as long as the call."""
     q, k, v = sinks.q, sinks.k, sinks.v
     assert q.stride(-1) == k.stride(-1) == 1 and k.stride() == v.stride()  # as caches allocate them
-    return (
-        k.shape[2],
-        sinks.evicted,
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        0 if leftpad is None else leftpad.data_ptr(),
-        *q.stride()[:3],
-        *k.stride()[:3],
-    )
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr())
+    return k.shape[2], sinks.evicted, *pointers, *q.stride()[:3], *k.stride()[:3]
 
 
 def _packed_args(packed: PackedKV) -> bytes:
     """The last fields of the struct, from `packed_start` on."""
     dim = packed.k_scale.shape[-1]
     packed.as_arguments = _PACKED_ARGS.pack(
-        packed.start,
-        packed.tokens,
-        packed.k_codes.shape[2],
-        packed.slot,
-        dim // packed.v_scale.shape[3],
-        rotation.size_for(dim),
-        packed.k_bits,
-        packed.v_bits,
+        packed.start, packed.tokens, packed.k_codes.shape[2], packed.slot,
+        dim // packed.v_scale.shape[3], rotation.size_for(dim), packed.k_bits, packed.v_bits,
         *_addresses(packed),
-    )
+    )  # fmt: skip
     return packed.as_arguments
 
 
@@ -250,23 +221,12 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
     k, v = _side_by_side(k), _side_by_side(v)
     dim = k.shape[3]
     args = _QUANTIZE_ARGS.pack(
-        _DTYPES[k.dtype],
-        torch.get_num_threads(),
-        into.k_bits,
-        into.v_bits,
-        *k.shape[:2],
-        k.shape[2] // BLOCK,
-        dim,
-        dim // into.v_scale.shape[3],
-        rotation.size_for(dim),
-        into.k_codes.shape[2],
-        slot,
-        k.data_ptr(),
-        v.data_ptr(),
-        *k.stride()[:3],
-        *v.stride()[:3],
+        _DTYPES[k.dtype], torch.get_num_threads(), into.k_bits, into.v_bits,
+        *k.shape[:2], k.shape[2] // BLOCK, dim, dim // into.v_scale.shape[3], rotation.size_for(dim),
+        into.k_codes.shape[2], slot,
+        k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3],
         *_addresses(into),
-    )
+    )  # fmt: skip
     if status := _library().kvattn_quantize(args):
         raise RuntimeError(f"native quantization failed ({_ERRORS.get(status, status)}) for keys {tuple(k.shape)}")
 

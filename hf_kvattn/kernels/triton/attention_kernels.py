@@ -70,7 +70,8 @@ def _load_keys(
 @triton.jit
 def _load_values(
     codes_ptr, scale_ptr, zero_ptr, slot, valid,
-    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+    PADDED: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """float32 rotated values of some blocks, `(BLOCKS * 32, PADDED)`; SPAN: largest power of two that divides GROUP."""
     units = _load_units(codes_ptr, slot, valid, BLOCKS, BITS, D, PADDED)
