@@ -28,14 +28,13 @@ def checked_config(
     """
     steps = None
     if device.type == "cuda" and records_graphs(config):
-        try:
-            steps = DecodeSteps(cache)
-        except ValueError as error:
+        if obstacle := cache.graph_obstacle():
             asked = f"options={config.options!r}" if config.mode is None else f"mode={config.mode!r}"
             raise ValueError(
-                f"compile_config has {asked}, which records CUDA graphs: {error}. Without them, as with "
-                "mode='default' or 'max-autotune-no-cudagraphs', every cache is served"
-            ) from error
+                f"compile_config has {asked}, which records CUDA graphs: they require {obstacle}. Without them, as "
+                "with mode='default' or 'max-autotune-no-cudagraphs', every cache is served"
+            )
+        steps = DecodeSteps(cache)
     config = copy.copy(config)
     config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
     return config, steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import affine, float8, symmetric
+from . import affine, symmetric
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,20 @@ class Codec:
         """
         if not self.symmetric:
             return affine.quantize(x, self.bits, dim, shares)
-        codes, scale = (symmetric if self.dtype == torch.uint8 else float8).quantize(x, dim)
-        return codes, scale, None
+        return *symmetric.quantize(x, dim, self.dtype), None
 
     def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
         """float32 numbers of the shape of `codes`."""
         if zero is not None:
             return affine.dequantize(codes, scale, zero)
-        return (symmetric if self.dtype == torch.uint8 else float8).dequantize(codes, scale)
+        return symmetric.dequantize(codes, scale)
 
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
         Codec("int8", (8,), symmetric=True),
-        Codec("fp8", (8,), symmetric=True, dtype=float8.DTYPE),
+        Codec("fp8", (8,), symmetric=True, dtype=symmetric.FP8),
         Codec("int4", (4,)),
         Codec("int3", (2, 1), key_shares=(1.0, 0.95, 0.9), value_shares=(1.0, 0.95, 0.9, 0.85)),
         Codec("int2", (2,), key_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), value_shares=(0.8,)),

@@ -22,7 +22,7 @@ from hf_kvattn import QuantizedKVCache
 from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import backend as triton_backend
-from hf_kvattn.quant import affine, float8
+from hf_kvattn.quant import affine, symmetric
 from hf_kvattn.quant.blocks import quantize_blocks
 from hf_kvattn.quant.codecs import CODECS, Codec, codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
@@ -126,7 +126,7 @@ def test_fp8_rounds_by_a_sixteenth_at_most(seed, offset, spread, outlier):
 def test_fp8_codes_are_those_of_the_format():
     """Numbers that it has, with a scale of 1: 448 is the largest, 2^-9 the least."""
     x = torch.tensor([[448.0, -448, 416, 1, -1.125, 0, 2**-6, 2**-9, -3 * 2**-9, 2**-11, 17, 19]])
-    codes, scale = float8.quantize(x, -1)
+    codes, scale = symmetric.quantize(x, -1, torch.float8_e4m3fn)
     assert scale.item() == 1
     # 17 and 19 lie between 16, 18 and 20: ties go to the even mantissa.
     assert codes.float().tolist() == [[448, -448, 416, 1, -1.125, 0, 2**-6, 2**-9, -3 * 2**-9, 0, 16, 20]]
