@@ -81,14 +81,9 @@ def splits_for(
     bits = 16 if call.packed is None else (call.packed.k_bits + call.packed.v_bits) / 2
     rows = call.q.shape[2] * call.q.shape[1] // call.k.shape[1]
     low, high = _SPLIT_BLOCKS
-    partial_bytes, block_bytes = (
-        rows * 8,
-        2 * BLOCK * bits / 8,
-    )  # of a channel: float32 written and read; keys and values
-    blocks = max(
-        min(high, max(low, math.ceil(_SPLIT_READ_RATIO * partial_bytes / block_bytes))),
-        -(-(packed_blocks + exact_blocks) // wanted),
-    )
+    # Of each channel: a partial result in float32, written and read, against the keys and values of a block.
+    pays = math.ceil(_SPLIT_READ_RATIO * (rows * 8) / (2 * BLOCK * bits / 8))
+    blocks = max(min(high, max(low, pays)), -(-(packed_blocks + exact_blocks) // wanted))
     blocks = -(-blocks // blocks_at_once) * blocks_at_once
     return Splits(block_begin, exact_begin, blocks, -(-packed_blocks // blocks), -(-exact_blocks // blocks))
 
@@ -132,23 +127,11 @@ def launch(
         one_split = Splits(0, 0, 2 * tile.blocks, 0, 1)
         _queue_decode(sink_call, sinks.evicted + q_len - 1, None, tile, one_split, *last, n_splits)
     merge_splits_kernel[(q_len, q_heads, batch)](
-        partial_ptr=partial,
-        partial_lse_ptr=partial_lse,
-        s_aux_ptr=call.s_aux,
-        out_ptr=out,
-        lse_ptr=lse,
-        splits=n_splits,
-        packed_splits=splits.packed,
-        q_len=q_len,
-        HEADS=q_heads,
-        HEADS_PER_KV=heads_per_kv,
-        D=dim,
-        PADDED=padded,
-        LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
-        MAX_SPLITS=MAX_SPLITS,
-        CHUNK=8,
-        num_warps=4,
-    )
+        partial_ptr=partial, partial_lse_ptr=partial_lse, s_aux_ptr=call.s_aux, out_ptr=out, lse_ptr=lse,
+        splits=n_splits, packed_splits=splits.packed, q_len=q_len,
+        HEADS=q_heads, HEADS_PER_KV=heads_per_kv, D=dim, PADDED=padded,
+        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, MAX_SPLITS=MAX_SPLITS, CHUNK=8, num_warps=4,
+    )  # fmt: skip
     return out, lse
 
 
@@ -171,37 +154,19 @@ def _queue_decode(
     kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
     row_tiles = triton.cdiv(heads_per_kv * q_len, tile.rows)
     decode_attention_kernel[(row_tiles * max(1, splits.packed + splits.exact), kv_heads, batch)](
-        q_ptr=q,
-        k_ptr=k,
-        v_ptr=v,
+        q_ptr=q, k_ptr=k, v_ptr=v, lengths_ptr=lengths,
         leftpad_ptr=None if call.leftpad is None else call.leftpad.to(q.device, torch.int32),
-        lengths_ptr=lengths,
-        partial_ptr=partial,
-        lse_ptr=partial_lse,
-        scale=call.scale,
-        softcap=call.softcap or 0.0,
+        partial_ptr=partial, lse_ptr=partial_lse, scale=call.scale, softcap=call.softcap or 0.0,
         **_packed_arguments(call.packed, dim),
         **_split_arguments(splits, partial.shape[2] if n_splits is None else n_splits),
-        exact=k.shape[2] if call.tokens is None else call.tokens,
-        exact_slot=call.slot,
-        ring=k.shape[2],
-        kv_len=kv_len,
-        window=2**31 - 1 if call.window is None else call.window,
-        q_len=q_len,
+        exact=k.shape[2] if call.tokens is None else call.tokens, exact_slot=call.slot, ring=k.shape[2],
+        kv_len=kv_len, window=2**31 - 1 if call.window is None else call.window, q_len=q_len,
         **strides(q=q, k=k, v=v),
-        KV_HEADS=kv_heads,
-        HEADS_PER_KV=heads_per_kv,
-        D=dim,
-        PADDED=max(16, triton.next_power_of_2(dim)),
-        ROWS=tile.rows,
-        BLOCKS=tile.blocks,
-        CAUSAL=call.causal,
-        SOFTCAP=call.softcap is not None,
-        SINKS=n_splits is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **_registers(),
-    )
+        KV_HEADS=kv_heads, HEADS_PER_KV=heads_per_kv, D=dim, PADDED=max(16, triton.next_power_of_2(dim)),
+        ROWS=tile.rows, BLOCKS=tile.blocks,
+        CAUSAL=call.causal, SOFTCAP=call.softcap is not None, SINKS=n_splits is not None,
+        num_warps=tile.warps, num_stages=tile.stages, **_registers(),
+    )  # fmt: skip
 
 
 _ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")

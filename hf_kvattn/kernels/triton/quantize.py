@@ -117,25 +117,11 @@ def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
         )
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
-        k_ptr=k,
-        v_ptr=v,
-        k_mean=into.k_mean,
-        k_codes=into.k_codes,
-        k_scale=into.k_scale,
-        k_zero=into.k_zero,
-        v_codes=into.v_codes,
-        v_scale=into.v_scale,
-        v_zero=into.v_zero,
-        slot=slot,
-        slots=slots,
+        k_ptr=k, v_ptr=v, k_mean=into.k_mean, k_codes=into.k_codes, k_scale=into.k_scale, k_zero=into.k_zero,
+        v_codes=into.v_codes, v_scale=into.v_scale, v_zero=into.v_zero, slot=slot, slots=slots,
         **strides(k=k, v=v),
-        KV_HEADS=kv_heads,
-        D=dim,
-        PADDED=triton.next_power_of_2(dim),
-        LOG_SIZE=rotation.size_for(dim).bit_length() - 1,
-        K_BITS=into.k_bits,
-        V_BITS=into.v_bits,
-        GROUP=dim // into.v_scale.shape[3],
+        KV_HEADS=kv_heads, D=dim, PADDED=triton.next_power_of_2(dim), GROUP=dim // into.v_scale.shape[3],
+        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, K_BITS=into.k_bits, V_BITS=into.v_bits,
         num_warps=4 if dim <= 128 else 8 if torch.version.hip else 16,  # of 64 and of 32 threads; none spills
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
