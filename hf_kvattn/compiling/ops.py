@@ -90,10 +90,6 @@ def _append_and_attend(
     return attend_layer(layer, q, k, v, Rules(*rules))
 
 
-def _append_and_attend_fake(ticket, layer_idx, *arguments):
-    return _attend_fake(*arguments)
-
-
 class TracedHandle:
     """The handle of a layer while a model is traced: the op in the graph stores and attends when the graph runs.
 
@@ -114,21 +110,18 @@ class TracedHandle:
         return append_and_attend(self._ticket, self._index, query, key, value, *rules.for_op())
 
 
+_TICKET = "Tensor(a!) ticket"
 _RULES = "Tensor? mask, float? scaling, bool is_causal, int? window, float? softcap, Tensor? s_aux"
+_ATTENTION = f"Tensor q, Tensor k, Tensor v, {_RULES}"
+# Of `torch.ops.hf_kvattn`: arguments, implementation, fake implementation.
 _OPS: dict[str, tuple[str, Callable, Callable]] = {
-    "begin": ("Tensor(a!) ticket, Tensor tokens, Tensor? position_ids, Tensor? mask", _begin, _begin_fake),
-    "leftpad": (
-        "Tensor(a!) ticket, Tensor mask, SymInt new, bool sliding",
-        _leftpad,
-        _leftpad_fake,
-    ),
+    "begin": (f"{_TICKET}, Tensor tokens, Tensor? position_ids, Tensor? mask", _begin, _begin_fake),
+    "leftpad": (f"{_TICKET}, Tensor mask, SymInt new, bool sliding", _leftpad, _leftpad_fake),
     "append_and_attend": (
-        f"Tensor(a!) ticket, int layer_idx, Tensor q, Tensor k, Tensor v, {_RULES}",
-        _append_and_attend,
-        _append_and_attend_fake,
+        f"{_TICKET}, int layer_idx, {_ATTENTION}", _append_and_attend, lambda ticket, index, *rest: _attend_fake(*rest)
     ),
-    "attend": (f"Tensor q, Tensor k, Tensor v, {_RULES}", _attend, _attend_fake),
-}
+    "attend": (_ATTENTION, _attend, _attend_fake),
+}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)
