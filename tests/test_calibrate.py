@@ -23,6 +23,7 @@ from hf_kvattn import QuantizedKVCache
 from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards, inputs
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.quant.calibration import Calibration, file_name
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "calibrate.py"
@@ -273,7 +274,7 @@ def test_the_prediction_is_the_divergence_of_a_real_run():
                 settings = calibrate.QuantSettings(bits, bits, 16, 0, calibrate.SINKS)
                 stored = calibrate.KVQuantizedLayer(settings, None, layer)
                 stored.append(*kv)
-                stored.finish_attention()
+                stored.finish_attention(dispatch.quantize_blocks)
                 kv[which] = stored.dense()[which]
             return tuple(kv)
 

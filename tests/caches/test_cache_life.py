@@ -16,6 +16,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.kernels import dispatch
 
 # What generate() and its users do to caches: method and arguments, or tokens to append and the batch they come in.
 SCRIPTS = {
@@ -208,7 +209,7 @@ def test_eight_forks_take_the_memory_of_one_prefix(kind):
         generator = torch.Generator().manual_seed(seed)
         for layer in cache.layers:  # not by update(), which would leave large temporary tensors behind
             layer.append(*(torch.randn(1, 2, count, 64, generator=generator) for _ in "kv"))
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
 
     cache = make(tiny_config(head_dim=64))
     store(cache, 10_000 - 40, 0)

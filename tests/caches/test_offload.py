@@ -13,6 +13,7 @@ import hf_kvattn
 from hf_kvattn import StaticKVCache
 from hf_kvattn.caches import offload
 from hf_kvattn.caches.offload import KVOffloadedLayer
+from hf_kvattn.kernels import dispatch
 
 WAYS = {
     "greedy": ("llama", {}, {}),
@@ -90,7 +91,7 @@ def test_two_layers_are_on_the_gpu_at_most_and_the_rest_on_its_way():
             coming = cache.layers[(i + 1) % 3]._coming[0].data_on_cpu
             assert coming.isnan().all(), "the next layer's copy is not waited for"
             assert not layer.dense()[0].data_on_cpu.isnan().any()
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
         assert cache.nbytes == 3 * 2 * (2 * 2 * 20 * 16) * 4
         stored = cache.layers[0]._k[:, :, :6]
         assert stored.permute(2, 0, 1, 3).is_contiguous(), "one piece of memory, or the copy could not run beside work"

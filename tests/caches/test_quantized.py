@@ -496,7 +496,7 @@ def test_on_a_gpu_nothing_is_read_back_while_tokens_are_stored_and_quantized(bit
             k, v = torch.randn(2, 2, 2, count, 16, generator=generator)
             for cache, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
                 cache.layers[0].append(*tokens)
-                cache.layers[0].finish_attention()
+                cache.layers[0].finish_attention(dispatch.quantize_blocks)
             assert reads == []
         assert there.layers[0].packed_tokens == here.layers[0].packed_tokens > 32
         ours = there.layers[0].filled()
@@ -510,10 +510,10 @@ def poisoned_on_a_gpu(name: str, steps: int = 0) -> QuantizedKVCache:
     layer, (k, v) = cache.layers[1], torch.randn(2, 2, 2, 70, 16)
     (k if name == "keys" else v)[1, 0, 7, 3] = torch.nan
     layer.append(*on_gpu((k, v)))
-    layer.finish_attention()
+    layer.finish_attention(dispatch.quantize_blocks)
     for _ in range(steps):
         layer.append(*on_gpu((k[:, :, 60:61], v[:, :, 60:61])))
-        layer.finish_attention()
+        layer.finish_attention(dispatch.quantize_blocks)
     return cache
 
 
@@ -549,7 +549,7 @@ def test_what_needs_the_contents_waits_for_the_answer(use, without_triton):
         layer.reset()
         one = torch.ones(2, 2, 70, 16)
         layer.append(*on_gpu((one, one)))
-        layer.finish_attention()
+        layer.finish_attention(dispatch.quantize_blocks)
         assert layer._finite_checks
         use(layer)
         assert not layer._finite_checks
@@ -561,16 +561,16 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         cache = QuantizedKVCache(tiny_config(), bits=8, group_size=16)
         layer, k = cache.layers[1], torch.randn(2, 2, 40, 16)
         layer.append(*on_gpu((k, k)))
-        layer.finish_attention()
+        layer.finish_attention(dispatch.quantize_blocks)
         twin = copy.deepcopy(layer)
         bad = k.clone()
         bad[0, 0, 5] = torch.inf
         layer.append(*on_gpu((bad, k)))
-        layer.finish_attention()
+        layer.finish_attention(dispatch.quantize_blocks)
         with pytest.raises(ValueError, match="layer 1: keys were NaN or infinite"):
             layer.raise_if_not_finite(wait=True)
         twin.append(*on_gpu((k, k)))
-        twin.finish_attention()
+        twin.finish_attention(dispatch.quantize_blocks)
         twin.raise_if_not_finite(wait=True)
 
 

@@ -21,7 +21,7 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
 from hf_kvattn.attention import LayerHandle
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
-from hf_kvattn.kernels import native, reference, sdpa
+from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.codecs import CODECS, Codec
 from hf_kvattn.quant.layout import BLOCK
@@ -134,7 +134,7 @@ class Caches(RuleBasedStateMachine):
             cache.update(*new, index)
         else:
             LayerHandle(cache, index).update(*new, index)
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
         model.kv = [torch.cat([old, t], 2) for old, t in zip(model.kv, new, strict=True)] if model.kv else new
 
     @rule(which=st.integers(0), count=st.integers(1, 70), batch=st.integers(1, 3), by_update=st.booleans())

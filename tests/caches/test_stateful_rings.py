@@ -19,7 +19,7 @@ from models import tiny_config
 import hf_kvattn
 from hf_kvattn import SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.caches.ring import SLACK
-from hf_kvattn.kernels import native, reference, sdpa
+from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 
 SEQUENCES = int(os.environ.get("HF_KVATTN_SEQUENCES", "30"))
@@ -88,7 +88,7 @@ class Rings(RuleBasedStateMachine):
         for layer, kv, held in zip(cache.layers, new, stream.kv, strict=True):
             layer.append(*kv)
             self.attend(layer, held, count)
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
 
     def attend(self, layer, held, count: int) -> None:
         """The new tokens' queries, as kernels read the ring, against plain softmax over the stream."""
@@ -189,7 +189,7 @@ def test_what_is_filled_is_in_order_wherever_the_ring_begins(length, chunk):
         for start in range(0, length, chunk):
             new = numbers[:, :, start : start + chunk]
             layer.append(new, -new)
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
         newest = numbers[:, :, -min(length, layer.sliding_window + SLACK) :]
         for found, expected in zip(filled_in_order(layer), (newest, -newest), strict=True):
             assert torch.equal(found, expected)

@@ -566,7 +566,7 @@ def test_an_interrupt_before_a_block_is_quantized():
     torch.testing.assert_close(*logits, **LOGITS)
 
 
-def stop_when_counted(layer):
+def stop_when_counted(layer, quantize):
     if layer.seen == 36:
         raise KeyboardInterrupt
 

@@ -6,6 +6,7 @@ import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.attention import LayerHandle
+from hf_kvattn.kernels import dispatch
 
 # What they hold is what they were given, as long as the tests need it: stock's tokens are due.
 EXACT = {
@@ -49,4 +50,4 @@ def forward(cache, new) -> None:
     for index, (k, v) in enumerate(new):
         LayerHandle(cache, index).update(k, v, index)
         cache.layers[index].stored_kv()
-        cache.layers[index].finish_attention()
+        cache.layers[index].finish_attention(dispatch.quantize_blocks)

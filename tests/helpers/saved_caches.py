@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.kernels import dispatch
 from hf_kvattn.quant.calibration import Calibration
 
 CALIBRATION = Calibration(
@@ -39,7 +40,7 @@ def append(cache, count: int, seed: int = 0, chunk: int = 23, batch: int = 2, dt
         for layer, (k, v) in enumerate(tokens[..., start : start + chunk, :]):
             cache.layers[layer].append(k, v)
             cache.layers[layer].sink_inputs(k, None)  # as attention asks
-            cache.layers[layer].finish_attention()
+            cache.layers[layer].finish_attention(dispatch.quantize_blocks)
     return cache
 
 

@@ -28,7 +28,7 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache
 from hf_kvattn.caches import quantized_layer
 from hf_kvattn.evaluation.codegen import traffic_bytes
-from hf_kvattn.kernels import reference
+from hf_kvattn.kernels import dispatch, reference
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import attention as triton_attention
 from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
@@ -641,7 +641,7 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
             k, v = torch.randn(2, 1, 2, count, 64).bfloat16()
             for layer, tokens in ((here, (k, v)), (there, on_gpu((k, v)))):
                 layer.append(*tokens)
-                layer.finish_attention()
+                layer.finish_attention(dispatch.quantize_blocks)
         assert reads == []
         ours = there.filled()
     assert launched and here.packed_tokens == there.packed_tokens and bool(here.dropped) == bool(window)
