@@ -6,8 +6,8 @@
 //   kernels that round weights to bf16.
 //
 // Values are centred: the midpoint of the codes times the sum of the quantized weights is subtracted. A weight's
-// rounding error is so multiplied by a code's distance from the midpoint, not by the code. Zero points are multiplied
-// by the exact weights.
+// rounding error is therefore multiplied by a code's distance from the midpoint, not by the code. Zero points are
+// multiplied by the exact weights.
 //
 // Loops over rows are unrolled by pragmas: otherwise GCC keeps arrays of vectors in memory, where 512-bit stores take
 // two cycles. Blocks are passed by value, since a store of bytes may change anything that is reached through a

@@ -3,8 +3,8 @@
 // higher.
 //
 // Codes are centred: each sum starts at minus the midpoint times the sum of the quantized weights (or of the query). A
-// weight's rounding error is so multiplied by a code's distance from the midpoint. Zero points are multiplied by the
-// exact weights. Codes of 8 bits have no zero point: their midpoint stands for 0.
+// weight's rounding error is therefore multiplied by a code's distance from the midpoint. Zero points are multiplied by
+// the exact weights. Codes of 8 bits have no zero point: their midpoint stands for 0.
 //
 // Loops are unrolled by pragmas where vectors are registers: otherwise GCC keeps arrays of vectors in memory.
 #pragma once

@@ -62,8 +62,8 @@ def quantize_blocks_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    kv = batch * KV_HEADS + head
-    block = kv * slots + (slot + tl.program_id(0)) % slots
+    kv, at_slot = batch * KV_HEADS + head, (slot + tl.program_id(0)) % slots
+    block = kv * slots + at_slot
     token = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
     d = tl.arange(0, PADDED)
     inside = (d < D)[None, :]
