@@ -230,7 +230,7 @@ def test_unsupported_models_say_why():
 def test_bad_arguments():
     model = tiny_model()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="unknown cache 'int5'; known: static, int8, fp8, int4, int2"):
+    with pytest.raises(ValueError, match="unknown cache 'int5'; known: static, int8, fp8, k8v4, int4, int3, int2, or"):
         hf_kvattn.enable(model, cache="int5")
     with pytest.raises(ValueError, match="compile must be True or False, got 'yes'"):
         hf_kvattn.enable(model, compile="yes")
