@@ -1,5 +1,9 @@
 """Shared fixtures. Every test runs with `torch.empty` filled with NaN, so that reading a slot nobody wrote shows."""
 
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"  # read by OpenMP when it loads: a thread that waits leaves its core to others
+
 import pytest
 import torch
 

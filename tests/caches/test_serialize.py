@@ -232,7 +232,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     raw = path.read_bytes()
     code = (
         "import resource, sys, torch\n"
-        "sys.path.insert(0, 'tests')\n"
+        "sys.path.insert(0, 'tests/helpers')\n"
         "from models import tiny_config\n"
         "from hf_kvattn import StaticKVCache, save_cache\n"
         "cache = StaticKVCache(tiny_config())\n"
