@@ -1,61 +1,130 @@
-"""The table of codecs: a new width is a new row, and everything reads it."""
+"""Codecs, the packed layout and the rotation."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from models import generate, prompt, tiny_model
-from tolerance import assert_close_to_reference
+from hypothesis import example, given, settings
 
-import hf_kvattn
-from hf_kvattn import QuantizedKVCache
-from hf_kvattn.kernels import dispatch, native, sdpa
-from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant.codecs import CODECS, Codec, codec_for
-from hf_kvattn.quant.layout import pack_keys, pack_values, unpack_keys, unpack_values
+from hf_kvattn.quant import affine, symmetric
+from hf_kvattn.quant.codecs import CODECS, codec_for
+from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
+from hf_kvattn.quant.rotation import rotate, size_for
 
-INT5, INT6 = Codec("int5", (4, 1)), Codec("int6", (4, 2))
+BITS = [8, 4, 3, 2]
 
 
-@pytest.mark.parametrize("codec", [*CODECS.values(), INT5, INT6], ids=lambda codec: codec.name)
-def test_a_row_is_found_by_its_argument_and_its_codes_take_the_bytes_it_says(codec, monkeypatch):
-    monkeypatch.setitem(CODECS, codec.name, codec)
-    assert codec_for(codec.argument) is codec and 1 <= codec.bits <= 8
-    x = torch.randn(3, 32, 48)
-    codes, scale, zero = codec.quantize(x, -2, codec.key_shares)
-    assert codes.dtype == codec.dtype and (zero is None) == codec.symmetric
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("pack", "unpack"), [(pack_keys, unpack_keys), (pack_values, unpack_values)])
+def test_packing_loses_nothing_and_takes_the_bytes_it_says(pack, unpack, bits, dim):
+    codes = torch.randint(0, 2**bits, (2, 3, BLOCK, dim), dtype=torch.uint8)
+    planes = codec_for(bits).planes
+    packed = pack(codes, planes)
+    assert packed.shape == (2, 3, 4 * bits * dim) and packed.dtype == torch.uint8
+    assert torch.equal(unpack(packed, planes), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_packed_layout_is_the_documented_one(bits):
+    """One code at a time, from the text of quant/layout.py."""
+    codes = torch.randint(0, 2**bits, (BLOCK, 32), dtype=torch.uint8)
+
+    def code(packed: torch.Tensor, unit: int, i: int) -> int:
+        packed, unit = packed[unit // 8 * 64 * bits :], unit % 8  # of its 16 channels
+        if bits == 3:
+            third = packed[128 + i].item() >> unit & 1
+            return (packed[unit // 4 * 64 + i].item() >> (unit % 4 * 2) & 3) + 4 * third
+        per = 8 // bits
+        return packed[unit // per * 64 + i].item() >> (unit % per * bits) & (2**bits - 1)
+
+    keys, values = (pack(codes, codec_for(bits).planes) for pack in (pack_keys, pack_values))
+    for token, channel in torch.cartesian_prod(torch.arange(BLOCK), torch.arange(32)).tolist():
+        expected = codes[token, channel].item()
+        assert code(keys, channel // 4 * 2 + token // 16, token % 16 * 4 + channel % 4) == expected
+        assert code(values, channel // 16 * 8 + token // 4, channel % 16 * 4 + token % 4) == expected
+
+
+@pytest.mark.parametrize("dim", [16, 48, 64, 80])
+def test_the_rotation_is_orthonormal_its_own_inverse_and_stays_in_its_block(dim):
+    matrix, size = rotate(torch.eye(dim)), size_for(dim)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(dim))
+    torch.testing.assert_close(rotate(rotate(torch.eye(dim))), torch.eye(dim))
+    assert torch.equal(matrix != 0, torch.block_diag(*[torch.ones(size, size)] * (dim // size)) != 0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(BITS),
+    st.floats(-1e4, 1e4),
+    st.floats(1e-6, 1e4),
+    st.sampled_from(["normal", "outlier", "constant", "zero", "two"]),
+)
+@example(0, 3, 1e-6, 1e-6, "normal")  # a whole range that was rounded away from its ends once
+@example(3103, 2, 29.0, 2365.0, "constant")  # the rounded zero lies above the group: a negative scale once
+def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
+    if kind == "outlier":
+        x[:, 5] = 1000 * spread + offset
+    if kind == "constant":
+        x[:] = x[:, :1]
+    if kind == "zero":
+        x[:] = 0
+    if kind == "two":
+        x[:, 2:] = x[:, :1]
+    codec = codec_for(bits)
+    full = codec.quantize(x, -1, (1.0,))
+    codes, scale, zero = full
+    error = (codec.dequantize(codes, scale, zero) - x).abs()
+    # Zero and scale are rounded to bfloat16, 2^-9 relative, before the codes are chosen: half a step inside the range,
+    # and at its ends what the rounded scale falls short of.
+    size = x.abs().amax(-1, keepdim=True)
+    short = scale * (2**bits - 1) * 2**-8 + (0 if zero is None else zero.abs() * 2**-8)
+    assert (scale >= 0).all() and (error <= scale / 2 + short + size * 1e-6).all() and int(codes.max()) < 2**bits
+    shrunk = codec.dequantize(*codec.quantize(x, -1, codec.key_shares)) - x  # never a worse sum of fourth powers
+    assert (shrunk.double().pow(4).sum(-1) <= error.double().pow(4).sum(-1) * (1 + 1e-5) + 1e-30).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**31), st.floats(-1e4, 1e4), st.floats(1e-6, 1e4), st.sampled_from([1, 30, 3e4, 0]))
+@example(5, 0, 1, 0)
+def test_fp8_rounds_by_a_sixteenth_at_most(seed, offset, spread, outlier):
+    """Three bits of mantissa; below 2^-6 of the scale steps are equal. Nothing becomes NaN."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
+    x[:, 5] *= outlier
+    x[2] = 0
+    codes, scale, zero = CODECS["fp8"].quantize(x, -1, (1.0,))
+    assert codes.dtype == torch.float8_e4m3fn and zero is None and (scale >= 0).all()
+    read, size = CODECS["fp8"].dequantize(codes, scale, zero), x.abs().amax(-1, keepdim=True)
+    assert read.isfinite().all() and (read[2] == 0).all()
+    # What the scale, of 8 bits, falls short of at the end of the range is less than the last step.
+    assert ((read - x).abs() <= x.abs() * 2**-4 + scale * 2**-10 + size * 1e-6).all()
+    assert (read.abs().amax(-1) >= size[:, 0] * 0.96).all()
+
+
+def test_fp8_codes_are_those_of_the_format():
+    """Numbers that it has, with a scale of 1: 448 is the largest, 2^-9 the least."""
+    x = torch.tensor([[448.0, -448, 416, 1, -1.125, 0, 2**-6, 2**-9, -3 * 2**-9, 2**-11, 17, 19]])
+    codes, scale = symmetric.quantize(x, -1, torch.float8_e4m3fn)
+    assert scale.item() == 1
+    # 17 and 19 lie between 16, 18 and 20: ties go to the even mantissa.
+    assert codes.float().tolist() == [[448, -448, 416, 1, -1.125, 0, 2**-6, 2**-9, -3 * 2**-9, 0, 16, 20]]
+    assert codes.view(torch.uint8)[0, :4].tolist() == [0x7E, 0xFE, 0x7D, 0x38]
+
+
+def test_packing_keeps_fp8_codes():
+    codes = torch.randn(2, BLOCK, 48).mul(100).to(torch.float8_e4m3fn)
     for pack, unpack in ((pack_keys, unpack_keys), (pack_values, unpack_values)):
-        packed = pack(codes, codec.planes)
-        assert packed.shape == (3, 4 * codec.bits * 48)
-        assert torch.equal(unpack(packed, codec.planes).view(torch.uint8), codes.view(torch.uint8))
+        packed, as_bytes = pack(codes, (8,)), codes.view(torch.uint8)
+        assert packed.dtype == codes.dtype and torch.equal(packed.view(torch.uint8), pack(as_bytes, (8,)))
+        assert torch.equal(unpack(packed, (8,)).view(torch.uint8), as_bytes)
 
 
-def test_what_is_no_row_is_refused():
-    for wrong in (5, 7, 4.0, True, None, "8", "int4", [4]):
-        with pytest.raises(ValueError, match="bits must be one of"):
-            codec_for(wrong)
-
-
-def test_a_new_width_is_one_row(monkeypatch):
-    """Codes of 5 bits: PyTorch quantizes and reads them; the kernels that do not know them refuse."""
-    errors = {}
-    monkeypatch.setitem(CODECS, "int5", INT5)
-    model, inputs = tiny_model(), prompt(70)
-    expected = model(**inputs).logits
-    with hf_kvattn.enabled(model), torch.no_grad():
-        for bits in (4, 5, 8):
-            cache = QuantizedKVCache(model.config, bits=bits, group_size=16)
-            model(inputs["input_ids"][:, :68], past_key_values=cache)
-            out = model(inputs["input_ids"][:, 68:], past_key_values=cache).logits
-            errors[bits] = (out - expected[:, 68:]).square().mean()
-            layer = cache.layers[0]
-            k, v, packed, *_ = layer.stored_kv()
-            call = AttendCall(torch.randn(2, 4, 1, 16), k, v, 0.25, packed=packed)
-            assert_close_to_reference(sdpa.attend(call), call)
-            assert packed.k_codes.shape[-1] == 4 * bits * 16
-            assert (dispatch.auto_choice(call)[0], native.unsupported(call)) == (
-                ("sdpa", "native kernels read int8, int4, int3, int2, not int5") if bits == 5 else ("native", None)
-            )
-        assert errors[8] < errors[5] < errors[4]
-        tokens, _ = generate(model, inputs, 40, past_key_values=QuantizedKVCache(model.config, bits=5, group_size=16))
-        with hf_kvattn.backend("reference"):
-            again = QuantizedKVCache(model.config, bits=5, group_size=16)
-            assert torch.equal(tokens, generate(model, inputs, 40, past_key_values=again)[0])
+def test_a_shrunk_range_has_finer_steps_where_that_helps():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3):
+        codec = codec_for(bits)
+        plain, best = affine.quantize(x, bits, -1), codec.quantize(x, -1, codec.key_shares)
+        errors = [(codec.dequantize(*made) - x).pow(4).sum() for made in (plain, best)]
+        assert errors[1] < 0.8 * errors[0] and (best[1] <= plain[1]).all()
+        assert min(codec.key_shares) * 0.98 <= (best[1] / plain[1]).min()
