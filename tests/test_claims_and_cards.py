@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from command_lines import run
+from hf_kvattn.evaluation.variants import Variant
 from huggingface_hub import ModelCard
 from models import tiny_model
 from transformers import DynamicCache
 
 from hf_kvattn.evaluation import cards, claims, inputs, limits, report, stated, variants
-from hf_kvattn.evaluation.variants import Variant
 from hf_kvattn.kernels import reference
 from hf_kvattn.kernels.call import AttendCall
 

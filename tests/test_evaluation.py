@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from command_lines import run
+from hf_kvattn.evaluation.variants import VARIANTS, Variant
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_kvattn.evaluation import bandwidth, drawing, inputs, perplexity, report, throughput, variants
 from hf_kvattn.evaluation import tokens as token_check
-from hf_kvattn.evaluation.variants import VARIANTS, Variant
 
 CONDITIONS = {"model": "tiny", "dtype": "float32", "device": "cpu", "cpu": "a CPU", "threads": 2, "describe": "| a |"}
 

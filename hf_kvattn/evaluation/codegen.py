@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import triton
-from tabulate import tabulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -33,6 +32,7 @@ from ..kernels.triton import backend as triton_backend
 from ..kernels.triton import quantize as triton_quantize
 from ..quant.codecs import FP8, Bits, codes_dtype, has_zero, stored_bits
 from ..quant.layout import BLOCK
+from ..tools.tables import Column, digits, table_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -198,7 +198,7 @@ FP8_TARGETS = ("sm_90", "sm_100")
 
 
 def all_cases() -> list[Case]:
-    """What `scripts/triton_resources.py` compiles."""
+    """What `hf-kvattn triton-resources` compiles."""
     cases = []
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
@@ -338,31 +338,38 @@ def _tokens(case: dict[str, Any]) -> str:
     return f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else ""
 
 
+COLUMNS: list[Column] = [
+    ("kernel", "kernel", str),
+    ("GPU", "target", str),
+    ("head_dim", "head_dim", str),
+    ("rows", "rows", lambda rows: str(rows or "")),
+    ("bits", "tokens", str),
+    ("lengths", "where", str),
+    ("warps", "warps", str),
+    ("registers a thread", "registers", str),
+    ("spilled bytes", "spilled_bytes", str),
+    ("shared bytes", "shared_bytes", str),
+    ("tensor-core instructions", "tensor_core_instructions", str),
+    ("asynchronous copies", "asynchronous_copies", str),
+    ("blocks a multiprocessor", "blocks_per_multiprocessor", str),
+]
+
+
 def table(found: dict[str, Any]) -> str:
     """`triton.json` as a page to read."""
-    names = {
-        "warps": "warps",
-        "registers": "registers a thread",
-        "spilled_bytes": "spilled bytes",
-        "shared_bytes": "shared bytes",
-        "tensor_core_instructions": "tensor-core instructions",
-        "asynchronous_copies": "asynchronous copies",
-        "blocks_per_multiprocessor": "blocks a multiprocessor",
-    }
     rows = [
-        [
-            case["kernel"],
-            case["target"],
-            case["head_dim"],
-            case["rows"] or "",
-            _tokens(case),
-            "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
-            *(row["resources"][name] for name in names),
-        ]
+        {
+            **case,
+            **row["resources"],
+            "tokens": _tokens(case),
+            "where": "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
+        }
         for row in found["kernels"]
         for case in [row["case"]]
     ]
-    traffic = [[*row.values(), f"{row['moved_bytes'] / row['least_bytes']:.3f}"] for row in found["traffic"]]
+    columns: list[Column] = [(name.replace("_", " "), name, str) for name in found["traffic"][0]]
+    traffic = [{**row, "times the least": row["moved_bytes"] / row["least_bytes"]} for row in found["traffic"]]
+    columns.append(("times the least", "times the least", digits(".3f")))
     return f"""# The Triton kernels, compiled
 
 Compiled for these GPUs with triton {found["triton"]} (torch {found["torch"]}), through the package's own host code, and
@@ -375,13 +382,11 @@ reads anew. Registers and shared memory bound the blocks that a multiprocessor h
 whose loads wait in registers: no asynchronous copies there). float32 models are left to other backends: without tensor
 cores the kernels spill.
 
-{tabulate(rows, ["kernel", "GPU", "head_dim", "rows", "bits", "lengths", *names.values()], tablefmt="github")}
-
+{table_of(COLUMNS, rows)}
 ## Bytes of a decode step
 
 What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against
 every load and store that the interpreter makes), against the least possible: visible codes, scales, zeros and exact
 tokens, queries and the result, once each. The rest is the splits' partial results.
 
-{tabulate(traffic, [*(name.replace("_", " ") for name in found["traffic"][0]), "times the least"], tablefmt="github")}
-"""
+{table_of(columns, traffic)}"""
