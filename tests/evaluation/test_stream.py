@@ -7,7 +7,8 @@ import pytest
 import torch
 from models import tiny_model
 
-from hf_kvattn.evaluation import cards, report, stream
+from hf_kvattn.evaluation import cards, stream
+from hf_kvattn.evaluation.common import report
 
 SMALL = stream.Plan(
     tokens=600, window=20, sinks=2, chunk=10, bucket=60, full_tokens=300, last=120, stride=5, steps_at=(100, 500),
