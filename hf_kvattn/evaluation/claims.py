@@ -185,11 +185,9 @@ def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
         none_ms = rounds_ms.get("none")
         rows = [
-            {
-                **{key: row[key] for key in ("variant", "hooked", "step_ms")},
-                "verdict": row["tokens"]["verdict"],
-                "speedup": None if none_ms is None else ratio(none_ms, rounds_ms[row["variant"]]),
-            }
+            {key: row[key] for key in ("variant", "hooked", "step_ms")}
+            | {"verdict": row["tokens"]["verdict"]}
+            | {"speedup": None if none_ms is None else ratio(none_ms, rounds_ms[row["variant"]])}
             for row in cell["rows"]
         ]
         found.append({"context": cell["context"], "rows": rows})
@@ -242,57 +240,32 @@ def measure(
         raise ValueError(f"sizes start at 1: {lengths=}, {cache_lengths=}, {window=}, {rounds=}")
     if "none" not in (names := [variant.name for variant in variants]):
         raise ValueError(f"decoding without a cache is what caches are compared with: 'none' is not among {names}")
+    times = {"new_tokens": new_tokens, "rounds": rounds, "none_limit_s": none_limit_s, "progress": progress}
     decoded = throughput.measure(
-        model,
-        tokenizer,
-        token_ids,
-        variants=variants,
-        contexts=contexts,
-        batch_sizes=[1],
-        new_tokens=new_tokens,
-        rounds=rounds,
-        none_limit_s=none_limit_s,
-        progress=progress,
+        model, tokenizer, token_ids, variants=variants, contexts=contexts, batch_sizes=[1], **times
     )
-    dtype, device, memory = model.dtype, model.device, PeakMemory(model.device)
+    memory = PeakMemory(model.device)
+    layer: dict[str, Any] = {"dtype": model.dtype, "device": model.device, "window": window, "rounds": rounds}
     skipped: list[dict[str, Any]] = []
     attention: list[dict[str, Any]] = []
     with torch.no_grad():
         for length in tqdm(sorted(set(lengths)), desc="prefill attention", disable=not progress):
-            needed = _standard_bytes(heads, length, dtype)
-            if needed > standard_bytes:
-                reason = (
-                    f"the scores would take {needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
-                )
+            needed = _standard_bytes(heads, length, model.dtype)
+            fits = needed <= standard_bytes
+            if not fits:
+                sizes = f"{needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
+                reason = f"the scores would take {sizes}"
                 skipped.append({"variant": "standard attention", "context": length, "batch": 1, "reason": reason})
-            attention.append(
-                measure_attention(
-                    heads,
-                    length,
-                    dtype=dtype,
-                    device=device,
-                    window=window,
-                    standard=needed <= standard_bytes,
-                    rounds=rounds,
-                    memory=memory,
-                )
-            )
+            attention.append(measure_attention(heads, length, standard=fits, memory=memory, **layer))
         layers = [
-            measure_caches(length, dtype=dtype, device=device, window=window, rounds=rounds)
+            measure_caches(length, **layer)
             for length in tqdm(sorted(set(cache_lengths)), desc="caches", disable=not progress)
         ]
     results = {
         "kind": "claims",
-        "settings": {
-            "rounds": rounds,
-            "new_tokens": new_tokens,
-            "heads": list(heads),
-            "window": window,
-            "cache_heads": CACHE_HEADS,
-            "cache_dim": CACHE_DIM,
-            "memory_method": memory.method,
-            "near_tie": decoded["settings"]["near_tie"],
-        },
+        "settings": {"rounds": rounds, "new_tokens": new_tokens, "heads": list(heads), "window": window}
+        | {"cache_heads": CACHE_HEADS, "cache_dim": CACHE_DIM, "memory_method": memory.method}
+        | {"near_tie": decoded["settings"]["near_tie"]},
         "attention": attention,
         "decoding": _decoding(decoded["cells"]),
         "caches": layers,

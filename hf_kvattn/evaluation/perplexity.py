@@ -64,12 +64,6 @@ def _predictions(
         yield model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
 
 
-def _checked(logits: torch.Tensor, variant: Variant, window: int) -> torch.Tensor:
-    if torch.isnan(logits).any():
-        raise FloatingPointError(f"{variant.name} gives NaN logits in window {window}")
-    return logits
-
-
 def _score_piece(score: _Score, logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor | None) -> None:
     """Add the predictions of one piece. Without stock logits it is the stock run itself."""
     for start in range(0, len(targets), SCORED_ROWS):
@@ -100,17 +94,15 @@ def _run_window(
     with caches.running(model, score.variant):
         for logits in _predictions(model, ids, cache, pieces):
             part = slice(done, done + len(logits))
-            _score_piece(score, _checked(logits, score.variant, window), targets[part], _part(stock, part))
+            if torch.isnan(logits).any():
+                raise FloatingPointError(f"{score.variant.name} gives NaN logits in window {window}")
+            _score_piece(score, logits, targets[part], None if stock is None else stock[part])
             done += len(logits)
             if stock is None:
                 kept.append(logits)
     score.bits = bits_per_element(cache, model.config)
     score.bytes = cache_bytes(cache)
     return kept
-
-
-def _part(stock: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-    return None if stock is None else stock[part]
 
 
 def _row(score: _Score, stock: _Score) -> dict[str, Any]:
@@ -197,13 +189,8 @@ def measure(
                 bar.update()
     return {
         "kind": "perplexity",
-        "settings": {
-            "window": window,
-            "prefill": prefill,
-            "stride": stride,
-            "windows": windows,
-            "scored_tokens": windows * (window - prefill),
-        },
+        "settings": {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
+        | {"scored_tokens": windows * (window - prefill)},
         "rows": [_row(score, stock_score) for score in [stock_score, *scores]],
         "skipped": skipped,
     }

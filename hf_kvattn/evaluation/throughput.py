@@ -56,6 +56,10 @@ WARM_UP_STEPS = 2  # decoded after the prefill and thrown away: a compiling cach
 MEMORY_STEPS = 3  # of the untimed memory pass
 WARM_UP_CONTEXT = 32
 STOCK = (BASELINE, STATIC_BASELINE)
+NEAR_TIE = (
+    f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last place of the larger "
+    "logit in 16-bit dtypes"
+)
 
 
 class _StepClock(StoppingCriteria):
@@ -105,13 +109,9 @@ def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     return [time_s - start_s for time_s in clock.times_s]
 
 
-def _block_steps(lane: Lane, steps: int) -> int:
-    """Without a cache every step is a whole prefill, so one timed step a round must do."""
-    return steps if lane.cache is not None else DROPPED_STEPS + 1
-
-
 def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
-    times_s = _decode(model, lane, _block_steps(lane, steps))
+    # Without a cache every step is a whole prefill, so one timed step a round must do.
+    times_s = _decode(model, lane, steps if lane.cache is not None else DROPPED_STEPS + 1)
     # times_s[0] ends the first step, so step i lasts from times_s[i - 1] to times_s[i].
     lane.rounds_s.append([b - a for a, b in zip(times_s[DROPPED_STEPS - 1 :], times_s[DROPPED_STEPS:], strict=False)])
     lane.dropped += DROPPED_STEPS
@@ -150,16 +150,9 @@ def _price_of_context(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         large_ms = {row["variant"]: row["step_ms"]["median"] for row in large["rows"]}
         extra_ms = {name: large_ms[name] - small_ms[name] for name in large_ms if name in small_ms}
         for name, extra in extra_ms.items():
-            prices.append(
-                {
-                    "batch": batch_size,
-                    "contexts": [small["context"], large["context"]],
-                    "variant": name,
-                    "extra_ms": extra,
-                    "growth": large_ms[name] / small_ms[name],
-                    "share_of": {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK},
-                }
-            )
+            share_of = {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK}
+            row = {"batch": batch_size, "contexts": [small["context"], large["context"]], "variant": name}
+            prices.append(row | {"extra_ms": extra, "growth": large_ms[name] / small_ms[name], "share_of": share_of})
     return prices
 
 
@@ -170,6 +163,7 @@ class _Settings:
     none_limit_s: float
     prompts_s: float
     progress: bool
+    memory: PeakMemory
 
     def capacity(self, context: int) -> int:
         return context + 1 + WARM_UP_STEPS + self.rounds * self.block + MEMORY_STEPS
@@ -198,11 +192,7 @@ def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: 
 
 
 def _prefill(
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    variants: list[Variant],
-    settings: _Settings,
-    memory: PeakMemory,
+    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
 ) -> tuple[list[Lane], list[dict[str, Any]]]:
     """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
     batch_size, context = prompt.shape
@@ -217,7 +207,7 @@ def _prefill(
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
         lane = Lane(variant, cache, prompt)
-        _measure_prompt(model, lane, lane, memory)
+        _measure_prompt(model, lane, lane, settings.memory)
         if cache is not None:
             _decode(model, lane, WARM_UP_STEPS)
         lanes.append(lane)
@@ -225,14 +215,11 @@ def _prefill(
 
 
 def _measure_cell(
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    variants: list[Variant],
-    settings: _Settings,
-    memory: PeakMemory,
+    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     batch_size, context = prompt.shape
-    lanes, skipped = _prefill(model, prompt, variants, settings, memory)
+    memory = settings.memory
+    lanes, skipped = _prefill(model, prompt, variants, settings)
     prompts = settings.prompts(lanes[0].ttft_s[0])
     for lane in in_turns(lanes, range(1, prompts)):
         cache = lane.variant.make(model.config, settings.capacity(context))
@@ -316,8 +303,8 @@ def measure(
         raise ValueError(f"{new_tokens=} is not {rounds=} times at least {DROPPED_STEPS + 1} steps")
     stock = caches.VARIANTS[BASELINE]
     ordered = [stock] + [variant for variant in variants if variant.name != BASELINE]
-    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress)
     memory = PeakMemory(model.device)
+    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress, memory)
     cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     with _plain_greedy(model, tokenizer):
@@ -329,24 +316,15 @@ def measure(
                     skipped.append({"variant": "all", "context": context, "batch": batch_size, "reason": reason})
                     continue
                 prompt = _prompt(token_ids, context, batch_size).to(model.device)
-                cell, left_out = _measure_cell(model, prompt, ordered, settings, memory)
+                cell, left_out = _measure_cell(model, prompt, ordered, settings)
                 cells.append(cell)
                 skipped += left_out
     return {
         "kind": "throughput",
-        "settings": {
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-            "block_steps": settings.block,
-            "dropped_steps_per_block": DROPPED_STEPS,
-            "warm_up_steps": WARM_UP_STEPS,
-            "none_limit_s": none_limit_s,
-            "prompts_s": prompts_s,
-            "max_batch_tokens": max_batch_tokens,
-            "memory_method": memory.method,
-            "near_tie": f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last "
-            "place of the larger logit in 16-bit dtypes",
-        },
+        "settings": {"new_tokens": new_tokens, "rounds": rounds, "block_steps": settings.block}
+        | {"dropped_steps_per_block": DROPPED_STEPS, "warm_up_steps": WARM_UP_STEPS}
+        | {"none_limit_s": none_limit_s, "prompts_s": prompts_s, "max_batch_tokens": max_batch_tokens}
+        | {"memory_method": memory.method, "near_tie": NEAR_TIE},
         "cells": cells,
         "price_of_context": _price_of_context(cells),
         "skipped": skipped,
