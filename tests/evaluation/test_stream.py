@@ -14,6 +14,8 @@ from hf_kvattn.evaluation import cards, stream
 from hf_kvattn.evaluation.common import report
 from hf_kvattn.tools import inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = stream.Plan(
     tokens=600, window=20, sinks=2, chunk=10, bucket=60, full_tokens=300, last=120, stride=5, steps_at=(100, 500),
     steps=2, prompts=(60, 120), rounds=2,
@@ -97,7 +99,7 @@ def test_it_holds_json():
 
 def test_both_command_lines_measure_a_stream(monkeypatch, capsys):
     monkeypatch.setattr(inputs, "load_model", lambda *arguments: (tiny_model(), CharTokenizer()))
-    sizes = {"window": 32, "sinks": 2, "full": 1024}
+    sizes = {"window": 96, "sinks": 2, "full": 1024}
     common = ["--text", "pydoc", "--rounds", 1, "--json"]
     of_stream = [part for name, value in sizes.items() for part in (f"--{name}", value)]
     of_perplexity = [part for name, value in sizes.items() for part in (f"--stream-{name}", value)]
@@ -111,4 +113,4 @@ def test_both_command_lines_measure_a_stream(monkeypatch, capsys):
     assert first["rows"] == second["rows"] and first["settings"]["last"] == 1024
     arguments = ["stream", *common, "--tokens", 2000]
     assert command_line.main(list(map(str, arguments))) == 2
-    assert "impossible stream: tokens=2000 must be" in capsys.readouterr().err
+    assert "impossible stream: last=0; tokens=2000 must be a multiple" in capsys.readouterr().err
