@@ -1,72 +1,84 @@
-"""Which backends this machine has and which cache a model needs.
+"""The command line: `hf-kvattn COMMAND ...`, which is `python -m hf_kvattn COMMAND ...`.
 
-python -m hf_kvattn                                       # what works here, and which backend each case takes
-python -m hf_kvattn plan ./my-model --context 32768 --gpu-gib 24
-python -m hf_kvattn plan config.json --batch 8 --context 8192 --gpu-gib 80 --weights-gib 4.5 --json
+`COMMANDS` is the table of commands. A command's module is imported when the command is chosen, and not before.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import importlib
 import sys
+from typing import NamedTuple
 
-from transformers import AutoConfig, PreTrainedConfig
-
-from .describe import describe
-from .evaluation import inputs
-from .planning import plan
+import hf_kvattn
+from hf_kvattn.evaluation import MEASUREMENTS
+from hf_kvattn.tools import command_line
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+class Row(NamedTuple):
+    """One command: the module that has it as `COMMAND`, and one line of help."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Row] = {
+    "describe": Row("hf_kvattn.tools.describing", "what works here, and which backend each case takes (the default)"),
+    "plan": Row("hf_kvattn.tools.planning", "bytes of each cache, and the longest context that fits"),
+    **{row.command: Row(row.module, row.help) for row in MEASUREMENTS.values()},
+    "convert-gguf": Row("hf_kvattn.convert.gguf", "a GGUF file to a safetensors folder with equal logits"),
+    "train-tiny": Row("hf_kvattn.convert.train_tiny", "a small model to try conversions on"),
+    "card": Row("hf_kvattn.evaluation.cards", "the model card of a results folder"),
+    "triton-resources": Row("hf_kvattn.evaluation.triton_resources", "what the Triton kernels compile to"),
+}
+
+EXAMPLES = """Caches and attention for long contexts: what works here, what fits, and measurements.
+
+    hf-kvattn
+    hf-kvattn plan ./my-model --context 32768 --gpu-gib 24
+    hf-kvattn throughput --model ./my-model --out results
+    hf-kvattn COMMAND --help
+"""
+
+
+def _overview() -> argparse.ArgumentParser:
+    """The parser of everything before the command's own arguments."""
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {row.help}" for name, row in COMMANDS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m hf_kvattn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command_line.program(),
+        description=EXAMPLES,
+        epilog=f"commands:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    planning = commands.add_parser(
-        "plan",
-        help="bytes of each cache, and the longest context that fits",
-        description=__doc__,
-        formatter_class=inputs.HelpFormatter,
+    parser.add_argument("--version", action="version", version=f"hf_kvattn {hf_kvattn.__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, default="describe", metavar="COMMAND", help="see below")
+    return parser
+
+
+def run(name: str, arguments: list[str], prog: str) -> int:
+    """The exit status of a command; usage errors end the process with 2, as bad input gives 2."""
+    command: command_line.Command = importlib.import_module(COMMANDS[name].module).COMMAND
+    parser = argparse.ArgumentParser(
+        prog=prog, description=command.description, formatter_class=command_line.HelpFormatter
     )
-    planning.add_argument("model", help=f"hub id, folder, config.json, .gguf file or {inputs.SMOLLM2}")
-    planning.add_argument("--batch", type=inputs.positive_int, default=1, help="rows; beams count as rows")
-    planning.add_argument("--context", type=inputs.positive_int, required=True, help="tokens of a row")
-    planning.add_argument("--gpu-gib", type=gib, required=True, metavar="GIB", help="memory for weights and cache")
-    planning.add_argument("--weights-gib", type=gib, metavar="GIB", help="of quantized weights; None: from the config")
-    planning.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of weights and exact tokens")
-    planning.add_argument("--json", action="store_true", help="print the plan as JSON in the last line of stdout")
-    return parser.parse_args(arguments)
+    command.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    return command_line.reported(lambda: command.main(args))
 
 
-def gib(text: str) -> int:
-    """An argparse type: gibibytes as bytes."""
-    n_bytes = int(float(text) * (1 << 30))
-    if n_bytes < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return n_bytes
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    path = inputs.gguf_path(name)
-    if path is None:
-        return AutoConfig.from_pretrained(name)
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+def script(name: str) -> int:
+    """The same for a script in `scripts/`, which is one command."""
+    return run(name, sys.argv[1:], command_line.program())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_arguments(arguments)
-    if args.command is None:
-        print(describe())
-        return 0
-    dtype = inputs.DTYPES[args.dtype]
-    result = plan(load_config(args.model), args.batch, args.context, dtype, args.gpu_gib, args.weights_gib)
-    print(result)
-    if args.json:
-        print(json.dumps(dataclasses.asdict(result) | {"dtype": args.dtype, "choice": result.choice}))
-    return 0
+    """The exit status of the command line; `arguments` are those of this process unless given."""
+    first, *others = (sys.argv[1:] if arguments is None else arguments) or ["describe"]
+    if first not in COMMANDS:
+        first, others = _overview().parse_args([first, *others]).command, []  # ends with help, the version or an error
+    return run(first, others, f"{command_line.program()} {first}")
 
 
 if __name__ == "__main__":
-    sys.exit(inputs.run(main))
+    sys.exit(main())

@@ -23,7 +23,9 @@ from transformers.generation.streamers import BaseStreamer
 
 import hf_kvattn
 from hf_kvattn.caches.base import KVCache
-from hf_kvattn.evaluation import beams, cards, inputs, report, variants
+from hf_kvattn.evaluation import beams, cards
+from hf_kvattn.evaluation.common import report, variants
+from hf_kvattn.tools import conditions as recording
 
 BACKENDS = ["native", "sdpa", "reference"]
 NEW_TOKENS = 14
@@ -281,7 +283,7 @@ def test_beam_search_moves_few_bytes(tmp_path):
     assert rows["stock-dynamic"]["fewer_bytes"] == 1 < 1.1 < 1 / rows["stock-static"]["fewer_bytes"]
     for name in names[2:]:
         assert rows[name]["fewer_bytes"] > 5 and rows[name]["same_tokens"] in (True, None), rows[name]
-    conditions = inputs.conditions(tiny_model(), SimpleNamespace(model="tiny", text="x", backend="auto"))
+    conditions = recording.conditions(tiny_model(), SimpleNamespace(model="tiny", text="x", backend="auto"))
     report.write({"kind": "beams", "conditions": conditions} | found, tmp_path)
     assert "| kvattn-int8 | " in (tmp_path / "report.md").read_text() and (tmp_path / "beams.png").is_file()
     assert "bytes moved at a step of beam search: kvattn-static" in cards.render(tmp_path)

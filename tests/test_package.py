@@ -1,5 +1,6 @@
 """The package as a user meets it: what importing does, and what installs."""
 
+import ast
 import os
 import re
 import shutil
@@ -50,37 +51,61 @@ def test_one_openmp_runtime_is_shared_with_torch():
     assert "no OpenMP" not in variant and runtimes == "1"
 
 
-def test_imports_point_one_way():
-    """convert -> evaluation -> plugin -> caches, attention -> dispatch -> kernels; cache_utils in the caches' bases."""
-    allowed = {
-        "quant": {"quant"},
-        "kernels": {"kernels", "quant"},
-        "caches": {"caches", "autograd", "dispatch", "quant"},
-        "masks": {"kernels"},
-        "dispatch": {"kernels", "quant"},
-        "attention": {"dispatch", "kernels", "masks", "autograd"},
-        "autograd": set(),
-        "append_attend": {"dispatch", "kernels", "quant"},
-        "graphs": {"append_attend", "caches", "dispatch", "masks", "quant"},
-        "compiled": {"append_attend", "attention", "caches", "graphs", "masks"},
-        "modules": {"attention", "caches"},
-        "planning": {"caches"},
-        "teaching": set(),
-        "evaluation": {"caches", "dispatch", "kernels", "modules", "quant"},
-        "convert": {"caches", "evaluation", "plugin", "quant"},
-    }
+ROOMS = {  # file or folder of the package: the others that it may import from
+    "quant": set(),
+    "kernels": {"quant"},
+    "autograd": set(),
+    "masks": set(),
+    "caches": {"autograd", "quant"},
+    "attention": {"autograd", "caches", "kernels", "masks"},  # of caches: types alone
+    "compiling": {"attention", "caches", "kernels", "masks", "quant"},
+    "plugin": {"attention", "caches", "compiling", "masks", "quant"},
+    "modules": {"attention", "caches"},
+    "planning": {"caches"},
+    "describe": {"caches", "kernels"},
+    "teaching": set(),
+    "tools": {"describe", "planning"},
+    "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
+    "convert": {"caches", "evaluation", "kernels", "plugin", "quant", "tools"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The full names of what a file imports, wherever in it."""
+    package = ["hf_kvattn", *path.relative_to(ROOT / "hf_kvattn").parts[:-1]]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            names |= {".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_one_way(room):
+    """convert -> evaluation -> tools; plugin -> caches, attention -> kernels -> quant; nothing of these upwards."""
+    folder = ROOT / "hf_kvattn" / room
+    for path in folder.glob("**/*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("hf_kvattn.")}
+        assert used <= ROOMS[room] | {room}, path
+
+
+def test_transformers_cache_module_is_met_in_the_caches_bases_alone():
     for path in ROOT.glob("hf_kvattn/**/*.py"):
-        room = path.relative_to(ROOT / "hf_kvattn").parts[0].removesuffix(".py")
-        text = path.read_text()
-        if room in allowed:
-            depth = len(path.relative_to(ROOT / "hf_kvattn").parts)
-            used = set(re.findall(r"^from " + r"\." * depth + r"(\w+)", text, re.M))
-            used |= set(re.findall(r"^from " + r"\." * depth + r" import (\w+)", text, re.M))
-            used |= set(re.findall(r"^from hf_kvattn(?:\.| import )(\w+)", text, re.M))
-            inside = {room} if depth > 1 else set()
-            assert used - inside <= allowed[room], f"{path.name} imports {used - allowed[room]}"
-        if re.search(r"transformers\.cache_utils|transformers import .*cache_utils", text):
+        if re.search(r"transformers\.cache_utils|transformers import .*cache_utils", path.read_text()):
             assert path.relative_to(ROOT / "hf_kvattn/caches").as_posix() in ("base.py", "layer.py", "configs.py")
+
+
+def test_the_runtime_imports_no_measurement_and_none_of_their_packages():
+    loaded = python("import sys, hf_kvattn; print(*sys.modules)").split()
+    assert "hf_kvattn.plugin" in loaded
+    assert not {name for name in loaded if re.match(r"hf_kvattn\.(evaluation|convert|tools)\b|matplotlib\b", name)}
+    theirs = {"accelerate", "datasets", "gguf", "matplotlib", "tqdm"}  # transformers itself loads some of them
+    for path in ROOT.glob("hf_kvattn/**/*.py"):
+        if path.relative_to(ROOT / "hf_kvattn").parts[0] not in ("evaluation", "convert", "tools"):
+            assert not {name.split(".")[0] for name in imports(path)} & theirs, path
 
 
 @pytest.fixture(scope="module")

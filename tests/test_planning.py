@@ -13,7 +13,6 @@ import hf_kvattn
 from hf_kvattn import __main__ as command_line
 from hf_kvattn import planning
 from hf_kvattn.caches.registry import CACHES, COMPLETE
-from hf_kvattn.evaluation import inputs
 from hf_kvattn.planning import Plan, cache_bytes, model_bytes
 
 BIG = {"num_hidden_layers": 2, "hidden_size": 128}  # heads of 32: groups of 32 divide them
@@ -92,7 +91,9 @@ def test_the_choice_is_the_most_exact_that_fits():
     config = MODELS["llama"]
     longest = {n: r.longest_context for n, r in asked(config, context=1).rows.items()}
     assert asked(config, context=longest["static"]).choice == "static"
-    for better, next_one in zip(COMPLETE, COMPLETE[1:], strict=False):
+    assert longest["int8"] == longest["fp8"], "of equal size, so the one that keeps more is taken"
+    for better in (name for name in COMPLETE if longest[name] < longest["int2"]):
+        next_one = next(name for name in COMPLETE if longest[name] > longest[better])
         assert asked(config, context=longest[better] + 1).choice == next_one
     nothing = asked(config, context=longest["int2"] + 1)
     assert nothing.choice is None and "nothing here fits" in str(nothing)
@@ -128,6 +129,14 @@ def test_impossible_wishes(wrong, message):
         asked(MODELS["llama"], **wrong)
 
 
+def test_what_is_proposed_can_be_enabled():
+    model = tiny_model(**BIG)
+    for name in asked(model.config).rows:
+        hf_kvattn.enable(model, cache=name)
+        assert generate(model, prompt(), new_tokens=2)[0].shape == (2, 15)
+        hf_kvattn.disable(model)
+
+
 def test_models_that_cannot_be_planned():
     config = tiny_config()
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
@@ -158,7 +167,7 @@ def test_the_command_line(tmp_path, capsys):
 def test_the_command_line_ends_with_one_line_on_bad_input(tmp_path, capsys, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["hf_kvattn", "plan", str(tmp_path), "--context", "9", "--gpu-gib", "1"])
-    assert inputs.run(command_line.main) == 2
+    assert command_line.main() == 2
     assert re.fullmatch("hf_kvattn: error: .*\n", capsys.readouterr().err)
 
 

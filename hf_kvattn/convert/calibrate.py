@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,15 +24,13 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.caches.configs import kv_shape
-from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
-from hf_kvattn.evaluation import perplexity, report
-from hf_kvattn.evaluation.variants import BASELINE, MakeCache, Variant
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.plugin import attention_modules
 from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.tools.files import read_json
 
 BITS = (2, 3, 4, 8)
 SINKS = 4  # exact in the cache unless it is told otherwise
@@ -244,78 +241,6 @@ def _knapsack(costs: list[int], errors: list[list[float]], capacity: int) -> lis
     return chosen[::-1]
 
 
-def compare(
-    model: PreTrainedModel,
-    calibration: Calibration,
-    found: Sensitivity,
-    bits: int,
-    token_ids: torch.Tensor,
-    *,
-    window: int,
-    windows: int,
-    stride: int = 32,
-    progress: bool = False,
-) -> dict[str, Any]:
-    """Measure the calibrated cache beside uncalibrated ones on other text; a dict that JSON can hold.
-
-    Args:
-        bits: of the uncalibrated caches: one with the default group size, and one with the calibration's.
-        token_ids: at least `windows * window`; the first half of each window is one prefill.
-    """
-    sizes = list(dict.fromkeys([default_group_size(calibration.head_dim), calibration.group_size]))
-    variants = [
-        Variant(uncalibrated_name(bits, size), True, _make(bits=bits, group_size=size), exact=False) for size in sizes
-    ]
-    variants.append(Variant("calibrated", True, _make(calibration=calibration), exact=False))
-    results = perplexity.measure(
-        model,
-        token_ids,
-        variants=variants,
-        window=window,
-        prefill=window // 2,
-        stride=stride,
-        windows=windows,
-        progress=progress,
-    )
-    rows = {row["variant"]: row for row in results["rows"]}
-    skipped = calibration.skip_layers
-    codes = {uncalibrated_name(bits, size): budget_of(bits, size) for size in sizes}
-    codes["calibrated"] = calibration.bits_per_element
-    for name, row in rows.items():
-        row["code_bits"] = codes.get(name)
-        row["kld_share"] = rows["calibrated"]["kld_mean"] / row["kld_mean"] if row["kld_mean"] else None
-    column = BITS.index(bits)
-    return results | {
-        "kind": "calibration",
-        "settings": results["settings"]
-        | {
-            "bits": bits,
-            "calibration_tokens": found.tokens,
-            "group_size": calibration.group_size,
-            "bits_per_element": calibration.bits_per_element,
-        },
-        "layers": [
-            {
-                "layer": i,
-                "key_bits": None if i in skipped else calibration.key_bits[i],
-                "value_bits": None if i in skipped else calibration.value_bits[i],
-                "predicted_key_kld": found.keys[i, column].item(),
-                "predicted_value_kld": found.values[calibration.group_size][i, column].item(),
-            }
-            for i in range(calibration.layers)
-        ],
-        "baseline": BASELINE,
-    }
-
-
-def uncalibrated_name(bits: int, group_size: int) -> str:
-    return f"int{bits}, groups of {group_size}"
-
-
-def _make(**settings: Any) -> MakeCache:
-    return lambda config, capacity: QuantizedKVCache(config, max_cache_len=capacity, **settings)
-
-
 def export_scales(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -349,7 +274,7 @@ def export_scales(
     model.save_pretrained(folder, state_dict={**model.state_dict(), **scales}, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
-    config = report.read_json(path) | {
+    config = read_json(path) | {
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "dense",

@@ -6,15 +6,24 @@ checkpoint as it is written. A loss is perplexity after minus perplexity before;
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvattn.convert import gqa, training
-from hf_kvattn.evaluation import perplexity
+from hf_kvattn.convert import gqa, output, training
+from hf_kvattn.evaluation import cards, perplexity
+from hf_kvattn.evaluation.common import drawing, report
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement
+from hf_kvattn.tools import inputs
+from hf_kvattn.tools.command_line import Command, positive_int
+from hf_kvattn.tools.conditions import conditions
+from hf_kvattn.tools.files import new_folder
+from hf_kvattn.tools.tables import Column, digits, joined, table_of
 
 EXPAND = "expand"
 REFERENCE = "mean"  # the method whose loss the others are compared with
@@ -124,3 +133,185 @@ def complete(
         "dtype": str(written.dtype).removeprefix("torch."),
         "perplexity": perplexity_of(written, heldout_windows),
     }
+
+
+COLUMNS: list[Column] = [
+    ("method", "method", str),
+    ("perplexity", "perplexity", digits(".3f")),
+    ("loss", "loss", digits(".3f")),
+    ("loss, nats", "loss_nats", digits(".3f")),
+    ("share of mean's loss", "share_of_mean_loss", digits(".3f")),
+    ("uptrained perplexity", "uptrained.perplexity", digits(".3f")),
+    ("loss", "uptrained.loss", digits(".3f")),
+    ("loss, nats", "uptrained.loss_nats", digits(".3f")),
+]
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    cache = (
+        "{cache_bytes_per_token_before} bytes of keys and values a token before, {cache_bytes_per_token_after} after"
+    )
+    notes = (
+        f"Made from {results['conditions']['model']} by the method `{results['rows'][0]['method']}`: "
+        f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads for {settings['query_heads']} query "
+        f"heads in {settings['layers']} layers: {cache.format(**results)}. Perplexity in float32 on "
+        f"{settings['scored_tokens']} tokens of held-out text, in windows of {settings['window']}; the loss is that "
+        f"after minus that before, and in nats the logarithm of their ratio. `activation` was calibrated on "
+        f"{settings['calibration_tokens']} tokens of other text; uptraining is {settings['uptrain_steps']} steps, "
+        f"{settings['uptrain_tokens']} tokens, of distillation from the original on that text. The checkpoint as it is "
+        f"written, in {results['written']['dtype']}, has a perplexity of {results['written']['perplexity']:.3f}.\n"
+    )
+    original = {"method": "original", "perplexity": results["perplexity_before"]}
+    return joined(notes, table_of(COLUMNS, [original, *results["rows"]]))
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """What converting costs by method, before and after uptraining: bars in nats a token, labelled with perplexity."""
+    settings, rows = results["settings"], results["rows"]
+    title = f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads: perplexity on held-out text"
+    figure = drawing.new_figure(7.0, 4.4, title, results["conditions"])
+    axes = figure.subplots()
+    uptrained = [(i, row["uptrained"]) for i, row in enumerate(rows) if "uptrained" in row]
+    for label, shift, color, found in (
+        ("converted", -0.2, drawing.OURS[0], list(enumerate(rows))),
+        (f"after {settings['uptrain_steps']} steps of uptraining", 0.2, drawing.OURS[2], uptrained),
+    ):
+        if found:
+            bars = axes.bar([i + shift for i, _ in found], [row["loss_nats"] for _, row in found], 0.38, color=color)
+            bars.set_label(label)
+            drawing.label_bars(axes, bars, [_perplexity(row["perplexity"]) for _, row in found])
+    axes.axhline(0, color="#777777", linewidth=1, label=f"original: {_perplexity(results['perplexity_before'])}")
+    axes.set_xticks(range(len(rows)), [row["method"] for row in rows])
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.margins(y=0.1)
+    drawing.caption(axes, y="loss, nats a token; the labels are perplexities")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    drawing.plain(axes)
+    return figure
+
+
+LOSS_NATS = 0.005  # a loss above this is said in a card: half a percent of perplexity
+
+
+def limits(results: dict[str, Any]) -> list[str]:
+    """What each method costs, before and after uptraining, and whether the written one is the best of them."""
+    settings, rows = results["settings"], results["rows"]
+    last = {row["method"]: row.get("uptrained", row)["loss_nats"] for row in rows}
+    lines = [f"{settings['scored_tokens']} predictions of one text were scored: other texts may lose more."]
+    for row in (row for row in rows if row["loss_nats"] > LOSS_NATS):
+        after = f", {last[row['method']]:.3f} after uptraining" if "uptrained" in row else ""
+        lines.append(f"{row['method']} loses {row['loss_nats']:.3f} nats a token{after}.")
+    written, best = rows[0]["method"], min(last, key=last.__getitem__)
+    if written != best:
+        lines.append(f"The checkpoint was made by {written}, though {best} loses less.")
+    if not settings["uptrain_steps"]:
+        lines.append("It was not trained after the conversion.")
+    return lines
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    settings, written = results["settings"], results["written"]
+    part = "{kv_heads_before} to {kv_heads_after} KV heads".format(**settings)
+    values = [("original", results["perplexity_before"])]
+    for row in results["rows"]:
+        values.append((row["method"], row["perplexity"]))
+        if "uptrained" in row:
+            values.append((f"{row['method']}, uptrained", row["uptrained"]["perplexity"]))
+    values.append((f"as written, {written['dtype']}", written["perplexity"]))
+    for name, value in values:
+        yield Figure(part, "perplexity", f"perplexity: {name}", value, settings)
+    for when in ("before", "after"):
+        name, value = f"bytes of keys and values a token, {when}", results[f"cache_bytes_per_token_{when}"]
+        yield Figure(part, "cache_bytes_per_token", name, value, settings)
+
+
+MEASUREMENT = Measurement("conversion", "Conversion", _tables, "perplexity_by_method.png", _draw, limits, _figures)
+
+HELP = """Give a Llama-style model fewer KV heads, or as many as it has query heads, and measure what that costs.
+
+    hf-kvattn convert-gqa --model ./my-mha --kv-heads 8 --output my-gqa
+    hf-kvattn convert-gqa --kv-heads 1 --compare mean cluster --text book.txt --output smollm2-mqa
+    hf-kvattn convert-gqa --model ./my-mha --kv-heads 2 --compare mean --uptrain-steps 100 --output my-gqa
+    hf-kvattn convert-gqa --model ./my-gqa --expand --output my-mha
+
+The folder holds config, safetensors and tokenizer of the model converted by --method, results.json, report.md, a plot
+and a card. The checkpoint is loaded back, and gets its name only when its logits are equal. --compare measures other
+methods beside it, and --uptrain-steps distils each from the original on the calibration text.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=inputs.SMOLLM2, help=f"hub id, folder, .gguf file or {inputs.SMOLLM2}")
+    heads = parser.add_mutually_exclusive_group(required=True)
+    heads.add_argument("--kv-heads", type=positive_int, help="how many there shall be; a divisor of what there are")
+    heads.add_argument("--expand", action="store_true", help="one KV head for each query head, exact")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--method", choices=gqa.METHODS, help="of the written model; None means activation")
+    parser.add_argument("--compare", nargs="*", choices=gqa.METHODS, default=[], help="methods measured beside it")
+    parser.add_argument(
+        "--calibration-text", default="pydoc", help="to calibrate and train on: a file, wikitext or pydoc"
+    )
+    parser.add_argument(
+        "--calibration-windows", type=positive_int, default=16, help="of it, evenly spread, for 'activation'"
+    )
+    parser.add_argument("--text", default="wikitext", help="other text to measure on: a file, wikitext or pydoc")
+    parser.add_argument("--windows", type=positive_int, default=8, help="of it")
+    parser.add_argument("--window", type=positive_int, default=512, help="tokens of a window")
+    parser.add_argument("--uptrain-steps", type=int, default=0, help="of distillation from the original")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the distillation, at its highest")
+    parser.add_argument("--batch-size", type=positive_int, default=4, help="windows of a distillation step")
+    parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of the written weights")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; None leaves it to torch")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON in the last line of stdout")
+    parser.set_defaults(backend="stock attention")
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.text == args.calibration_text:
+        raise ValueError(
+            f"--text and --calibration-text are both {args.text!r}: measure on text the method has not seen"
+        )
+    if args.uptrain_steps < 0:
+        raise ValueError(f"--uptrain-steps is {args.uptrain_steps}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.expand and (args.method or args.compare):
+        raise ValueError("--expand is exact: it takes no --method and nothing to --compare")
+    methods = [EXPAND] if args.expand else list(dict.fromkeys([args.method or "activation", *args.compare]))
+    with new_folder(args.output) as folder:
+        drawing.require_plotting()
+        calibration_text, text = inputs.load_text(args.calibration_text), inputs.load_text(args.text)
+        model, tokenizer = inputs.load_model(args.model, torch.float32)
+        heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window).view(args.windows, args.window)
+        converted, results = compare(
+            model,
+            methods,
+            kv_heads=args.kv_heads,
+            text_windows=inputs.load_windows(tokenizer, calibration_text, args.window),
+            calibration_windows=args.calibration_windows,
+            heldout_windows=heldout,
+            uptrain_steps=args.uptrain_steps,
+            learning_rate=args.learning_rate,
+            batch_size=args.batch_size,
+            progress=True,
+        )
+        output.cast(converted, inputs.DTYPES[args.dtype])
+        output.save(converted, tokenizer, folder, args.max_shard_size)
+        complete(results, model, converted, heldout)
+        results["conditions"] = conditions(model, args)
+        report.write(results, folder)
+        cards.write(folder)
+    print(report.table(results))
+    print(f"written: {args.output}")
+    if args.json:
+        print(json.dumps(results, allow_nan=False))
+    return 0
+
+
+COMMAND = Command(HELP, _add_arguments, _main)

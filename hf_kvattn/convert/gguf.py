@@ -10,8 +10,10 @@ that promises 2**60 array items keeps the `gguf` package's reader busy until mem
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
+import json
 import math
 import mmap
 import struct
@@ -26,8 +28,11 @@ from huggingface_hub.errors import StrictDataclassError
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.convert.output import CHECKED_TOKENS, new_folder, save
-from hf_kvattn.evaluation import inputs
+from hf_kvattn.convert.output import CHECKED_TOKENS, save
+from hf_kvattn.tools import inputs
+from hf_kvattn.tools.command_line import Command
+from hf_kvattn.tools.files import new_folder
+from hf_kvattn.tools.tables import markdown_table
 
 # GGUF's metadata types: numbers by their struct format, then the two of variable size.
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -257,3 +262,34 @@ def convert(source: str, output: str | Path, dtype: torch.dtype, max_shard_size:
             "chat_template": tokenizer.chat_template is not None,
             "files_bytes": {file.name: file.stat().st_size for file in written},
         }
+
+
+HELP = """Turn a GGUF file into a safetensors folder that transformers loads by itself.
+
+    hf-kvattn convert-gguf model.Q4_K_M.gguf --output model
+    hf-kvattn convert-gguf model.f16.gguf --output model --dtype float16 --max-shard-size 2GB
+    hf-kvattn convert-gguf smollm2-135m --output smollm2 --json
+
+The folder holds weights, config, tokenizer with its chat template, generation config and a card. It is loaded back, and
+gets its name only when its logits are equal to those of the GGUF-loaded model, bit by bit.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help=f"a .gguf file, or {inputs.SMOLLM2}")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of the written weights")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON in the last line of stdout")
+
+
+def _main(args: argparse.Namespace) -> int:
+    found = convert(args.source, args.output, inputs.DTYPES[args.dtype], args.max_shard_size)
+    print(markdown_table(["file", "bytes"], [[name, str(size)] for name, size in found["files_bytes"].items()]))
+    print(f"written: {args.output}, logits of {found['logits_equal_tokens']} tokens equal, bit by bit")
+    if args.json:
+        print(json.dumps(found))
+    return 0
+
+
+COMMAND = Command(HELP, _add_arguments, _main)

@@ -1,47 +1,16 @@
-"""What the converters share: a folder that appears whole or not at all, and a model that is written as it was."""
+"""What the converters share: a model that is written as it was."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.evaluation import inputs
+from hf_kvattn.tools import inputs
 
 CHECKED_TOKENS = 64  # whose logits are compared
 SAMPLE = "def f(x):\n    return x ** 2  # Größe, 東京, 12 345.6 <|im_end|>"
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that gets its name when the block succeeds, and is removed when it fails.
-
-    Raises ValueError when `path` exists or the folder that it should be in does not, before anything else is done.
-    """
-    path = Path(path)
-    if path.exists() or path.is_symlink():
-        raise ValueError(f"{path} exists already: move it away or choose another output folder")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} for the output {path.name}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone when renamed
-
-
-def _umask() -> int:
-    value = os.umask(0o022)
-    os.umask(value)
-    return value
 
 
 @torch.no_grad()

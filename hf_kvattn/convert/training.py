@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -51,6 +50,8 @@ def train(
         raise ValueError(f"training needs a model in float32, not {model.dtype}")
     if not len(windows) or steps < 1:
         raise ValueError(f"nothing to train: {len(windows)} windows of text, {steps=}")
+    from accelerate import Accelerator  # needed here alone
+
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(WARMUP * steps)), steps)

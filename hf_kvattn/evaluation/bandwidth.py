@@ -7,17 +7,27 @@ together exceed the CPU's caches, as the layers of a model do; with more query t
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
+from hf_kvattn.caches.base import KVCache
 from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.static import StaticKVCache
-from hf_kvattn.evaluation.throughput import ratio
-from hf_kvattn.kernels import dispatch
+from hf_kvattn.evaluation.common import drawing, report
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement
+from hf_kvattn.evaluation.common.running import add_output_arguments
+from hf_kvattn.evaluation.common.timing import ratio, spread_of
+from hf_kvattn.kernels import dispatch, native
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.tools.command_line import Command, positive_int
+from hf_kvattn.tools.conditions import conditions
+from hf_kvattn.tools.inputs import DTYPES
+from hf_kvattn.tools.tables import Column, digits, joined, mib, speedup, table_of
 
 READ_BYTES = 256 << 20
 LAYERS_BYTES = 256 << 20
@@ -72,7 +82,7 @@ def measure(
     read_bytes_s: list[float] = []
     times_ms: dict[str, list[list[float]]] = {name: [] for name in ROWS}
     for _ in range(rounds):
-        read_bytes_s.append(dispatch.native.read_bandwidth_bytes_s(buffer, seconds=0.05))
+        read_bytes_s.append(native.read_bandwidth_bytes_s(buffer, seconds=0.05))
         for name, (backend, bits) in ROWS.items():
             module = dispatch.BACKENDS[backend]
             start_s = time.perf_counter()
@@ -82,29 +92,22 @@ def measure(
     bandwidth = torch.tensor(read_bytes_s).median().item()
     rows = {}
     for name, (_, bits) in ROWS.items():
-        p20, median, p80 = torch.quantile(torch.tensor(times_ms[name]), torch.tensor([0.2, 0.5, 0.8])).tolist()
-        row_bytes = filled[bits].nbytes / config.num_hidden_layers
-        moved = row_bytes / median * 1e3
-        rows[name] = {
-            "median_ms": median,
-            "p20_ms": p20,
-            "p80_ms": p80,
+        row_bytes, ms = filled[bits].nbytes / config.num_hidden_layers, spread_of(times_ms[name])
+        moved = row_bytes / ms["median"] * 1e3
+        rows[name] = {f"{key}_ms": value for key, value in ms.items()} | {
             "bytes": row_bytes,
             "bytes_s": moved,
             "share": moved / bandwidth,
             "faster_than_base": ratio(times_ms[BASE], times_ms[name]),
         }
     sizes = {"context": context, "queries": queries, "layer_bytes": layer_bytes, "read_bytes_s": bandwidth}
-    return sizes | {"base": BASE, "backends": rows}
+    return {"kind": "bandwidth"} | sizes | {"base": BASE, "backends": rows}
 
 
-def _filled(
-    config: LlamaConfig, bits: int | None, shape: tuple[int, ...], dtype: torch.dtype
-) -> StaticKVCache | QuantizedKVCache:
+def _filled(config: LlamaConfig, bits: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> KVCache:
     """A cache whose layers hold random numbers of `shape`, each its own."""
-    cache: StaticKVCache | QuantizedKVCache
     if bits is None:
-        cache = StaticKVCache(config, max_cache_len=shape[2])
+        cache: KVCache = StaticKVCache(config, max_cache_len=shape[2])
     else:
         group_size = next(size for size in (64, 32, 16) if shape[3] % size == 0)
         cache = QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=shape[2])
@@ -117,3 +120,90 @@ def _filled(
 def _call(q: torch.Tensor, layer: Any) -> AttendCall:
     k, v, packed, *_ = layer.stored_kv()
     return AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed)
+
+
+def _tables(results: dict[str, Any]) -> str:
+    notes = (
+        f"One layer's attention of {results['queries']} query tokens over {results['context']} stored ones: "
+        f"{mib(results['layer_bytes'])} MiB of keys and values when not quantized. Reading memory with the same "
+        f"threads: {results['read_bytes_s'] / 1e9:.1f} GB/s. Ratios of medians; then the median of the ratios within "
+        "each round, with p20 to p80.\n"
+    )
+    columns: list[Column] = [
+        ("backend", "name", str),
+        ("ms a layer (p20 to p80)", "ms", "{0[median_ms]:.3f} ({0[p20_ms]:.3f} to {0[p80_ms]:.3f})".format),
+        ("MiB", "bytes", mib),
+        ("GB/s", "bytes_s", lambda value: f"{value / 1e9:.1f}"),
+        ("share of the bandwidth", "share", digits(".2f")),
+        (f"faster than {results['base']}", "faster_than_base", speedup),
+    ]
+    rows = [{**row, "name": name, "ms": row} for name, row in results["backends"].items()]
+    return joined(notes, table_of(columns, rows))
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """What each backend reads a second, and what the machine can."""
+    figure = drawing.new_figure(6.4, 2.8, TITLE, results["conditions"])
+    axes = figure.subplots()
+    rows, limit = results["backends"], results["read_bytes_s"] / 1e9
+    axes.barh(list(rows), [row["bytes_s"] / 1e9 for row in rows.values()], color=drawing.OURS[0], height=0.5)
+    axes.axvline(limit, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.text(limit, 1.0, "reading memory ", fontsize=8, ha="right", va="top", color=drawing.INK,
+              transform=axes.get_xaxis_transform())  # fmt: skip
+    drawing.caption(axes, x="GB/s")
+    axes.invert_yaxis()
+    drawing.plain(axes)
+    return figure
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    share = max(row["share"] for row in results["backends"].values())
+    return [f"No backend reads keys and values at more than {share:.2f} of the memory's speed."]
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    part = f"decode attention over {results['context']} tokens"
+    for backend, row in results["backends"].items():
+        name = f"share of the memory's read bandwidth: {backend}"
+        yield Figure(part, "share_of_read_bandwidth", name, row["share"])
+
+
+TITLE = "Decode attention against the memory's speed"
+MEASUREMENT = Measurement("bandwidth", TITLE, _tables, "bandwidth.png", _draw, _limits, _figures)
+
+HELP = """One layer's decode attention against the speed at which this machine reads memory.
+
+    hf-kvattn bandwidth
+    hf-kvattn bandwidth --heads 32 8 128 --context 4096 --output results
+    hf-kvattn bandwidth --queries 512 --rounds 5
+    hf-kvattn bandwidth --native-variant avx2
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    help = "query heads, KV heads, head_dim"
+    parser.add_argument("--heads", nargs=3, type=positive_int, default=[9, 3, 64], help=help)
+    parser.add_argument("--context", type=positive_int, default=8192, help="stored tokens")
+    parser.add_argument("--queries", type=positive_int, default=1, help="query tokens: more are a prompt's chunk")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of queries, keys and values")
+    parser.add_argument("--rounds", type=positive_int, default=20, help="turns")
+    help = "of the native kernels, avx2 for example; None takes the CPU's best"
+    parser.add_argument("--native-variant", help=help)
+    add_output_arguments(parser)
+
+
+def _main(args: argparse.Namespace) -> int:
+    report.check_out_dir(args.out)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    native.select_variant(args.native_variant)
+    q_heads, kv_heads, head_dim = args.heads
+    dtype = DTYPES[args.dtype]
+    results = measure(q_heads, kv_heads, head_dim, args.context, dtype, args.rounds, args.queries)
+    args.model = "one layer, {} query and {} KV heads of {}".format(*args.heads)
+    args.text, args.backend = "random numbers", "each in turn"
+    report.finish(results | {"conditions": conditions(None, args)}, args.out, args.json)
+    return 0
+
+
+COMMAND = Command(HELP, _add_arguments, _main)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
-from hf_kvattn.evaluation import variants as caches
-from hf_kvattn.evaluation.throughput import ratio, spread
-from hf_kvattn.evaluation.variants import BASELINE, Variant
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common import variants as caches
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement
+from hf_kvattn.evaluation.common.running import model_command
+from hf_kvattn.evaluation.common.timing import ratio, spread_of
+from hf_kvattn.evaluation.common.variants import BASELINE, Variant
+from hf_kvattn.tools.command_line import positive_int
+from hf_kvattn.tools.tables import Column, digits, joined, same, show_spread, speedup, table_of
 
 
 class WrittenBytes(TorchDispatchMode):
@@ -113,23 +119,92 @@ def measure(
                 times_ms[variant.name].append(lap_ms)
     return {
         "kind": "beams",
-        "settings": {
-            "context": context,
-            "batch": batch_size,
-            "beams": beams,
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-        },
+        "settings": {"context": context, "batch": batch_size, "beams": beams, "new_tokens": new_tokens}
+        | {"rounds": rounds},
         "rows": [
             {
                 "variant": variant.name,
                 "hooked": variant.hooked,
                 "written_bytes": written[variant.name],
                 "fewer_bytes": written[BASELINE] / written[variant.name],
-                "reorder_ms": spread([lap for laps in times_ms[variant.name] for lap in laps]),
+                "reorder_ms": spread_of(times_ms[variant.name]),
                 "faster": ratio(times_ms[BASELINE], times_ms[variant.name]),
                 "same_tokens": torch.equal(tokens[variant.name], tokens[BASELINE]) if variant.exact else None,
             }
             for variant in variants
         ],
     }
+
+
+COLUMNS: list[Column] = [
+    ("cache", "variant", str),
+    ("MiB a step", "written_bytes", lambda value: f"{value / 2**20:.2f}"),
+    ("fewer bytes", "fewer_bytes", digits(".1f")),
+    ("reordering ms", "reorder_ms", show_spread),
+    ("faster", "faster", speedup),
+    ("tokens", "same_tokens", same),
+]
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams, "
+        f"{settings['new_tokens']} steps. Bytes are those that a step's `reorder_cache` writes, temporaries included, "
+        f"mean; times are medians (p20 to p80) over {settings['rounds']} rounds; how many times less than "
+        f"{BASELINE}: bytes; times, of medians, then paired within each round. Tokens: against {BASELINE}.\n"
+    )
+    return joined(notes, table_of(COLUMNS, results["rows"]))
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """Bytes that a step of beam search moves, by cache."""
+    rows, settings = results["rows"], results["settings"]
+    title = f"Beam search: bytes moved a step, {settings['beams']} beams, {settings['context']} tokens"
+    figure = drawing.new_figure(6.4, 1.3 + 0.45 * len(rows), title, results["conditions"])
+    axes, colors = figure.subplots(), drawing.colors_of(rows)
+    found = [row["written_bytes"] / 2**20 for row in rows]
+    bars = axes.barh(range(len(rows)), found, 0.6, color=[colors[row["variant"]] for row in rows])
+    drawing.label_bars(axes, bars, [f"{value:.3g}" for value in found])
+    drawing.name_rows(axes, rows, "MiB a step, mean")
+    return figure
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    wrong = [row["variant"] for row in results["rows"] if row["same_tokens"] is False]
+    lines = ["What beams have in common, and so what need not be moved, depends on the text."]
+    return lines + [f"{name}: other tokens than the default cache gives." for name in wrong]
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    part = "{batch} prompts of {context} tokens, {beams} beams".format(**results["settings"])
+    for row in results["rows"]:
+        name = f"bytes moved at a step of beam search: {row['variant']}"
+        yield Figure(part, "beam_bytes", name, row["written_bytes"], results["settings"])
+
+
+MEASUREMENT = Measurement("beams", "Beam search: what is moved", _tables, "beams.png", _draw, _limits, _figures)
+
+HELP = """What beam search makes caches move at every step: bytes and milliseconds, on your model.
+
+    hf-kvattn beams
+    hf-kvattn beams --context 1024 --beams 8 --threads 2 --output results
+    hf-kvattn beams --model ./my-model --variants stock-dynamic kvattn-static-fit --json
+"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=positive_int, default=512, help="tokens of a prompt")
+    parser.add_argument("--batch-size", type=positive_int, default=1, help="prompts")
+    parser.add_argument("--beams", type=positive_int, default=4, help="for each prompt")
+    parser.add_argument("--new-tokens", type=positive_int, default=64, help="steps")
+    parser.add_argument("--rounds", type=positive_int, default=3, help="of timing, in turns")
+
+
+COMMAND = model_command(
+    HELP,
+    [BASELINE, "kvattn-static-fit", "kvattn-int8", "kvattn-int4"],
+    _add_options,
+    measure,
+    lambda args: args.batch_size * args.context,
+)

@@ -6,19 +6,21 @@ A card is the README.md of a results folder: metadata with a model-index that th
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_kvattn.evaluation import report
-from hf_kvattn.evaluation.inputs import SMOLLM2
-from hf_kvattn.evaluation.limits import LIMITS
-from hf_kvattn.evaluation.markdown import markdown_table
-from hf_kvattn.evaluation.variants import BASELINE
+from hf_kvattn.evaluation import MEASUREMENTS
+from hf_kvattn.evaluation.common import report
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, measurement
+from hf_kvattn.tools.command_line import Command
+from hf_kvattn.tools.files import replace_text
+from hf_kvattn.tools.inputs import SMOLLM2
+from hf_kvattn.tools.tables import markdown_table
 
 MARK = "<!-- Made by scripts/make_model_card.py from the JSON in this folder: change nothing here. -->"
 MARKUP = re.compile(r"`|<[a-zA-Z!/]|\]\(")
@@ -39,7 +41,7 @@ def render(folder: str | Path) -> str:
     sections = report.read(folder)
     if not sections:
         raise ValueError(f"{folder / 'results.json'}: there are no results to make a card of")
-    missing = [name for name in (report.KINDS[kind].plot for kind in sections) if not (folder / name).is_file()]
+    missing = [name for name in (measurement(kind).plot for kind in sections) if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: the plots {missing} of these results are missing")
     try:
@@ -75,16 +77,20 @@ def _check(value: Any, where: str = "results") -> None:
             raise ValueError(f"{where} holds an absolute path: {value[:60]!r}")
 
 
-def _name(results: dict[str, Any]) -> str:
+def _name(results: Results) -> str:
     """The model that was measured; of a conversion, the one that it made."""
     name = results["conditions"]["model"]
     return f"{name} with {results['settings']['kv_heads_after']} KV heads" if results["kind"] == "conversion" else name
 
 
-def _metadata(sections: dict[str, dict[str, Any]]) -> ModelCardData:
-    measured = [sections[kind] for kind in report.KINDS if kind in sections and kind != "bandwidth"]
-    names = list(dict.fromkeys(_name(results) for results in measured))
-    models = dict.fromkeys(results["conditions"]["model"] for results in measured)
+def _measured(sections: dict[str, Results]) -> list[tuple[Measurement, Results]]:
+    return [(measurement(kind), sections[kind]) for kind in MEASUREMENTS if kind in sections]
+
+
+def _metadata(sections: dict[str, Results]) -> ModelCardData:
+    of_models = [results for kind, results in _measured(sections) if kind.kind != "bandwidth"]
+    names = list(dict.fromkeys(_name(results) for results in of_models))
+    models = dict.fromkeys(results["conditions"]["model"] for results in of_models)
     known = [HUB_IDS.get(model, model) for model in models if model in HUB_IDS or "/" in model]  # no local folder
     return ModelCardData(
         base_model=known or None,
@@ -92,149 +98,56 @@ def _metadata(sections: dict[str, dict[str, Any]]) -> ModelCardData:
         pipeline_tag="text-generation" if names else None,
         tags=["kv-cache", "attention", "hf_kvattn", *sorted(sections)],
         model_name=", ".join(names) or "one attention layer",
-        eval_results=[result for kind in report.KINDS if kind in sections for result in EVALUATE[kind](sections[kind])],
+        eval_results=[
+            _result(results["conditions"]["text"], figure)
+            for kind, results in _measured(sections)
+            for figure in kind.figures(results)
+        ],
     )
 
 
-def _result(
-    dataset: str, part: str, metric: str, name: str, value: float, settings: dict[str, Any] | None = None
-) -> EvalResult:
-    """One figure. A model-index puts results together by the dataset's type and config, so `part` keeps them apart."""
+def _result(dataset: str, figure: Figure) -> EvalResult:
+    """One figure. A model-index puts results together by the dataset's type and config: the part keeps them apart."""
     return EvalResult(
         task_type="text-generation",
         dataset_type=DATASETS.get(dataset, "text"),
-        dataset_name=f"{dataset}, {part}",
-        dataset_config=part,
-        dataset_args=settings,
-        metric_type=metric,
-        metric_name=name,
-        metric_value=float(f"{value:.6g}"),
+        dataset_name=f"{dataset}, {figure.part}",
+        dataset_config=figure.part,
+        dataset_args=figure.settings,
+        metric_type=figure.metric,
+        metric_name=figure.name,
+        metric_value=float(f"{figure.value:.6g}"),
     )
 
 
-def _evaluate_conversion(results: dict[str, Any]) -> Iterator[EvalResult]:
-    settings, written = results["settings"], results["written"]
-    values = [("original", results["perplexity_before"])]
-    for row in results["rows"]:
-        values.append((row["method"], row["perplexity"]))
-        if "uptrained" in row:
-            values.append((f"{row['method']}, uptrained", row["uptrained"]["perplexity"]))
-    values.append((f"as written, {written['dtype']}", written["perplexity"]))
-    found = [("perplexity", f"perplexity: {name}", value) for name, value in values]
-    for when in ("before", "after"):
-        name, value = f"bytes of keys and values a token, {when}", results[f"cache_bytes_per_token_{when}"]
-        found.append(("cache_bytes_per_token", name, value))
-    part = "{kv_heads_before} to {kv_heads_after} KV heads".format(**settings)
-    for metric, name, value in found:
-        yield _result(results["conditions"]["text"], part, metric, name, value, settings)
-
-
-def _evaluate_perplexity(results: dict[str, Any]) -> Iterator[EvalResult]:
-    text, settings = results["conditions"]["text"], results["settings"]
-    part = f"windows of {settings['window']} tokens"
-    kld = f"KL divergence from {BASELINE}, nats a token"
-    for row in results["rows"]:
-        yield _result(text, part, "perplexity", f"perplexity: {row['variant']}", row["perplexity"], settings)
-        yield _result(text, part, "kl_divergence", f"{kld}: {row['variant']}", row["kld_mean"], settings)
-
-
-def _evaluate_throughput(results: dict[str, Any]) -> Iterator[EvalResult]:
-    for cell in results["cells"]:
-        part, settings = "{context} tokens x {batch}".format(**cell), {key: cell[key] for key in ("context", "batch")}
-        for row in cell["rows"]:
-            name = f"median decode step, ms: {row['variant']}"
-            yield _result(results["conditions"]["text"], part, "step_ms", name, row["step_ms"]["median"], settings)
-
-
-def _evaluate_claims(results: dict[str, Any]) -> Iterator[EvalResult]:
-    for row in results["claims"]:
-        yield _result(results["conditions"]["text"], "stated figures", "measured", row["claim"], row["measured"])
-
-
-def _evaluate_bandwidth(results: dict[str, Any]) -> Iterator[EvalResult]:
-    part = f"decode attention over {results['context']} tokens"
-    for backend, row in results["backends"].items():
-        name = f"share of the memory's read bandwidth: {backend}"
-        yield _result(results["conditions"]["text"], part, "share_of_read_bandwidth", name, row["share"])
-
-
-def _evaluate_prefix(results: dict[str, Any]) -> Iterator[EvalResult]:
-    settings = results["settings"]
-    for row in results["rows"]:
-        yield _result(
-            results["conditions"]["text"],
-            f"a prefix of {settings['context']} tokens",
-            "load_speedup",
-            f"times faster to load than to compute: {row['variant']}",
-            row["speedup"]["of_medians"],
-            settings,
-        )
-
-
-def _evaluate_stream(results: dict[str, Any]) -> Iterator[EvalResult]:
-    settings = results["settings"]
-    for row in (row for row in results["rows"] if row["last_perplexity"] is not None):
-        part = f"the last {settings['last']} of a stream of {settings['tokens']} tokens"
-        name = f"perplexity of the last tokens: {row['variant']}"
-        yield _result(results["conditions"]["text"], part, "perplexity", name, row["last_perplexity"], settings)
-
-
-def _evaluate_beams(results: dict[str, Any]) -> Iterator[EvalResult]:
-    settings = results["settings"]
-    for row in results["rows"]:
-        yield _result(
-            results["conditions"]["text"],
-            f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams",
-            "beam_bytes",
-            f"bytes moved at a step of beam search: {row['variant']}",
-            row["written_bytes"],
-            settings,
-        )
-
-
-EVALUATE = {
-    "conversion": _evaluate_conversion,
-    "perplexity": _evaluate_perplexity,
-    "calibration": _evaluate_perplexity,
-    "throughput": _evaluate_throughput,
-    "claims": _evaluate_claims,
-    "bandwidth": _evaluate_bandwidth,
-    "prefix": _evaluate_prefix,
-    "stream": _evaluate_stream,
-    "beams": _evaluate_beams,
-}
-
-
-def _body(sections: dict[str, dict[str, Any]]) -> str:
-    kinds = [kind for kind in report.KINDS if kind in sections]
-    subjects = dict.fromkeys(f"{_name(sections[kind])}, {sections[kind]['conditions']['dtype']}" for kind in kinds)
+def _body(sections: dict[str, Results]) -> str:
+    measured = _measured(sections)
+    subjects = dict.fromkeys(f"{_name(results)}, {results['conditions']['dtype']}" for _, results in measured)
     parts = [
         f"# hf_kvattn: {'; '.join(subjects)}\n",
         "KV caches and attention of hf_kvattn, measured against what transformers brings. Every number comes from "
         "the JSON in this folder, and can be taken again with the commands below.\n",
         "## Measured on\n",
-        _conditions(kinds, sections),
+        _conditions(measured),
         "## Commands\n",
-        "```\n" + "\n".join(sections[kind]["conditions"]["command"] for kind in kinds) + "\n```\n",
+        "```\n" + "\n".join(results["conditions"]["command"] for _, results in measured) + "\n```\n",
     ]
-    for kind in kinds:
-        if sections[kind]["kind"] != kind:
-            raise ValueError(f"section {kind!r} holds {sections[kind]['kind']!r}")
-        parts.append(report.section(sections[kind]))
-    lines = [line for kind in kinds for line in LIMITS[kind](sections[kind])] + _limits(sections)
+    for kind, results in measured:
+        if results["kind"] != kind.kind:
+            raise ValueError(f"section {kind.kind!r} holds {results['kind']!r}")
+        parts.append(report.section(results))
+    lines = [line for kind, results in measured for line in kind.limits(results)] + _limits(sections)
     return "\n".join([*parts, "## Limits and negative results\n", "\n".join(f"- {line}" for line in lines) + "\n"])
 
 
-def _conditions(kinds: list[str], sections: dict[str, dict[str, Any]]) -> str:
+def _conditions(measured: list[tuple[Measurement, Results]]) -> str:
     """One column for each kind of measurement: they may have been taken on different days and commits."""
-    rows = [
-        [key, *(f"`{sections[kind]['conditions'][key]}`" for kind in kinds)]
-        for key in ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
-    ]
-    return markdown_table(["", *(report.KINDS[kind].title for kind in kinds)], rows)
+    keys = ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
+    rows = [[key, *(f"`{results['conditions'][key]}`" for _, results in measured)] for key in keys]
+    return markdown_table(["", *(kind.title for kind, _ in measured)], rows)
 
 
-def _limits(sections: dict[str, dict[str, Any]]) -> list[str]:
+def _limits(sections: dict[str, Results]) -> list[str]:
     """What holds for all of them."""
     found = [results["conditions"] for results in sections.values()]
     machines = {tuple(str(conditions[key]) for key in HARDWARE) for conditions in found}
@@ -261,4 +174,37 @@ def write(folder: str | Path, output: str | Path | None = None) -> Path:
     path = Path(folder) / "README.md" if output is None else Path(output)
     if path.exists() and MARK.encode() not in path.read_bytes():
         raise ValueError(f"{path} was not made by this script: move it away or choose another --output")
-    return report.replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    return replace_text(path, text)
+
+
+HELP = """Make the model card of a results folder from its results.json alone.
+
+    hf-kvattn card model_cards/*
+    hf-kvattn card results --output card.md
+    hf-kvattn card model_cards/* --check
+
+The card is the folder's README.md. A file there that this command did not write is left alone, with exit status 2.
+With --check nothing is written, and the exit status is 1 when a card differs from what the results give.
+"""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="what --output of a measurement named")
+    parser.add_argument("--output", metavar="FILE", help="write one folder's card there; None means its README.md")
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+
+
+def _main(args: argparse.Namespace) -> int:
+    if args.output is not None and (args.check or len(args.folders) > 1):
+        raise ValueError("--output takes one folder, and no --check")
+    if not args.check:
+        for folder in args.folders:
+            print(f"written: {write(folder, args.output)}")
+        return 0
+    differing = [folder for folder in args.folders if not check(folder)]
+    for folder in differing:
+        print(f"{folder}: README.md is not what results.json gives")
+    return 1 if differing else 0
+
+
+COMMAND = Command(HELP, _add_arguments, _main)

@@ -12,9 +12,10 @@ Everything is timed in turns within one process. `stated.py` then puts each stat
 
 from __future__ import annotations
 
+import argparse
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +24,28 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_kvattn.caches.static import StaticKVCache
 from hf_kvattn.evaluation import stated, throughput
-from hf_kvattn.evaluation.variants import PeakMemory, Variant
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, skipped_limits, skipped_list
+from hf_kvattn.evaluation.common.memory import PeakMemory
+from hf_kvattn.evaluation.common.running import model_command
+from hf_kvattn.evaluation.common.timing import in_turns, ratio, spread_of
+from hf_kvattn.evaluation.common.variants import BASELINE, Variant
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.modules import CachedSelfAttention
+from hf_kvattn.tools.command_line import positive_int
+from hf_kvattn.tools.tables import (
+    MISSING,
+    Column,
+    digits,
+    joined,
+    markdown_table,
+    mib,
+    show_spread,
+    speedup,
+    table_of,
+    three_digits,
+)
 
 TURN_S = 0.02  # an action is repeated within its turn until this is over, so that short ones are not one call's luck
 LAYERS_BYTES = 256 << 20  # decode attention goes round layers that exceed the CPU's caches together, as a model's do
@@ -75,18 +94,12 @@ def _time_in_turns(
     times_ms: dict[str, list[list[float]]] = {name: [] for name in names}
     for action in actions.values():
         timed(action)  # warm-up
-    for turn in range(rounds):
-        for i in range(len(names)):
-            name = names[(turn + i) % len(names)]
-            calls_ms = [timed(actions[name])]
-            while sum(calls_ms) < 1e3 * TURN_S:
-                calls_ms.append(timed(actions[name]))
-            times_ms[name].append(calls_ms)
+    for name in in_turns(names, range(rounds)):
+        calls_ms = [timed(actions[name])]
+        while sum(calls_ms) < 1e3 * TURN_S:
+            calls_ms.append(timed(actions[name]))
+        times_ms[name].append(calls_ms)
     return times_ms
-
-
-def _all(rounds_ms: list[list[float]]) -> list[float]:
-    return [call_ms for calls_ms in rounds_ms for call_ms in calls_ms]
 
 
 def measure_attention(
@@ -119,9 +132,9 @@ def measure_attention(
     for name, action in actions.items():
         memory.start()
         action()
-        row["methods"][name] = {"ms": throughput.spread(_all(times_ms[name])), "extra_bytes": memory.stop()}
+        row["methods"][name] = {"ms": spread_of(times_ms[name]), "extra_bytes": memory.stop()}
     for slow, fast in (("standard", "tiled"), ("tiled", "windowed")):
-        row["speedup"][fast] = throughput.ratio(times_ms[slow], times_ms[fast]) if slow in times_ms else None
+        row["speedup"][fast] = ratio(times_ms[slow], times_ms[fast]) if slow in times_ms else None
     return row
 
 
@@ -155,8 +168,8 @@ def measure_caches(
         for name, rounds_ms in _time_in_turns(actions, rounds, device).items()
     }
     for name, layout in layouts.items():
-        layout["step_ms"] = throughput.spread(_all(times_ms[name]))
-        layout["faster_than_mha"] = throughput.ratio(times_ms["MHA"], times_ms[name])
+        layout["step_ms"] = spread_of(times_ms[name])
+        layout["faster_than_mha"] = ratio(times_ms["MHA"], times_ms[name])
     return {"tokens": length, "layouts": layouts}
 
 
@@ -172,11 +185,9 @@ def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
         none_ms = rounds_ms.get("none")
         rows = [
-            {
-                **{key: row[key] for key in ("variant", "hooked", "step_ms")},
-                "verdict": row["tokens"]["verdict"],
-                "speedup": None if none_ms is None else throughput.ratio(none_ms, rounds_ms[row["variant"]]),
-            }
+            {key: row[key] for key in ("variant", "hooked", "step_ms")}
+            | {"verdict": row["tokens"]["verdict"]}
+            | {"speedup": None if none_ms is None else ratio(none_ms, rounds_ms[row["variant"]])}
             for row in cell["rows"]
         ]
         found.append({"context": cell["context"], "rows": rows})
@@ -229,57 +240,37 @@ def measure(
         raise ValueError(f"sizes start at 1: {lengths=}, {cache_lengths=}, {window=}, {rounds=}")
     if "none" not in (names := [variant.name for variant in variants]):
         raise ValueError(f"decoding without a cache is what caches are compared with: 'none' is not among {names}")
+    times: dict[str, Any] = {
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "none_limit_s": none_limit_s,
+        "progress": progress,
+    }
     decoded = throughput.measure(
-        model,
-        tokenizer,
-        token_ids,
-        variants=variants,
-        contexts=contexts,
-        batch_sizes=[1],
-        new_tokens=new_tokens,
-        rounds=rounds,
-        none_limit_s=none_limit_s,
-        progress=progress,
+        model, tokenizer, token_ids, variants=variants, contexts=contexts, batch_sizes=[1], **times
     )
-    dtype, device, memory = model.dtype, model.device, PeakMemory(model.device)
+    memory = PeakMemory(model.device)
+    layer: dict[str, Any] = {"dtype": model.dtype, "device": model.device, "window": window, "rounds": rounds}
     skipped: list[dict[str, Any]] = []
     attention: list[dict[str, Any]] = []
     with torch.no_grad():
         for length in tqdm(sorted(set(lengths)), desc="prefill attention", disable=not progress):
-            needed = _standard_bytes(heads, length, dtype)
-            if needed > standard_bytes:
-                reason = (
-                    f"the scores would take {needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
-                )
+            needed = _standard_bytes(heads, length, model.dtype)
+            fits = needed <= standard_bytes
+            if not fits:
+                sizes = f"{needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
+                reason = f"the scores would take {sizes}"
                 skipped.append({"variant": "standard attention", "context": length, "batch": 1, "reason": reason})
-            attention.append(
-                measure_attention(
-                    heads,
-                    length,
-                    dtype=dtype,
-                    device=device,
-                    window=window,
-                    standard=needed <= standard_bytes,
-                    rounds=rounds,
-                    memory=memory,
-                )
-            )
+            attention.append(measure_attention(heads, length, standard=fits, memory=memory, **layer))
         layers = [
-            measure_caches(length, dtype=dtype, device=device, window=window, rounds=rounds)
+            measure_caches(length, **layer)
             for length in tqdm(sorted(set(cache_lengths)), desc="caches", disable=not progress)
         ]
     results = {
         "kind": "claims",
-        "settings": {
-            "rounds": rounds,
-            "new_tokens": new_tokens,
-            "heads": list(heads),
-            "window": window,
-            "cache_heads": CACHE_HEADS,
-            "cache_dim": CACHE_DIM,
-            "memory_method": memory.method,
-            "near_tie": decoded["settings"]["near_tie"],
-        },
+        "settings": {"rounds": rounds, "new_tokens": new_tokens, "heads": list(heads), "window": window}
+        | {"cache_heads": CACHE_HEADS, "cache_dim": CACHE_DIM, "memory_method": memory.method}
+        | {"near_tie": decoded["settings"]["near_tie"]},
         "attention": attention,
         "decoding": _decoding(decoded["cells"]),
         "caches": layers,
@@ -287,3 +278,163 @@ def measure(
         "mismatches": decoded["mismatches"],
     }
     return results | {"claims": stated.judge(results)}
+
+
+METHODS = ("standard", "tiled", "windowed")
+
+
+def _stated(bounds: list[float]) -> str:
+    low, high = bounds
+    return f"{low:.3g}" + (" or more" if high is None else "" if high == low else f" to {high:.3g}")
+
+
+CLAIM_COLUMNS: list[Column] = [
+    ("claim", "claim", str),
+    ("stated by", "source", str),
+    ("stated", "stated", _stated),
+    ("measured", "measured", three_digits),
+    ("agrees", "agrees", {True: "yes", False: "**no**"}.__getitem__),
+]
+STEP_COLUMNS: list[Column] = [
+    ("cache", "variant", str),
+    ("context", "context", str),
+    ("step ms (p20 to p80)", "step_ms", show_spread),
+    ("faster than none", "speedup", speedup),
+    ("tokens", "verdict", str),
+]
+LAYOUT_COLUMNS: list[Column] = [
+    ("heads", "name", str),
+    ("KV heads", "kv_heads", str),
+    ("tokens", "tokens", str),
+    ("cache MiB", "cache_bytes", mib),
+    ("step ms (p20 to p80)", "step_ms", show_spread),
+    ("faster than MHA", "faster_than_mha", speedup),
+]
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    q_heads, kv_heads, dim = settings["heads"]
+    layouts = [
+        {**layout, "name": name, "tokens": cell["tokens"]}
+        for cell in results["caches"]
+        for name, layout in cell["layouts"].items()
+    ]
+    return joined(
+        f"Times are medians (p20 to p80) of {settings['rounds']} turns. Memory: {settings['memory_method']}.\n",
+        "### Stated and measured\n\nA figure within a fifth of the stated one agrees with it.\n",
+        table_of(CLAIM_COLUMNS, results["claims"]),
+        "".join(
+            f"- {row['claim']}, measured {three_digits(row['measured'])}: {row['why']}.\n"
+            for row in stated.disagreements(results)
+        ),
+        f"### Prefill attention of one layer, {q_heads} query and {kv_heads} KV heads of {dim}\n\n"
+        "Standard writes all scores to memory, tiled is what this package takes, windowed is tiled in a window of "
+        f"{settings['window']}.\n",
+        _attention_table(results["attention"]),
+        "### A decode step with and without a cache\n",
+        table_of(STEP_COLUMNS, [{**row, **cell} for cell in results["decoding"] for row in cell["rows"]]),
+        f"### One layer's cache, {settings['cache_heads']} query heads of {settings['cache_dim']}\n\n"
+        "The step is the layer's decode attention alone.\n",
+        table_of(LAYOUT_COLUMNS, layouts),
+        skipped_list(results),
+    )
+
+
+def _attention_table(measured: list[dict[str, Any]]) -> str:
+    of_methods = [f"{name} {unit}" for name in METHODS for unit in ("ms", "MiB")]
+    rows = []
+    for row in measured:
+        cells = [str(row["tokens"])]
+        for found in map(row["methods"].get, METHODS):
+            cells += [MISSING, MISSING] if found is None else [show_spread(found["ms"]), mib(found["extra_bytes"])]
+        rows.append([*cells, speedup(row["speedup"]["tiled"]), digits(".1g")(row["max_difference"])])
+    return markdown_table(["tokens", *of_methods, "tiled faster", "difference"], rows)
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """Panels of prefill attention's time and memory, decoding with and without a cache, and one layer's cache."""
+    title = "What is said of attention and KV caches, measured"
+    figure = drawing.new_figure(10.0, 10.5, title, results["conditions"])
+    panels = figure.subplot_mosaic([["time", "memory"], ["decoding", "decoding"], ["caches", "steps"]])
+    palette = ("#444444", *drawing.OURS)
+    methods = {name: [(row["tokens"], row["methods"][name]) for row in results["attention"] if name in row["methods"]]
+               for name in METHODS}  # fmt: skip
+    colors = dict(zip(METHODS, palette, strict=False))
+    lines = {name: [(x, found["ms"]["median"]) for x, found in line] for name, line in methods.items()}
+    drawing.plot_lines(panels["time"], lines, colors, "prefill attention of one layer: ms")
+    lines = {name: [(x, found["extra_bytes"] / 2**20) for x, found in line if found["extra_bytes"]]
+             for name, line in methods.items()}  # fmt: skip
+    drawing.plot_lines(panels["memory"], lines, colors, "prefill attention of one layer: peak MiB")
+    rows = [(cell["context"], row) for cell in results["decoding"] for row in cell["rows"]]
+    lines = {row["variant"]: [] for _, row in rows}
+    for context, row in rows:
+        lines[row["variant"]].append((context, row["step_ms"]["median"]))
+    colors = drawing.colors_of([row for _, row in rows])
+    drawing.plot_lines(panels["decoding"], lines, colors, "a decode step of the model: ms")
+    layouts = {name: [(cell["tokens"], cell["layouts"][name]) for cell in results["caches"]]
+               for name in results["caches"][0]["layouts"]}  # fmt: skip
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(layouts)}
+    lines = {name: [(x, found["cache_bytes"] / 2**20) for x, found in line] for name, line in layouts.items()}
+    drawing.plot_lines(panels["caches"], lines, colors, "one layer's cache: MiB")
+    lines = {name: [(x, found["step_ms"]["median"]) for x, found in line] for name, line in layouts.items()}
+    drawing.plot_lines(panels["steps"], lines, colors, "one layer's decode attention: ms")
+    for axes in panels.values():
+        drawing.caption(axes, x="tokens")
+    return figure
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    wrong = stated.disagreements(results)
+    lines = [f"{len(wrong)} of {len(results['claims'])} stated figures were not confirmed: see the reasons under them."]
+    return lines + skipped_limits(results)
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    for row in results["claims"]:
+        yield Figure("stated figures", "measured", row["claim"], row["measured"])
+
+
+MEASUREMENT = Measurement("claims", "Claims", _tables, "claims.png", _draw, _limits, _figures)
+
+HELP = """What is said of attention and KV caches, measured on your machine: the stated figure beside the measured one.
+
+    hf-kvattn claims
+    hf-kvattn claims --output results --rounds 7 --new-tokens 21
+    hf-kvattn claims --model ./my-model --lengths 512 2048 --cache-lengths 8192 --contexts 128 1024
+
+Standard against tiled and windowed attention, decoding with and without a cache, the caches of MHA, GQA, MQA and a
+sliding window. Exits with status 1 when a cache that must be exact gives other tokens than the stock one.
+"""
+
+
+def _gib(text: str) -> int:
+    """An argparse type: whole gibibytes as bytes."""
+    return positive_int(text) * 2**30
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    sizes: dict[str, Any] = {"nargs": "+", "type": positive_int}
+    lengths = [512, 1024, 2048, 4096, 8192, 16384, 32768]
+    parser.add_argument("--contexts", default=[128, 512, 1024, 2048], help="prompt tokens, for decoding", **sizes)
+    parser.add_argument("--lengths", default=lengths, help="tokens of the prefill attention", **sizes)
+    parser.add_argument("--cache-lengths", default=lengths[3:], help="tokens of the caches compared", **sizes)
+    help = "of the prefill: query, KV, head_dim"
+    parser.add_argument("--heads", nargs=3, type=positive_int, default=[8, 8, 64], help=help)
+    parser.add_argument("--window", type=positive_int, default=4096, help="visible tokens of the windowed rows")
+    help = "skip standard attention where it needs more memory"
+    parser.add_argument("--standard-gib", type=_gib, default="8", dest="standard_bytes", metavar="GIB", help=help)
+    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of everything that is timed")
+    parser.add_argument("--new-tokens", type=positive_int, default=20, help="decoded in all rounds together")
+    help = "skip decoding without a cache when a step takes longer"
+    parser.add_argument("--none-limit-s", type=float, default=60.0, help=help)
+
+
+COMMAND = model_command(
+    HELP,
+    ["none", BASELINE, "kvattn-static"],
+    _add_options,
+    measure,
+    lambda args: max(args.contexts),
+    failed=lambda results: results["mismatches"] > 0,
+)

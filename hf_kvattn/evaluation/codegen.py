@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import triton
-from tabulate import tabulate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
@@ -31,8 +30,9 @@ from ..kernels.triton import attention as triton_attention
 from ..kernels.triton import attention_kernels as triton_kernels
 from ..kernels.triton import backend as triton_backend
 from ..kernels.triton import quantize as triton_quantize
-from ..quant.codecs import FP8, Bits, codes_dtype, has_zero, stored_bits
+from ..quant.codecs import codec_for
 from ..quant.layout import BLOCK
+from ..tools.tables import Column, digits, table_of
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -181,8 +181,8 @@ class Case:
     target: str
     head_dim: int
     rows: int = 0
-    k_bits: Bits = 0
-    v_bits: Bits = 0
+    k_bits: int | str = 0
+    v_bits: int | str = 0
     lengths: bool = False
     sinks: bool = False
 
@@ -192,13 +192,16 @@ class Case:
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
-FP8_MIXES: tuple[tuple[Bits, Bits], ...] = ((FP8, FP8), (FP8, 4))  # for targets that convert it in hardware
+MIXES: tuple[tuple[int | str, int | str], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
+FP8_MIXES: tuple[tuple[int | str, int | str], ...] = (
+    ("fp8", "fp8"),
+    ("fp8", 4),
+)  # for targets that convert it in hardware
 FP8_TARGETS = ("sm_90", "sm_100")
 
 
 def all_cases() -> list[Case]:
-    """What `scripts/triton_resources.py` compiles."""
+    """What `hf-kvattn triton-resources` compiles."""
     cases = []
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
@@ -242,8 +245,8 @@ def compile_case(case: Case) -> dict[str, int]:
 
 def fake_call(
     dim: int,
-    k_bits: Bits,
-    v_bits: Bits,
+    k_bits: int | str,
+    v_bits: int | str,
     query_heads: int = 8,
     kv_heads: int = 2,
     tokens: int = 8192,
@@ -259,19 +262,20 @@ def fake_call(
 
     packed = None
     if k_bits:
+        k_codec, v_codec = codec_for(k_bits), codec_for(v_bits)
         lead, groups = (1, kv_heads, tokens // BLOCK), dim // (16 if dim % 32 else 32)
         packed = PackedKV(
             4,
             tokens,
-            stored_bits(k_bits),
-            stored_bits(v_bits),
-            make(*lead, 4 * stored_bits(k_bits) * dim, dtype=codes_dtype(k_bits)),
+            k_codec,
+            v_codec,
+            make(*lead, 4 * k_codec.bits * dim, dtype=k_codec.dtype),
             make(*lead, dim),
-            make(*lead, dim) if has_zero(k_bits) else None,
+            None if k_codec.symmetric else make(*lead, dim),
             make(1, kv_heads, dim, dtype=torch.float32),
-            make(*lead, 4 * stored_bits(v_bits) * dim, dtype=codes_dtype(v_bits)),
+            make(*lead, 4 * v_codec.bits * dim, dtype=v_codec.dtype),
             make(*lead, groups, BLOCK),
-            make(*lead, groups, BLOCK) if has_zero(v_bits) else None,
+            None if v_codec.symmetric else make(*lead, groups, BLOCK),
         )
     k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
     leftpad = make(1, dtype=torch.int32) if padded else None
@@ -336,31 +340,38 @@ def _tokens(case: dict[str, Any]) -> str:
     return f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else ""
 
 
+COLUMNS: list[Column] = [
+    ("kernel", "kernel", str),
+    ("GPU", "target", str),
+    ("head_dim", "head_dim", str),
+    ("rows", "rows", lambda rows: str(rows or "")),
+    ("bits", "tokens", str),
+    ("lengths", "where", str),
+    ("warps", "warps", str),
+    ("registers a thread", "registers", str),
+    ("spilled bytes", "spilled_bytes", str),
+    ("shared bytes", "shared_bytes", str),
+    ("tensor-core instructions", "tensor_core_instructions", str),
+    ("asynchronous copies", "asynchronous_copies", str),
+    ("blocks a multiprocessor", "blocks_per_multiprocessor", str),
+]
+
+
 def table(found: dict[str, Any]) -> str:
     """`triton.json` as a page to read."""
-    names = {
-        "warps": "warps",
-        "registers": "registers a thread",
-        "spilled_bytes": "spilled bytes",
-        "shared_bytes": "shared bytes",
-        "tensor_core_instructions": "tensor-core instructions",
-        "asynchronous_copies": "asynchronous copies",
-        "blocks_per_multiprocessor": "blocks a multiprocessor",
-    }
     rows = [
-        [
-            case["kernel"],
-            case["target"],
-            case["head_dim"],
-            case["rows"] or "",
-            _tokens(case),
-            "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
-            *(row["resources"][name] for name in names),
-        ]
+        {
+            **case,
+            **row["resources"],
+            "tokens": _tokens(case),
+            "where": "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
+        }
         for row in found["kernels"]
         for case in [row["case"]]
     ]
-    traffic = [[*row.values(), f"{row['moved_bytes'] / row['least_bytes']:.3f}"] for row in found["traffic"]]
+    columns: list[Column] = [(name.replace("_", " "), name, str) for name in found["traffic"][0]]
+    traffic = [{**row, "times the least": row["moved_bytes"] / row["least_bytes"]} for row in found["traffic"]]
+    columns.append(("times the least", "times the least", digits(".3f")))
     return f"""# The Triton kernels, compiled
 
 Compiled for these GPUs with triton {found["triton"]} (torch {found["torch"]}), through the package's own host code, and
@@ -373,13 +384,11 @@ reads anew. Registers and shared memory bound the blocks that a multiprocessor h
 whose loads wait in registers: no asynchronous copies there). float32 models are left to other backends: without tensor
 cores the kernels spill.
 
-{tabulate(rows, ["kernel", "GPU", "head_dim", "rows", "bits", "lengths", *names.values()], tablefmt="github")}
-
+{table_of(COLUMNS, rows)}
 ## Bytes of a decode step
 
 What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against
 every load and store that the interpreter makes), against the least possible: visible codes, scales, zeros and exact
 tokens, queries and the result, once each. The rest is the splits' partial results.
 
-{tabulate(traffic, [*(name.replace("_", " ") for name in found["traffic"][0]), "times the least"], tablefmt="github")}
-"""
+{table_of(columns, traffic)}"""

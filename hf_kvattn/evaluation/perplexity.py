@@ -11,6 +11,7 @@ pass without any cache, shows how much.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,16 @@ import torch
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel
 
-from hf_kvattn.evaluation import variants as caches
-from hf_kvattn.evaluation.variants import BASELINE, Variant
-
-SCORED_ROWS = 128  # predictions scored at once: bounds the fp32 copies of their logits
+from hf_kvattn.evaluation import stream
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common import variants as caches
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, skipped_limits, skipped_list
+from hf_kvattn.evaluation.common.memory import bits_per_element, cache_bytes
+from hf_kvattn.evaluation.common.running import model_command
+from hf_kvattn.evaluation.common.variants import BASELINE, Variant
+from hf_kvattn.evaluation.stream import SCORED_ROWS
+from hf_kvattn.tools.command_line import Command, positive_int
+from hf_kvattn.tools.tables import Column, digits, joined, mib, table_of
 
 
 @dataclass
@@ -57,12 +64,6 @@ def _predictions(
         yield model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
 
 
-def _checked(logits: torch.Tensor, variant: Variant, window: int) -> torch.Tensor:
-    if torch.isnan(logits).any():
-        raise FloatingPointError(f"{variant.name} gives NaN logits in window {window}")
-    return logits
-
-
 def _score_piece(score: _Score, logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor | None) -> None:
     """Add the predictions of one piece. Without stock logits it is the stock run itself."""
     for start in range(0, len(targets), SCORED_ROWS):
@@ -93,17 +94,15 @@ def _run_window(
     with caches.running(model, score.variant):
         for logits in _predictions(model, ids, cache, pieces):
             part = slice(done, done + len(logits))
-            _score_piece(score, _checked(logits, score.variant, window), targets[part], _part(stock, part))
+            if torch.isnan(logits).any():
+                raise FloatingPointError(f"{score.variant.name} gives NaN logits in window {window}")
+            _score_piece(score, logits, targets[part], None if stock is None else stock[part])
             done += len(logits)
             if stock is None:
                 kept.append(logits)
-    score.bits = caches.bits_per_element(cache, model.config)
-    score.bytes = caches.cache_bytes(cache)
+    score.bits = bits_per_element(cache, model.config)
+    score.bytes = cache_bytes(cache)
     return kept
-
-
-def _part(stock: torch.Tensor | None, part: slice) -> torch.Tensor | None:
-    return None if stock is None else stock[part]
 
 
 def _row(score: _Score, stock: _Score) -> dict[str, Any]:
@@ -190,13 +189,124 @@ def measure(
                 bar.update()
     return {
         "kind": "perplexity",
-        "settings": {
-            "window": window,
-            "prefill": prefill,
-            "stride": stride,
-            "windows": windows,
-            "scored_tokens": windows * (window - prefill),
-        },
+        "settings": {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
+        | {"scored_tokens": windows * (window - prefill)},
         "rows": [_row(score, stock_score) for score in [stock_score, *scores]],
         "skipped": skipped,
     }
+
+
+CACHE_COLUMN: Column = ("cache", "variant", str)
+BITS_COLUMN: Column = ("bits a number", "bits_per_element", digits(".2f"))
+AGAINST_STOCK: list[Column] = [
+    ("perplexity", "perplexity", digits(".3f")),
+    ("change %", "perplexity_change_pct", digits("+.2f")),
+    ("KLD", "kld_mean", digits(".5f")),
+]
+WORST: list[Column] = [("KLD p99", "kld_p99", digits(".4f")), ("same top-1 %", "same_top1_pct", digits(".2f"))]
+COLUMNS: list[Column] = [CACHE_COLUMN, *AGAINST_STOCK, *WORST, BITS_COLUMN, ("cache MiB", "cache_bytes", mib)]
+
+
+def how(settings: dict[str, Any]) -> str:
+    """How a window was gone through, and what is compared, for the notes of a report."""
+    return (
+        f"a prefill of {settings['prefill']}, then strides of {settings['stride']} through the cache; "
+        f"{settings['scored_tokens']} predictions scored. KLD is KL({BASELINE} || variant) in nats a token."
+    )
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"{settings['windows']} windows of {settings['window']} tokens: {how(settings)} `none` is one forward "
+        "pass without a cache: what it differs by is noise of the arithmetic, not of a cache.\n"
+    )
+    return joined(notes, table_of(COLUMNS, results["rows"]), skipped_list(results))
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """KL divergence against bits a cached number: lower and further left is better."""
+    figure = drawing.new_figure(7.0, 4.8, "What a cache does to the predictions", results["conditions"])
+    axes = figure.subplots()
+    colors = drawing.colors_of(results["rows"])
+    points = [row for row in results["rows"] if row["bits_per_element"] is not None and row["variant"] != BASELINE]
+    for row in results["rows"]:
+        if row["variant"] == "none":
+            level = max(row["kld_mean"], drawing.LOWEST_KLD)
+            axes.axhline(level, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+            axes.text(0.005, level, "no cache: noise of the arithmetic", fontsize=7.5, color="#777777", va="bottom",
+                      transform=axes.get_yaxis_transform())  # fmt: skip
+    axes.set_yscale("log")
+    for row in points:
+        size, front = (60, 3) if row["hooked"] else (34, 2)
+        height = max(row["kld_mean"], drawing.LOWEST_KLD)
+        axes.scatter(row["bits_per_element"], height, s=size, color=colors[row["variant"]], zorder=front)
+    bits = [4.0, 16.0, *(row["bits_per_element"] for row in points)]
+    found = [max(row["kld_mean"], drawing.LOWEST_KLD) for row in results["rows"] if row["variant"] != BASELINE] or [1.0]
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(min(bits) / 1.4, max(bits) * 1.9)
+    axes.set_ylim(10 ** math.floor(math.log10(min(found) / 1.5)), 10 ** math.ceil(math.log10(max(found) * 1.5)))
+    ticks = [tick for tick in (1, 2, 3, 4, 6, 8, 12, 16, 32) if min(bits) / 1.4 < tick <= max(bits)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    x, y = "bits a cached number, scales and residuals included", f"KL divergence from {BASELINE}, nats a token"
+    drawing.caption(axes, x=x, y=y)
+    drawing.plain(axes)
+    drawing.label_points(axes, points, colors)
+    return figure
+
+
+def limits(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{results['settings']['scored_tokens']} predictions of one text were scored: small differences are noise."
+    ]
+    for row in (row for row in results["rows"] if row["hooked"] and row["perplexity_change_pct"] > 0.5):
+        lines.append(
+            f"{row['variant']} changes perplexity by {row['perplexity_change_pct']:+.2f} %, and agrees with "
+            f"{BASELINE} on {row['same_top1_pct']:.1f} % of the tokens."
+        )
+    return lines + skipped_limits(results)
+
+
+def figures(results: dict[str, Any]) -> Iterator[Figure]:
+    part, settings = "windows of {window} tokens".format(**results["settings"]), results["settings"]
+    kld = f"KL divergence from {BASELINE}, nats a token"
+    for row in results["rows"]:
+        yield Figure(part, "perplexity", f"perplexity: {row['variant']}", row["perplexity"], settings)
+        yield Figure(part, "kl_divergence", f"{kld}: {row['variant']}", row["kld_mean"], settings)
+
+
+MEASUREMENT = Measurement("perplexity", "Perplexity", _tables, "kld_bits.png", _draw, limits, figures)
+
+HELP = """Compare what caches do to the predictions of your model: perplexity, KL divergence, same top-1.
+
+    hf-kvattn perplexity
+    hf-kvattn perplexity --out results --windows 2 --stride 128
+    hf-kvattn perplexity --model ./my-model --text book.txt --stride 1 --variants none kvattn-static
+    hf-kvattn perplexity --stream 65536 --text book.txt --out results
+
+The stock cache of generate() is always the first row, and what the others are compared with.
+With --stream, one text is fed through one cache instead, as `hf-kvattn stream --tokens` does.
+"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=positive_int, default=2048, help="tokens of one piece of text")
+    parser.add_argument("--prefill", type=positive_int, default=1024, help="its first tokens, not scored")
+    parser.add_argument("--stride", type=positive_int, default=32, help="tokens at once; 1 is exact decoding")
+    parser.add_argument("--windows", type=positive_int, default=4, help="how many pieces of text")
+    help = "measure a stream of this length"
+    parser.add_argument("--stream", type=positive_int, metavar="TOKENS", dest="stream_tokens", help=help)
+    stream.add_options(parser, "--stream-")
+
+
+_OF_WINDOWS = model_command(
+    HELP, caches.default_names(), _add_options, measure, lambda args: args.windows * args.window
+)
+
+
+def _main(args: argparse.Namespace) -> int:
+    return (_OF_WINDOWS.main if args.stream_tokens is None else stream.main)(args)
+
+
+COMMAND = Command(HELP, _OF_WINDOWS.add_arguments, _main)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,16 @@ from transformers import PreTrainedModel
 
 from hf_kvattn.caches.base import KVCache
 from hf_kvattn.caches.serialize import load_cache, save_cache
-from hf_kvattn.evaluation import variants as caches
-from hf_kvattn.evaluation.throughput import ratio, spread
-from hf_kvattn.evaluation.variants import Variant
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common import variants as caches
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement
+from hf_kvattn.evaluation.common.running import model_command
+from hf_kvattn.evaluation.common.timing import ratio, spread_of
+from hf_kvattn.evaluation.common.variants import Variant
+from hf_kvattn.tools.command_line import positive_int
+from hf_kvattn.tools.tables import Column, joined, mib, same, show_spread, speedup, table_of
+
+PARTS = ("prefill", "save", "load")
 
 
 @torch.no_grad()
@@ -45,7 +53,7 @@ def measure(
     if len(token_ids) < 2 or rounds < 1 or new_tokens < 1:
         raise ValueError(f"impossible sizes: {len(token_ids)} tokens, {rounds=}, {new_tokens=}")
     times_ms: dict[str, dict[str, list[list[float]]]] = {
-        variant.name: {part: [] for part in ("prefill", "save", "load")} for variant in variants
+        variant.name: {part: [] for part in PARTS} for variant in variants
     }
     found: dict[str, dict[str, Any]] = {}
     prompt = token_ids[None].to(model.device)
@@ -62,7 +70,7 @@ def measure(
         "settings": {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens},
         "rows": [
             {"variant": name}
-            | {f"{part}_ms": spread([value for (value,) in values]) for part, values in parts.items()}
+            | {f"{part}_ms": spread_of(values) for part, values in parts.items()}
             | {"speedup": ratio(parts["prefill"], parts["load"])}
             | found[name]
             for name, parts in times_ms.items()
@@ -85,7 +93,7 @@ def _round(
     marks_s.append(time.perf_counter())
     lap_ms = [(end - start) * 1e3 for start, end in zip(marks_s, marks_s[1:], strict=False)]
     ids = [_continue(model, last, each, new_tokens) for each in (cache, loaded)]
-    return dict(zip(("prefill", "save", "load"), lap_ms, strict=True)), {
+    return dict(zip(PARTS, lap_ms, strict=True)), {
         "file_bytes": path.stat().st_size,
         "cache_bytes": cache.nbytes,
         "same_tokens": ids[0] == ids[1],
@@ -99,3 +107,80 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, cache: KVCache, new_tok
         ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
         out.append(int(ids))
     return out
+
+
+COLUMNS: list[Column] = [
+    ("cache", "variant", str),
+    *((f"{part} ms", f"{part}_ms", show_spread) for part in PARTS),
+    ("loading faster", "speedup", speedup),
+    ("file MiB", "file_bytes", mib),
+    ("tokens", "same_tokens", same),
+]
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        f"A prefix of {settings['context']} tokens, computed, saved, and loaded from the page cache: medians (p20 to "
+        f"p80) of {settings['rounds']} rounds; how many times faster loading is than computing, of medians, then "
+        f"paired within each round. Tokens: {settings['new_tokens']} greedy ones after the prefix, with the loaded "
+        "cache and with the one that was saved.\n"
+    )
+    return joined(notes, table_of(COLUMNS, results["rows"]))
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """What a prefix costs to compute, to save and to load, by cache."""
+    rows = results["rows"]
+    title = f"A prefix of {results['settings']['context']} tokens: computed, saved, loaded"
+    figure = drawing.new_figure(6.4, 1.4 + 0.75 * len(rows), title, results["conditions"])
+    axes = figure.subplots()
+    for i, (part, color) in enumerate(zip(PARTS, ("#7d7468", drawing.OURS[4], drawing.OURS[0]), strict=True)):
+        found = [row[f"{part}_ms"]["median"] for row in rows]
+        bars = axes.barh([j + 0.26 * (i - 1) for j in range(len(found))], found, 0.24, color=color, label=part)
+        drawing.label_bars(axes, bars, [f"{value:.3g}" for value in found])
+    axes.set_xscale("log")
+    drawing.name_rows(axes, rows, "ms, median")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    wrong = [row["variant"] for row in results["rows"] if not row["same_tokens"]]
+    lines = ["Files were loaded from the page cache: a disk that reads slower than memory adds its own time."]
+    return lines + [f"{name}: other tokens after loading than before saving." for name in wrong]
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    part = "a prefix of {context} tokens".format(**results["settings"])
+    for row in results["rows"]:
+        name = f"times faster to load than to compute: {row['variant']}"
+        yield Figure(part, "load_speedup", name, row["speedup"]["of_medians"], results["settings"])
+
+
+MEASUREMENT = Measurement("prefix", "A saved prefix", _tables, "prefix.png", _draw, _limits, _figures)
+
+HELP = """A prefix computed once and loaded later: how long each takes, on your model.
+
+    hf-kvattn prefix
+    hf-kvattn prefix --context 2048 --threads 2 --output results
+    hf-kvattn prefix --model ./my-model --variants kvattn-static --json
+
+Exits with status 1 when a loaded cache gives other tokens than the one that was saved.
+"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--context", type=positive_int, default=2048, help="tokens of the prefix")
+    parser.add_argument("--new-tokens", type=positive_int, default=16, help="decoded after it, to compare")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each cache")
+
+
+COMMAND = model_command(
+    HELP,
+    ["kvattn-static", "kvattn-int8", "kvattn-int4", "kvattn-int2"],
+    _add_options,
+    measure,
+    lambda args: args.context + 1,
+    failed=lambda results: not all(row["same_tokens"] for row in results["rows"]),
+)

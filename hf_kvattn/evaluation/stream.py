@@ -8,10 +8,12 @@ predicted from a fresh window of the text before it, without any cache.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +25,14 @@ import hf_kvattn
 from hf_kvattn.caches.base import KVCache
 from hf_kvattn.caches.sliding import SlidingWindowKVCache
 from hf_kvattn.caches.static import StaticKVCache
-from hf_kvattn.evaluation.perplexity import SCORED_ROWS
-from hf_kvattn.evaluation.throughput import ratio, spread
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement
+from hf_kvattn.evaluation.common.running import add_model_arguments, run_on_model
+from hf_kvattn.evaluation.common.timing import ratio, spread_of
+from hf_kvattn.tools.command_line import Command, positive_int
+from hf_kvattn.tools.tables import Column, digits, joined, show_spread, speedup, table_of
+
+SCORED_ROWS = 128  # predictions scored at once: bounds the fp32 copies of their logits
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,7 @@ def _time_steps(
                 times_ms[position].append(lap_ms)
     early, late = plan.steps_at
     return {
-        "step_ms": {str(at): spread([t for lap in laps for t in lap]) for at, laps in times_ms.items()},
+        "step_ms": {str(at): spread_of(laps) for at, laps in times_ms.items()},
         "late_over_early": ratio(times_ms[late], times_ms[early]),
     }
 
@@ -247,8 +255,151 @@ def _time_prompts(model: PreTrainedModel, ids: torch.Tensor, plan: Plan, progres
         half = found.get(tokens // 2) if tokens % 2 == 0 else None
         rows.append(
             {"tokens": tokens}
-            | {f"{name}_ms": spread([t for (t,) in laps[name]]) for name in makes}
+            | {f"{name}_ms": spread_of(laps[name]) for name in makes}
             | {"windowed_faster": ratio(laps["full"], laps["windowed"])}
             | {"windowed_over_half": None if half is None else ratio(laps["windowed"], half["windowed"])}
         )
     return rows
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings, steps = results["settings"], results["steps"]
+    notes = (
+        f"One text of {settings['tokens']} tokens through one cache, {settings['chunk']} at a time; the model was "
+        f"trained on {settings['trained_positions']} positions. The last {settings['last']} tokens are compared with a "
+        f"recomputation without a cache, each predicted from a fresh window of "
+        f"{settings['window'] - settings['stride'] + 1} to {settings['window']} tokens: perplexity "
+        f"{results['recomputed_perplexity']:.3f}. Cache bytes: when the window is full, at their highest after that, "
+        "at the end.\n"
+    )
+    columns: list[Column] = [
+        ("cache", "variant", str),
+        ("tokens", "tokens", str),
+        ("perplexity", "perplexity", digits(".3f")),
+        (f"of the last {settings['last']}", "last_perplexity", digits(".3f")),
+        ("against recomputed %", "last_over_recomputed_pct", digits("+.2f")),
+        ("bytes when full", "bytes_when_full", str),
+        ("highest", "bytes_peak", str),
+        ("at the end", "bytes_at_the_end", str),
+    ]
+    step_columns: list[Column] = [
+        ("position", "position", str),
+        ("step ms (p20 to p80)", "step_ms", show_spread),
+        ("times the first", "late_over_early", speedup),
+    ]
+    prompt_columns: list[Column] = [
+        ("tokens", "tokens", str),
+        ("in the window, ms", "windowed_ms", show_spread),
+        ("in full, ms", "full_ms", show_spread),
+        ("windowed faster", "windowed_faster", speedup),
+        ("windowed, times half the tokens", "windowed_over_half", speedup),
+    ]
+    times = zip(settings["steps_at"], (None, steps["late_over_early"]), strict=True)
+    step_rows = [{"position": at, "step_ms": steps["step_ms"][str(at)], "late_over_early": late} for at, late in times]
+    return joined(
+        notes,
+        table_of(columns, results["rows"]),
+        "### A decode step along the stream\n",
+        table_of(step_columns, step_rows),
+        "### A prompt at once\n",
+        table_of(prompt_columns, results["prompts"]),
+    )
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """Perplexity along the stream by cache, and what a prompt costs with the window and without."""
+    settings, ours = results["settings"], drawing.OURS
+    figure = drawing.new_figure(10.0, 4.6, "A stream far past what the model was trained on", results["conditions"])
+    panels = figure.subplot_mosaic([["stream", "stream", "prompts"]])
+    axes = panels["stream"]
+    styles = [(ours[0], 2.6, "-"), (ours[4], 1.2, (0, (4, 3))), (ours[1], 1.4, "-"), ("#444444", 1.4, "-")]
+    if len(results["rows"]) < len(styles):
+        styles = [styles[0], *styles[-len(results["rows"]) + 1 :]]
+    for row, (color, width, line) in zip(results["rows"], styles, strict=True):
+        x, y = ([point[key] for point in row["points"]] for key in ("position", "perplexity"))
+        axes.plot(x, y, color=color, linewidth=width, linestyle=line, label=row["variant"])
+    x, y = [settings["tokens"] - settings["last"], settings["tokens"]], [results["recomputed_perplexity"]] * 2
+    axes.plot(x, y, color=ours[2], linewidth=3, label="recomputed")
+    axes.axvline(settings["trained_positions"], color=drawing.INK, linewidth=1, linestyle=(0, (2, 3)))
+    axes.text(settings["trained_positions"], 1.0, " trained on", fontsize=8, va="top", color=drawing.INK,
+              transform=axes.get_xaxis_transform())  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    drawing.caption(axes, x="position in the stream", title=f"perplexity of each {settings['bucket']} tokens")
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    drawing.plain(axes)
+    colors = {"full": "#444444", "windowed": ours[0]}
+    lines = {name: [(row["tokens"], row[f"{name}_ms"]["median"] / 1e3) for row in results["prompts"]]
+             for name in colors}  # fmt: skip
+    drawing.plot_lines(panels["prompts"], lines, colors, "a prompt at once: s")
+    drawing.caption(panels["prompts"], x="tokens")
+    return figure
+
+
+def _limits(results: dict[str, Any]) -> list[str]:
+    lines = ["One text was streamed: others may need more of what a window has left behind."]
+    for row in results["rows"]:
+        change = row["last_over_recomputed_pct"]
+        if change is not None and change > 5:
+            lines.append(f"{row['variant']}: perplexity at the end {change:+.0f} % against a recomputation.")
+    return lines
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    settings = results["settings"]
+    part = "the last {last} of a stream of {tokens} tokens".format(**settings)
+    for row in (row for row in results["rows"] if row["last_perplexity"] is not None):
+        name = f"perplexity of the last tokens: {row['variant']}"
+        yield Figure(part, "perplexity", name, row["last_perplexity"], settings)
+
+
+MEASUREMENT = Measurement("stream", "An endless stream", _tables, "stream.png", _draw, _limits, _figures)
+
+HELP = """Feed one text through one cache, far past what the model was trained on.
+
+    hf-kvattn stream --text book.txt
+    hf-kvattn stream --tokens 32768 --text book.txt --window 512 --out results
+
+Compared are a window with sinks, at positions from 0 and from 4,000,000, the window alone, and everything kept; then
+decode steps and prompts are timed with the same window.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser, prefix: str = "--") -> None:
+    """The arguments of a stream but its length; `prefix` begins the names of those that are the stream's alone."""
+    usual = Plan()
+    for name, kind, default, help in (
+        ("window", positive_int, usual.window, "the stream's window"),
+        ("sinks", int, usual.sinks, "the window's sinks"),
+        ("full", positive_int, usual.full_tokens, "where keeping everything ends"),
+    ):
+        parser.add_argument(prefix + name, type=kind, default=default, dest=f"stream_{name}", help=help)
+    parser.add_argument(f"{prefix}prompts", type=positive_int, nargs="+", default=list(usual.prompts),
+                        dest="stream_prompts", help="lengths timed")  # fmt: skip
+    parser.add_argument("--rounds", type=positive_int, default=usual.rounds, help="turns of what is timed")
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    help = "length of the stream"
+    parser.add_argument("--tokens", type=positive_int, default=Plan().tokens, dest="stream_tokens", help=help)
+    add_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures the stream that the arguments of `add_options`, and `stream_tokens`, ask for."""
+    plan = Plan.of_length(
+        args.stream_tokens,
+        window=args.stream_window,
+        sinks=args.stream_sinks,
+        full_tokens=args.stream_full,
+        prompts=tuple(args.stream_prompts),
+        rounds=args.rounds,
+    )
+    plan.check()
+    run_on_model(args, measure, plan.tokens + 1, plan=plan)
+    return 0
+
+
+COMMAND = Command(HELP, _add_arguments, main)

@@ -8,9 +8,9 @@ the ratios within each round, where the noise of the machine cancels.
 A step is the time from one chosen token to the next, taken inside generate() by a stopping criterion. The first steps
 of a block carry generate()'s own set-up and caches gone cold while the others ran, so they are dropped.
 
-Greedy tokens are compared with those of the stock cache, see `tokens.py`.
+Greedy tokens are compared with those of the stock cache, see `common/tokens.py`.
 
-Memory: `variants.PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
+Memory: `PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
 timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too. The same
 prompt can peak at twice its usual memory: the more large tensors are freed, the larger are those that glibc puts on its
 heap, where what is freed between tensors that stay is not used again at once. So a prompt is measured several times, in
@@ -19,12 +19,13 @@ turns, into fresh caches; it costs as much as the prompt, so `prompts_s` limits 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -36,15 +37,29 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_kvattn.evaluation import variants as caches
-from hf_kvattn.evaluation.tokens import NEAR_TIE_FP32, NEAR_TIE_ULPS, Lane, compare_tokens
-from hf_kvattn.evaluation.variants import BASELINE, STATIC_BASELINE, Variant
+from hf_kvattn.evaluation.common import drawing
+from hf_kvattn.evaluation.common import variants as caches
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, skipped_limits, skipped_list
+from hf_kvattn.evaluation.common.memory import PeakMemory, cache_bytes
+from hf_kvattn.evaluation.common.running import model_command
+from hf_kvattn.evaluation.common.timing import in_turns, ratio, spread
+from hf_kvattn.evaluation.common.tokens import NEAR_TIE_FP32, NEAR_TIE_ULPS, Lane, compare_tokens
+from hf_kvattn.evaluation.common.variants import BASELINE, STATIC_BASELINE, Variant
+from hf_kvattn.tools.command_line import positive_int
+from hf_kvattn.tools.tables import Column, digits, joined, mib, show_spread, speedup, table_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DROPPED_STEPS = 1  # of every block
 WARM_UP_STEPS = 2  # decoded after the prefill and thrown away: a compiling cache does it here
 MEMORY_STEPS = 3  # of the untimed memory pass
 WARM_UP_CONTEXT = 32
 STOCK = (BASELINE, STATIC_BASELINE)
+NEAR_TIE = (
+    f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last place of the larger "
+    "logit in 16-bit dtypes"
+)
 
 
 class _StepClock(StoppingCriteria):
@@ -94,58 +109,31 @@ def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     return [time_s - start_s for time_s in clock.times_s]
 
 
-def _block_steps(lane: Lane, steps: int) -> int:
-    """Without a cache every step is a whole prefill, so one timed step a round must do."""
-    return steps if lane.cache is not None else DROPPED_STEPS + 1
-
-
 def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
-    times_s = _decode(model, lane, _block_steps(lane, steps))
+    # Without a cache every step is a whole prefill, so one timed step a round must do.
+    times_s = _decode(model, lane, steps if lane.cache is not None else DROPPED_STEPS + 1)
     # times_s[0] ends the first step, so step i lasts from times_s[i - 1] to times_s[i].
     lane.rounds_s.append([b - a for a, b in zip(times_s[DROPPED_STEPS - 1 :], times_s[DROPPED_STEPS:], strict=False)])
     lane.dropped += DROPPED_STEPS
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80."""
-    ordered = torch.tensor(values, dtype=torch.float64)
-    p20, median, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return {"median": median, "p20": p20, "p80": p80}
-
-
-def _median_ms(lane: Lane) -> float:
-    return 1e3 * statistics.median(step_s for steps_s in lane.rounds_s for step_s in steps_s)
-
-
-def ratio(other: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> dict[str, float]:
-    """How many times longer the other's times are, both by round: of medians, and paired within each round."""
-    paired = spread([statistics.median(a) / statistics.median(b) for a, b in zip(other, own, strict=True)])
-    medians = [statistics.median(time for times in rounds for time in times) for rounds in (other, own)]
-    return {"of_medians": medians[0] / medians[1]} | {f"paired_{key}": paired[key] for key in paired}
-
-
-def _speedup(lane: Lane, stock: Lane | None) -> dict[str, float] | None:
-    """How many times faster than the stock lane."""
-    return None if stock is None else ratio(stock.rounds_s, lane.rounds_s)
-
-
 def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
-    batch_size = lane.ids.shape[0]
-    steps_s, ttft_s = [step_s for round_s in lane.rounds_s for step_s in round_s], statistics.median(lane.ttft_s)
+    batch_size, ttft_s = lane.ids.shape[0], statistics.median(lane.ttft_s)
+    steps_s = [step_s for round_s in lane.rounds_s for step_s in round_s]
     return {
         "variant": lane.variant.name,
         "hooked": lane.variant.hooked,
         "ttft_ms": 1e3 * ttft_s,
         "prefill_tok_s": batch_size * context / ttft_s,
-        "step_ms": spread([1e3 * step_s for step_s in steps_s]),
+        "step_ms": spread(1e3 * step_s for step_s in steps_s),
         "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
-        "decode_tok_s": 1e3 * batch_size / _median_ms(lane),
+        "decode_tok_s": batch_size / statistics.median(steps_s),
         "steps_timed": len(steps_s),
         "steps_dropped": lane.dropped,
         "cache_bytes": lane.bytes,
         "decode_extra_bytes": lane.extra_bytes,
         "prompt_peak_bytes": spread(lane.prompt_peak_bytes),
-        "speedup": {name: _speedup(lane, stock.get(name)) for name in STOCK},
+        "speedup": {name: ratio(stock[name].rounds_s, lane.rounds_s) if name in stock else None for name in STOCK},
         "tokens": tokens,
     }
 
@@ -162,16 +150,9 @@ def _price_of_context(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         large_ms = {row["variant"]: row["step_ms"]["median"] for row in large["rows"]}
         extra_ms = {name: large_ms[name] - small_ms[name] for name in large_ms if name in small_ms}
         for name, extra in extra_ms.items():
-            prices.append(
-                {
-                    "batch": batch_size,
-                    "contexts": [small["context"], large["context"]],
-                    "variant": name,
-                    "extra_ms": extra,
-                    "growth": large_ms[name] / small_ms[name],
-                    "share_of": {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK},
-                }
-            )
+            share_of = {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK}
+            row = {"batch": batch_size, "contexts": [small["context"], large["context"]], "variant": name}
+            prices.append(row | {"extra_ms": extra, "growth": large_ms[name] / small_ms[name], "share_of": share_of})
     return prices
 
 
@@ -182,6 +163,7 @@ class _Settings:
     none_limit_s: float
     prompts_s: float
     progress: bool
+    memory: PeakMemory
 
     def capacity(self, context: int) -> int:
         return context + 1 + WARM_UP_STEPS + self.rounds * self.block + MEMORY_STEPS
@@ -202,7 +184,7 @@ def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Var
             _decode(model, lane, WARM_UP_STEPS)
 
 
-def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: caches.PeakMemory) -> None:
+def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: PeakMemory) -> None:
     """Runs the prompt of `lane` to its first token, and notes time and memory with `measured`."""
     memory.start()
     measured.ttft_s.append(_decode(model, lane, 1)[0])
@@ -210,11 +192,7 @@ def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: 
 
 
 def _prefill(
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    variants: list[Variant],
-    settings: _Settings,
-    memory: caches.PeakMemory,
+    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
 ) -> tuple[list[Lane], list[dict[str, Any]]]:
     """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
     batch_size, context = prompt.shape
@@ -229,38 +207,30 @@ def _prefill(
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
         lane = Lane(variant, cache, prompt)
-        _measure_prompt(model, lane, lane, memory)
+        _measure_prompt(model, lane, lane, settings.memory)
         if cache is not None:
             _decode(model, lane, WARM_UP_STEPS)
         lanes.append(lane)
     return lanes, skipped
 
 
-def _in_turns(lanes: list[Lane], turns: Iterable[int]) -> Iterator[Lane]:
-    """All lanes in every turn; every turn starts with another one."""
-    return (lanes[(turn + i) % len(lanes)] for turn in turns for i in range(len(lanes)))
-
-
 def _measure_cell(
-    model: PreTrainedModel,
-    prompt: torch.Tensor,
-    variants: list[Variant],
-    settings: _Settings,
-    memory: caches.PeakMemory,
+    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     batch_size, context = prompt.shape
-    lanes, skipped = _prefill(model, prompt, variants, settings, memory)
+    memory = settings.memory
+    lanes, skipped = _prefill(model, prompt, variants, settings)
     prompts = settings.prompts(lanes[0].ttft_s[0])
-    for lane in _in_turns(lanes, range(1, prompts)):
+    for lane in in_turns(lanes, range(1, prompts)):
         cache = lane.variant.make(model.config, settings.capacity(context))
         _measure_prompt(model, Lane(lane.variant, cache, prompt), lane, memory)
         del cache  # before the next is measured, and the steps
     label = f"context {context}, batch {batch_size}"
     rounds = tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress)
-    for lane in _in_turns(lanes, rounds):
+    for lane in in_turns(lanes, rounds):
         _time_round(model, lane, settings.block)
     for lane in lanes:
-        lane.bytes = caches.cache_bytes(lane.cache)
+        lane.bytes = cache_bytes(lane.cache)
         memory.start()
         _decode(model, lane, MEMORY_STEPS if lane.cache is not None else 1)
         lane.extra_bytes = memory.stop()
@@ -333,8 +303,8 @@ def measure(
         raise ValueError(f"{new_tokens=} is not {rounds=} times at least {DROPPED_STEPS + 1} steps")
     stock = caches.VARIANTS[BASELINE]
     ordered = [stock] + [variant for variant in variants if variant.name != BASELINE]
-    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress)
-    memory = caches.PeakMemory(model.device)
+    memory = PeakMemory(model.device)
+    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress, memory)
     cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     with _plain_greedy(model, tokenizer):
@@ -346,26 +316,211 @@ def measure(
                     skipped.append({"variant": "all", "context": context, "batch": batch_size, "reason": reason})
                     continue
                 prompt = _prompt(token_ids, context, batch_size).to(model.device)
-                cell, left_out = _measure_cell(model, prompt, ordered, settings, memory)
+                cell, left_out = _measure_cell(model, prompt, ordered, settings)
                 cells.append(cell)
                 skipped += left_out
     return {
         "kind": "throughput",
-        "settings": {
-            "new_tokens": new_tokens,
-            "rounds": rounds,
-            "block_steps": settings.block,
-            "dropped_steps_per_block": DROPPED_STEPS,
-            "warm_up_steps": WARM_UP_STEPS,
-            "none_limit_s": none_limit_s,
-            "prompts_s": prompts_s,
-            "max_batch_tokens": max_batch_tokens,
-            "memory_method": memory.method,
-            "near_tie": f"within {NEAR_TIE_FP32:g} of each other in float32, within {NEAR_TIE_ULPS} units in the last "
-            "place of the larger logit in 16-bit dtypes",
-        },
+        "settings": {"new_tokens": new_tokens, "rounds": rounds, "block_steps": settings.block}
+        | {"dropped_steps_per_block": DROPPED_STEPS, "warm_up_steps": WARM_UP_STEPS}
+        | {"none_limit_s": none_limit_s, "prompts_s": prompts_s, "max_batch_tokens": max_batch_tokens}
+        | {"memory_method": memory.method, "near_tie": NEAR_TIE},
         "cells": cells,
         "price_of_context": _price_of_context(cells),
         "skipped": skipped,
         "mismatches": sum(row["tokens"]["verdict"] == "MISMATCH" for cell in cells for row in cell["rows"]),
     }
+
+
+def _tables(results: dict[str, Any]) -> str:
+    settings = results["settings"]
+    notes = (
+        "A step is the time between two tokens inside `generate()`, the median of all timed steps. Every variant had "
+        f"{settings['rounds']} turns of {settings['block_steps']} steps, of which the first "
+        f'{settings["dropped_steps_per_block"]} carries set-up and was dropped. "Faster than" is the ratio of the '
+        f"medians; then the median of the ratios within each round, with p20 to p80. {_prompts(settings)} Memory "
+        "that the prompt takes at its peak, the cache included (prompt MiB), and decoding "
+        f"beyond it (extra MiB): {settings['memory_method']}. Tokens are compared with those of "
+        f"{BASELINE}, in brackets how many a row; a near tie is {settings['near_tie']}; `differs` is said of lossy "
+        "caches.\n"
+    )
+    cells = [_cell(cell) for cell in results["cells"]]
+    return joined(notes, *cells, _price(results["price_of_context"]), skipped_list(results))
+
+
+def _prompts(settings: dict[str, Any]) -> str:
+    if "prompts_s" not in settings:  # results of before they were repeated
+        return "The first token and the prefill were timed once."
+    return (
+        "The first token, the prefill and the memory of a prompt are medians of several prompts, one a round as far as "
+        f"they fit in {settings['prompts_s']:g} s; memory with p20 to p80."
+    )
+
+
+def _peak(value: dict[str, float] | float) -> str:
+    """The memory of prompts; one number in results of before they were repeated."""
+    if not isinstance(value, dict):
+        return mib(value)
+    return mib(value["median"]) if value["p20"] == value["p80"] else show_spread(value, mib)
+
+
+COLUMNS: list[Column] = [
+    ("cache", "variant", str),
+    ("step ms (p20 to p80)", "step_ms", lambda value: show_spread(value, digits(".1f"))),
+    ("tok/s", "decode_tok_s", digits(".1f")),
+    *((f"faster than {name}", f"speedup.{name}", speedup) for name in STOCK),
+    ("first token ms", "ttft_ms", digits(".0f")),
+    ("prefill tok/s", "prefill_tok_s", digits(".0f")),
+    ("cache MiB", "cache_bytes", mib),
+    ("prompt MiB", "prompt_peak_bytes", _peak),
+    ("extra MiB", "decode_extra_bytes", mib),
+    ("tokens", "tokens", "{0[verdict]} ({0[compared]})".format),
+]
+PRICE_COLUMNS: list[Column] = [
+    ("cache", "variant", str),
+    ("batch", "batch", str),
+    ("contexts", "contexts", "{0[0]} to {0[1]}".format),
+    ("extra ms a step", "extra_ms", digits(".1f")),
+    ("growth", "growth", digits(".2f")),
+    *((f"share of {name}'s", f"share_of.{name}", digits(".2f")) for name in STOCK),
+]
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    title = f"### Context {cell['context']}, batch {cell['batch']}\n"
+    prompts = f"Prompts of each cache: {cell['prompts']}.\n" if "prompts" in cell else ""
+    differences = "".join(
+        f"- {row['variant']}, row {found['row']}: differs from new token {found['new_token'] + 1} on; the stock logits"
+        f" of the two tokens are {found['margin']:.4g} apart, a near tie is up to {found['tolerance']:.4g}\n"
+        for row in cell["rows"]
+        for found in row["tokens"]["differences"]
+        if "margin" in found
+    )
+    return joined(title, prompts, table_of(COLUMNS, cell["rows"]), differences)
+
+
+def _price(prices: list[dict[str, Any]]) -> str:
+    notes = "### The price of context\n\nA step at the largest context minus a step at the smallest.\n"
+    return joined(notes, table_of(PRICE_COLUMNS, prices)) if prices else ""
+
+
+def _draw_steps(axes: Axes, cells: list[dict[str, Any]], colors: dict[str, str]) -> None:
+    """One panel: step time against context, for one batch size."""
+    lines: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["context"]):
+        for row in cell["rows"]:
+            lines.setdefault(row["variant"], []).append((cell["context"], row["step_ms"]))
+    hooked = {row["variant"] for cell in cells for row in cell["rows"] if row["hooked"]}
+    cached = [step["median"] for name, line in lines.items() if name != "none" for _, step in line]
+    top = 1.15 * max(cached)  # decoding without a cache would flatten all the others: its line leaves the panel
+    ends: list[tuple[str, float, float]] = []
+    for name, line in lines.items():
+        x = [float(context) for context, _ in line]
+        median = [step["median"] for _, step in line]
+        style: dict[str, Any] = {"color": colors[name], "zorder": 3 if name in hooked else 2}
+        axes.plot(x, median, marker="o", markersize=4, linewidth=2.4 if name in hooked else 1.3, **style)
+        axes.fill_between(x, [s["p20"] for _, s in line], [s["p80"] for _, s in line], alpha=0.18, linewidth=0, **style)
+        ends.append((name, x[-1], median[-1]))
+    contexts = sorted(cell["context"] for cell in cells)
+    axes.set_xscale("log")
+    axes.set_xticks(contexts, [str(context) for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
+    axes.set_ylim(0, top)
+    drawing.caption(axes, x="tokens of context")
+    drawing.label_ends(axes, ends, contexts[-1], top, colors, hooked)
+    drawing.plain(axes)
+
+
+def _draw(results: dict[str, Any]) -> Any:
+    """Step time against context, one panel a batch size."""
+    batch_sizes = sorted({cell["batch"] for cell in results["cells"]})
+    title = "Time of a decode step inside generate()"
+    figure = drawing.new_figure(6.4 * len(batch_sizes), 4.6, title, results["conditions"])
+    colors = drawing.colors_of([row for cell in results["cells"] for row in cell["rows"]])
+    panels = figure.subplots(1, len(batch_sizes), squeeze=False)[0]
+    for axes, batch_size in zip(panels, batch_sizes, strict=True):
+        _draw_steps(axes, [cell for cell in results["cells"] if cell["batch"] == batch_size], colors)
+        drawing.caption(axes, title=f"batch {batch_size}")
+    drawing.caption(panels[0], y="ms a step: median, p20 to p80")
+    return figure
+
+
+NOTABLE = 0.97  # a share below this is said in a card, one above it is the noise of the machine
+VERDICTS = {
+    "MISMATCH": "wrong tokens",
+    "near_tie": "other tokens than stock from a near tie on",
+    "differs": "other tokens than stock, as lossy caches may",
+}
+
+
+def limits(results: dict[str, Any]) -> list[str]:
+    """Where ours are slower or larger, the worst case of each, and whose tokens differ."""
+    worse: dict[str, list[tuple[float, str]]] = {}
+    differing: dict[str, list[str]] = {}
+    for cell in results["cells"]:
+        stock = {row["variant"]: row for row in cell["rows"]}[BASELINE]
+        fastest_ms = min(row["step_ms"]["median"] for row in cell["rows"])
+        where = f"{cell['context']} x {cell['batch']}"
+        for row in (row for row in cell["rows"] if row["hooked"]):
+            shares = {
+                "decodes at {} of the fastest cache's speed": fastest_ms / row["step_ms"]["median"],
+                f"prefills at {{}} of {BASELINE}'s speed": row["prefill_tok_s"] / stock["prefill_tok_s"],
+                f"{BASELINE} allocates {{}} of its bytes": stock["cache_bytes"] / row["cache_bytes"],
+            }
+            for text, share in shares.items():
+                if share < NOTABLE:
+                    worse.setdefault(f"{row['variant']}: {text}", []).append((share, where))
+        for row in cell["rows"]:
+            if row["tokens"]["verdict"] in VERDICTS:
+                differing.setdefault(f"{row['variant']}: {VERDICTS[row['tokens']['verdict']]}", []).append(where)
+    lines = [
+        f"{text.format(f'{min(found)[0]:.2f}')} or more (context x batch: {', '.join(where for _, where in found)})."
+        for text, found in worse.items()
+    ]
+    lines += [f"{text} (context x batch: {', '.join(found)})." for text, found in differing.items()]
+    return lines + skipped_limits(results)
+
+
+def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+    for cell in results["cells"]:
+        part, settings = "{context} tokens x {batch}".format(**cell), {key: cell[key] for key in ("context", "batch")}
+        for row in cell["rows"]:
+            name = f"median decode step, ms: {row['variant']}"
+            yield Figure(part, "step_ms", name, row["step_ms"]["median"], settings)
+
+
+MEASUREMENT = Measurement("throughput", "Throughput", _tables, "step_ms.png", _draw, limits, _figures)
+
+HELP = """Compare the speed and memory of caches inside the real generate(), on your model.
+
+    hf-kvattn throughput
+    hf-kvattn throughput --out results --contexts 128 2048 --batch-sizes 1
+    hf-kvattn throughput --model ./my-model --dtype float32 --variants stock-dynamic kvattn-static
+
+Exits with status 1 when a cache that must be exact gives other tokens than the stock one, near ties excepted.
+"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    sizes: dict[str, Any] = {"nargs": "+", "type": positive_int}
+    parser.add_argument("--contexts", default=[128, 2048, 7900], help="prompt tokens", **sizes)
+    parser.add_argument("--batch-sizes", default=[1, 8], help="prompts at once", **sizes)
+    parser.add_argument("--new-tokens", type=positive_int, default=45, help="decoded in all rounds together")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of each cache")
+    help = "skip batches with more prompt tokens"
+    parser.add_argument("--max-batch-tokens", type=positive_int, default=16384, help=help)
+    help = "skip decoding without a cache when a step takes longer"
+    parser.add_argument("--none-limit-s", type=float, default=4.0, help=help)
+    help = "seconds for each cache's prompts: one a round, as far as they fit"
+    parser.add_argument("--prompts-s", type=float, default=10.0, help=help)
+
+
+COMMAND = model_command(
+    HELP,
+    caches.default_names(),
+    _add_options,
+    measure,
+    lambda args: tokens_needed(args.contexts, args.batch_sizes, args.max_batch_tokens),
+    failed=lambda results: results["mismatches"] > 0,
+)

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import command_lines
 import pytest
 import torch
 from packed_problems import packed_problem
 from problems import problem
 
-from hf_kvattn.evaluation import inputs
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import SinkKV
 from hf_kvattn.kernels.triton import backend as triton_backend
@@ -107,18 +107,10 @@ def test_choices_on_a_cpu_are_as_without_it():
         assert dispatch.auto_choice(call)[0] == "native"
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("triton_resources", ROOT / "scripts/triton_resources.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_script_refuses_an_output_that_exists(tmp_path, monkeypatch, capsys):
     (tmp_path / "triton.json").write_text("{}")
-    module = script()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    assert inputs.run(lambda: module.main(["--output", str(tmp_path)])) == 2
+    assert command_lines.run("triton_resources", "--output", tmp_path) == 2
     assert "triton.json exists already" in capsys.readouterr().err
 
 

@@ -1,11 +1,12 @@
-"""What the tables of all reports are made of: Markdown, and figures as they are written in it."""
+"""The Markdown tables of all reports, cards and commands, and how figures are written in them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Column = tuple[str, str, Callable[[Any], str]]  # title, key in a row, how a value is written
+# Title, key in a row (dots lead into inner dicts), how a value is written.
+Column = tuple[str, str, Callable[[Any], str]]
 
 MISSING = "-"
 
@@ -17,9 +18,19 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def table_of(columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> str:
-    """A Markdown table with a row for each of `rows`, which have the keys of all `columns`."""
-    cells = [[show(row[key]) for _, key, show in columns] for row in rows]
+    """A Markdown table with a row for each of `rows`."""
+    cells = [[_cell(row, path, show) for _, path, show in columns] for row in rows]
     return markdown_table([title for title, _, _ in columns], cells)
+
+
+def _cell(row: dict[str, Any], path: str, show: Callable[[Any], str]) -> str:
+    """One figure of a row; a row that was written before the column existed lacks it."""
+    value: Any = row
+    for key in path.split("."):
+        if key not in value:
+            return MISSING
+        value = value[key]
+    return show(value)
 
 
 def digits(pattern: str) -> Callable[[float | None], str]:
@@ -32,7 +43,7 @@ def mib(size_bytes: float | None) -> str:
 
 
 def speedup(value: dict[str, float] | None) -> str:
-    """A `throughput.ratio`."""
+    """A `timing.ratio`."""
     if value is None:
         return MISSING
     return "{of_medians:.2f}; {paired_median:.2f} ({paired_p20:.2f} to {paired_p80:.2f})".format(**value)
@@ -42,17 +53,9 @@ def three_digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def spread(value: dict[str, float], show: Callable[[float], str] = three_digits) -> str:
-    """A `throughput.spread`."""
+def show_spread(value: dict[str, float], show: Callable[[float], str] = three_digits) -> str:
+    """A `timing.spread`."""
     return "{} ({} to {})".format(*(show(value[key]) for key in ("median", "p20", "p80")))
-
-
-def skipped_list(skipped: list[dict[str, Any]]) -> str:
-    if not skipped:
-        return ""
-    lines = [f"- {item['variant']} at context {item['context']}, batch {item['batch']}: {item['reason']}"
-             for item in skipped]  # fmt: skip
-    return "### Skipped\n\n" + "\n".join(lines) + "\n"
 
 
 def joined(*parts: str) -> str:
@@ -60,6 +63,6 @@ def joined(*parts: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def conditions(found: dict[str, Any]) -> str:
-    lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
-    return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
+def same(tokens: bool | None) -> str:
+    """Whether a cache gave the tokens it was compared with; None for one that need not."""
+    return {True: "same", False: "**differ**", None: "lossy"}[tokens]

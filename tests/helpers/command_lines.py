@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def run(name: str, *arguments: object) -> int:

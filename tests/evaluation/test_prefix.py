@@ -6,7 +6,9 @@ import pytest
 from models import prompt, tiny_model
 
 from hf_kvattn import load_cache
-from hf_kvattn.evaluation import cards, inputs, prefix, report, variants
+from hf_kvattn.evaluation import cards, prefix
+from hf_kvattn.evaluation.common import report, variants
+from hf_kvattn.tools.conditions import conditions
 
 
 def test_the_measurement_of_a_prefix(tmp_path, monkeypatch):
@@ -18,8 +20,8 @@ def test_the_measurement_of_a_prefix(tmp_path, monkeypatch):
         assert row["same_tokens"] and 0 < row["load_ms"]["p20"] <= row["load_ms"]["p80"]
         assert row["speedup"]["of_medians"] == pytest.approx(row["prefill_ms"]["median"] / row["load_ms"]["median"])
         assert 0 < row["file_bytes"] - 3 * 2 * 2 * 69 * 16 * 4 < 4096 and row["cache_bytes"] >= 3 * 2 * 2 * 86 * 16 * 4
-    conditions = inputs.conditions(model, SimpleNamespace(model="tiny", text="x", backend="auto"))
-    report.write({"kind": "prefix", "conditions": conditions} | found, tmp_path)
+    given = conditions(model, SimpleNamespace(model="tiny", text="x", backend="auto"))
+    report.write({"kind": "prefix", "conditions": given} | found, tmp_path)
     assert "| kvattn-static-fit | " in (tmp_path / "report.md").read_text() and (tmp_path / "prefix.png").is_file()
     assert "times faster to load than to compute: kvattn-static" in cards.render(tmp_path)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import command_lines
 import pytest
 import torch
 from models import generate, prompt, tiny_config, tiny_model
@@ -22,11 +22,10 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache
 from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.convert import calibrate
-from hf_kvattn.evaluation import cards, inputs
+from hf_kvattn.evaluation import cards
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.quant.calibration import Calibration, file_name
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "calibrate.py"
 GIVEN = Calibration("llama", 3, 2, 16, 16, (8, 4, 2), (2, 3, 8))
 
 
@@ -324,8 +323,7 @@ def text_file(folder: Path, tokens: int = 700, seed: int = 0) -> Path:
 
 
 def run(*arguments: object) -> int:
-    main = runpy.run_path(str(SCRIPT))["main"]
-    return inputs.run(lambda: main([str(argument) for argument in arguments]))
+    return command_lines.run("calibrate", *arguments)
 
 
 def small(tmp_path: Path) -> list[object]:

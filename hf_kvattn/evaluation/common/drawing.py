@@ -7,7 +7,7 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from hf_kvattn.evaluation.variants import BASELINE
+from hf_kvattn.evaluation.common.variants import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +63,16 @@ def caption(axes: Axes, x: str | None = None, y: str | None = None, title: str |
 def label_bars(axes: Axes, bars: BarContainer, labels: list[str]) -> None:
     """The text at the end of each bar."""
     axes.bar_label(bars, labels, fontsize=8, color=INK, padding=2)
+
+
+def name_rows(axes: Axes, rows: list[dict[str, Any]], x: str) -> None:
+    """Horizontal bars, one row a cache from the top down, with room for the texts at their ends."""
+    axes.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes.margins(x=0.12)
+    caption(axes, x=x)
+    axes.invert_yaxis()
+    plain(axes)
+    axes.grid(axis="y", visible=False)
 
 
 def colors_of(rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -3,11 +3,18 @@
 import json
 import math
 
+import command_lines
 import pytest
 import torch
 from models import tiny_model
+from stand_ins import CharTokenizer
 
-from hf_kvattn.evaluation import cards, report, stream
+from hf_kvattn import __main__ as command_line
+from hf_kvattn.evaluation import cards, stream
+from hf_kvattn.evaluation.common import report
+from hf_kvattn.tools import inputs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = stream.Plan(
     tokens=600, window=20, sinks=2, chunk=10, bucket=60, full_tokens=300, last=120, stride=5, steps_at=(100, 500),
@@ -88,3 +95,22 @@ def test_too_short_a_text():
 
 def test_it_holds_json():
     assert json.loads(json.dumps(stream.measure(tiny_model(), text(), SMALL), allow_nan=False))["kind"] == "stream"
+
+
+def test_both_command_lines_measure_a_stream(monkeypatch, capsys):
+    monkeypatch.setattr(inputs, "load_model", lambda *arguments: (tiny_model(), CharTokenizer()))
+    sizes = {"window": 96, "sinks": 2, "full": 1024}
+    common = ["--text", "pydoc", "--rounds", 1, "--json"]
+    of_stream = [part for name, value in sizes.items() for part in (f"--{name}", value)]
+    of_perplexity = [part for name, value in sizes.items() for part in (f"--stream-{name}", value)]
+    arguments = ["stream", *common, "--tokens", 4096, *of_stream, "--prompts", 64, 128]
+    assert command_line.main(list(map(str, arguments))) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arguments = [*common, "--stream", 4096, *of_perplexity, "--stream-prompts", 64, 128]
+    assert command_lines.run("perplexity", *arguments) == 0
+    second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["kind"] == second["kind"] == "stream" and first["settings"] == second["settings"]
+    assert first["rows"] == second["rows"] and first["settings"]["last"] == 1024
+    arguments = ["stream", *common, "--tokens", 2000]
+    assert command_line.main(list(map(str, arguments))) == 2
+    assert "impossible stream: last=0; tokens=2000 must be a multiple" in capsys.readouterr().err

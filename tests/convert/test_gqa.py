@@ -6,14 +6,13 @@ import copy
 import json
 import math
 import resource
-import runpy
 import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from command_lines import SCRIPTS, refused, run
+from command_lines import refused, run
 from models import tiny_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import hf_kvattn
 from hf_kvattn.convert import compare, gqa, training
-from hf_kvattn.evaluation import inputs, report
+from hf_kvattn.convert.train_tiny import byte_tokenizer
+from hf_kvattn.evaluation.common import report
+from hf_kvattn.tools import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,7 +184,7 @@ def texts(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def trained(texts, tmp_path_factory) -> tuple[Path, list[float]]:
     """A folder with an MHA model of bytes that has learned something in seconds, and its training losses."""
-    tokenizer = runpy.run_path(str(SCRIPTS / "train_tiny.py"))["byte_tokenizer"]("", 257)
+    tokenizer = byte_tokenizer("", 257)
     model = tiny_model(vocab_size=len(tokenizer), num_key_value_heads=4, num_hidden_layers=2, initializer_range=0.05)
     windows = inputs.load_windows(tokenizer, texts["train"].read_text(encoding="utf-8"), 64)
     losses = training.train(model, windows, steps=200, learning_rate=6e-3, batch_size=16)

@@ -1,0 +1,12 @@
+"""What the measurements share.
+
+| file | what |
+|---|---|
+| `measurement.py` | the record of a measurement, and how one is looked up by the kind of its results |
+| `variants.py` | the caches that are compared, one row each |
+| `memory.py` | bytes of a cache, and how far memory rises |
+| `timing.py` | medians with their spread, and ratios |
+| `running.py` | the command line of a measurement on a model |
+| `report.py` | `results.json` and `report.md` |
+| `drawing.py` | what plots are drawn with |
+"""

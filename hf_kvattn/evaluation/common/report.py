@@ -1,0 +1,80 @@
+"""Results for people and for programs: JSON, Markdown tables and plots.
+
+A folder holds one `results.json` with a section for each kind of measurement. `write` puts its section in, keeps the
+others, and makes `report.md` again from all of them, and this measurement's plot: all commands can write to one folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hf_kvattn.evaluation import MEASUREMENTS
+from hf_kvattn.evaluation.common.drawing import require_plotting
+from hf_kvattn.evaluation.common.measurement import Results, measurement
+from hf_kvattn.tools.files import read_json, replace, replace_text
+
+
+def table(results: Results) -> str:
+    """The Markdown tables of one measurement."""
+    return measurement(results["kind"]).tables(results)
+
+
+def section(results: Results) -> str:
+    """One measurement in Markdown: title, plot and tables."""
+    kind = measurement(results["kind"])
+    return f"## {kind.title}\n\n![{kind.title}]({kind.plot})\n\n{kind.tables(results)}"
+
+
+def render(sections: dict[str, Results]) -> str:
+    """`report.md` for the sections of a `results.json`."""
+    parts = ["# hf_kvattn: measured results\n"]
+    for results in (sections[kind] for kind in MEASUREMENTS if kind in sections):
+        parts += [section(results), "### Conditions\n", _conditions(results["conditions"])]
+    return "\n".join(parts)
+
+
+def _conditions(found: dict[str, Any]) -> str:
+    lines = [f"- {key}: `{value}`" for key, value in found.items() if key != "describe"]
+    return "\n".join(lines) + f"\n\n```\n{found['describe']}\n```\n"
+
+
+def read(out_dir: str | Path) -> dict[str, Results]:
+    """The sections that a folder holds so far."""
+    path = Path(out_dir) / "results.json"
+    sections = read_json(path) if path.exists() else {}
+    if not isinstance(sections, dict) or not set(sections) <= set(MEASUREMENTS):
+        raise ValueError(f"{path} holds something else than the sections {list(MEASUREMENTS)}: choose another folder")
+    return sections
+
+
+def write(results: Results, out_dir: str | Path) -> list[Path]:
+    """Put the results into the folder's `results.json`, and make its report and this measurement's plot."""
+    require_plotting()
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kind = measurement(results["kind"])
+    sections = read(folder) | {kind.kind: results}
+    text = json.dumps(sections, indent=1, allow_nan=False)
+    return [
+        replace_text(folder / "results.json", text + "\n"),
+        replace_text(folder / "report.md", render(sections)),
+        replace(folder / kind.plot, kind.draw(results).savefig),
+    ]
+
+
+def check_out_dir(out_dir: str | None) -> None:
+    """Raise before a long measurement what `write` would raise after it."""
+    if out_dir is not None:
+        require_plotting()
+        read(out_dir)
+
+
+def finish(results: Results, out_dir: str | None, as_json: bool) -> None:
+    """The end of a command: the tables, the files, and the JSON as the last line."""
+    print(table(results))
+    if out_dir is not None:
+        print("written: " + ", ".join(str(path) for path in write(results, out_dir)))
+    if as_json:
+        print(json.dumps(results, allow_nan=False))

@@ -1,0 +1,170 @@
+"""The caches that the evaluation compares: one row, one variant.
+
+A row says how to make the cache for a model config and a number of tokens, whether the model runs under the `kvattn`
+attention hook, which packages it needs, and whether it must give the stock model's tokens (`exact`) or is lossy by
+design. To compare another cache, add a row to `VARIANTS`; the package's own are made by `caches.registry.CACHES`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, StaticCache
+
+import hf_kvattn
+from hf_kvattn.caches.registry import CACHES
+
+MakeCache = Callable[[PreTrainedConfig, int], Cache | None]
+
+GROUP_SIZE = 32  # numbers that share one scale in the stock quantized caches
+RESIDUAL_TOKENS = 128  # newest tokens that the stock quantized caches keep in the model's dtype
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One cache to compare.
+
+    Args:
+        name: what command lines and reports call it.
+        hooked: run inside `hf_kvattn.enabled(model)`; otherwise the model is left untouched.
+        make: `(config, capacity)` to a fresh cache with room for `capacity` tokens, or None for no cache at all. May
+            raise ValueError or ImportError when this model, capacity or installation cannot have it; the reason then
+            stands in the results.
+        requires: import names of packages it cannot do without.
+        exact: it must give the same tokens as the stock cache. False for caches that are lossy by design.
+        compiled: decode steps are compiled (`enable(compile=True)`) where `generate()` makes them.
+    """
+
+    name: str
+    hooked: bool
+    make: MakeCache
+    requires: tuple[str, ...] = ()
+    exact: bool = True
+    compiled: bool = False
+
+
+BASELINE = "stock-dynamic"  # the default of generate(): what every variant is compared with
+STATIC_BASELINE = "stock-static"
+
+
+def _static_of(length: int) -> MakeCache:
+    def make(config: PreTrainedConfig, capacity: int) -> Cache:
+        if capacity > length:
+            raise ValueError(f"a StaticCache of {length} tokens cannot hold the {capacity} tokens of this measurement")
+        return StaticCache(config=config, max_cache_len=length)
+
+    return make
+
+
+def _stock_quantized(backend: str, bits: int, axis: int) -> Variant:
+    """The axes are the ones that transformers recommends for each quantization package."""
+    settings = {"nbits": bits, "axis_key": axis, "axis_value": axis}
+    settings |= {"q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_TOKENS}
+    package = {"quanto": "optimum.quanto"}.get(backend, backend)
+    return Variant(
+        f"stock-{backend}-int{bits}",
+        False,
+        lambda config, capacity: QuantizedCache(backend=backend, config=config, **settings),
+        (package,),
+        exact=False,
+    )
+
+
+def _kvattn(name: str, cache: str, sized: bool = True, compiled: bool = False, **settings: Any) -> Variant:
+    """A row of `CACHES`, with room for the whole measurement from the start if `sized`."""
+
+    def make(config: PreTrainedConfig, capacity: int) -> Cache:
+        return CACHES[cache](config, **({"max_cache_len": capacity} if sized else {}), **settings)
+
+    return Variant(f"kvattn-{name}", True, make, exact=cache == "static", compiled=compiled)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("none", False, lambda config, capacity: None),
+        Variant(BASELINE, False, lambda config, capacity: DynamicCache(config=config)),
+        Variant(STATIC_BASELINE, False, lambda config, capacity: StaticCache(config=config, max_cache_len=capacity)),
+        Variant("stock-static-8192", False, _static_of(8192)),
+        _stock_quantized("quanto", 4, axis=0),
+        _stock_quantized("quanto", 2, axis=0),
+        _stock_quantized("hqq", 8, axis=1),
+        _stock_quantized("hqq", 4, axis=1),
+        _stock_quantized("hqq", 2, axis=1),
+        Variant("stock-fp8", False, lambda config, capacity: QuantizedCache("fp8", config=config), exact=False),
+        _kvattn("static", "static", sized=False),
+        _kvattn("static-fit", "static"),
+        _kvattn("static-compiled", "static", compiled=True),
+        _kvattn("window-1024", "sliding", sized=False, window=1024, sinks=4),
+        _kvattn("int8", "int8"),
+        _kvattn("fp8", "fp8"),
+        _kvattn("int4", "int4"),
+        _kvattn("int4-compiled", "int4", compiled=True),
+        _kvattn("k8v4", "k8v4"),
+        _kvattn("int4-g64", "int4", group_size=64),
+        _kvattn("int3-g64", "int3", group_size=64),
+        _kvattn("int2", "int2"),
+        _kvattn("int2-g64", "int2", group_size=64),
+    )
+}
+
+
+def default_names() -> list[str]:
+    """What is compared where nobody says: all but the compiled rows, which take a C++ compiler and minutes."""
+    return [name for name, variant in VARIANTS.items() if not variant.compiled]
+
+
+def select(names: Iterable[str]) -> list[Variant]:
+    """The rows of these names, in the order given."""
+    names = list(names)
+    unknown = [name for name in names if name not in VARIANTS]
+    if unknown:
+        raise ValueError(f"unknown cache variants {unknown}; known are {list(VARIANTS)}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"a cache variant is named twice in {names}")
+    return [VARIANTS[name] for name in names]
+
+
+def missing_package(variant: Variant) -> str | None:
+    """The first import name that the variant requires and that is not installed."""
+    for name in variant.requires:
+        parent = name.rpartition(".")[0]
+        # find_spec imports the parent of a dotted name, so the parent is asked for first.
+        if (parent and importlib.util.find_spec(parent) is None) or importlib.util.find_spec(name) is None:
+            return name
+    return None
+
+
+def try_make(variant: Variant, config: PreTrainedConfig, capacity: int) -> tuple[Cache | None, str | None]:
+    """A fresh cache and None, or None and the reason why this variant cannot be measured here."""
+    missing = missing_package(variant)
+    if missing is not None:
+        return None, f"the package {missing} is not installed"
+    try:
+        return variant.make(config, capacity), None
+    except (ValueError, ImportError) as error:
+        return None, str(error)
+
+
+def running(model: PreTrainedModel, variant: Variant) -> AbstractContextManager[Any]:
+    """The state of the model that the variant is measured in."""
+    return hf_kvattn.enabled(model) if variant.hooked else nullcontext()
+
+
+def generator(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
+    """The model whose `generate()` is measured: `model`, or its compiled twin."""
+    return _compiled_twin(model) if variant.compiled else model
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` over the same weights, always enabled and compiled: what is compiled would not survive `disable`."""
+    weights = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    return hf_kvattn.enable(copy.deepcopy(model, weights), compile=True)

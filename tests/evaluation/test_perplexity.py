@@ -1,0 +1,73 @@
+"""Perplexity and KL divergence against hand computations, on a tiny random model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stand_ins import NanValues, ScaledValues, planted
+from transformers import DynamicCache
+
+from hf_kvattn.evaluation import perplexity
+from hf_kvattn.evaluation.common import variants
+from hf_kvattn.evaluation.common.variants import VARIANTS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("stride", [1, 7, 64])
+def test_perplexity_is_that_of_a_plain_forward(model, tokens, stride):
+    window, prefill, windows = 100, 30, 2
+    with torch.no_grad():
+        pieces = tokens[: windows * window].view(windows, window)
+        logits = model(pieces, use_cache=False).logits[:, prefill - 1 : -1]
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), pieces[:, prefill:].flatten())
+    results = perplexity.measure(
+        model, tokens, variants=[], window=window, prefill=prefill, stride=stride, windows=windows
+    )
+    assert results["settings"]["scored_tokens"] == windows * (window - prefill)
+    assert results["rows"][0]["perplexity"] == pytest.approx(nll.exp().item(), rel=1e-4)
+
+
+def test_kld_is_zero_against_itself_and_positive_for_a_wrong_cache(model, tokens):
+    chosen = [
+        planted("again", DynamicCache),
+        planted("wrong", ScaledValues),
+        *variants.select(["none", "stock-static"]),
+    ]
+    chosen += variants.select(["kvattn-static", "kvattn-static-fit"])
+    results = perplexity.measure(model, tokens, variants=chosen, window=64, prefill=16, stride=5, windows=2)
+    rows = {row["variant"]: row for row in results["rows"]}
+    assert list(rows) == ["stock-dynamic"] + [variant.name for variant in chosen]
+    assert rows["again"]["kld_mean"] == 0.0 and rows["again"]["perplexity_change_pct"] == 0.0
+    for name in ("none", "stock-static", "kvattn-static", "kvattn-static-fit"):
+        assert abs(rows[name]["kld_mean"]) < 1e-5 and rows[name]["same_top1_pct"] > 99
+    assert rows["wrong"]["kld_mean"] > 0.01 and rows["wrong"]["kld_p99"] > rows["wrong"]["kld_mean"]
+    assert rows["wrong"]["same_top1_pct"] < 99
+    assert rows["none"]["bits_per_element"] is None and rows["stock-dynamic"]["bits_per_element"] == 32.0
+
+
+def test_kld_has_the_right_direction_and_size():
+    stock, own = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(2))
+    score = perplexity._Score(VARIANTS["none"])
+    perplexity._score_piece(score, own, torch.zeros(300, dtype=torch.long), stock)
+    expected = torch.nn.functional.kl_div(own.log_softmax(-1), stock.softmax(-1), reduction="batchmean")
+    assert torch.cat(score.kld).mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(torch.cat(score.nll)) == 300
+
+
+def test_nan_logits_raise(model, tokens):
+    with pytest.raises(FloatingPointError, match="broken"):
+        perplexity.measure(model, tokens, variants=[planted("broken", NanValues)], window=20, prefill=10, windows=1)
+
+
+@pytest.mark.parametrize(("prefill", "stride"), [(1, 1), (10, 7), (10, 500), (19, 3)])
+def test_the_schedule_covers_a_window_once(prefill, stride):
+    pieces = perplexity.schedule(20, prefill, stride)
+    assert [i for start, end in pieces for i in range(start, end)] == list(range(19))
+    assert pieces[0] == (0, prefill)
+
+
+@pytest.mark.parametrize("wrong", [{"prefill": 20}, {"prefill": 0}, {"stride": 0}, {"windows": 0}])
+def test_perplexity_refuses_an_impossible_schedule(model, tokens, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        perplexity.measure(model, tokens, variants=[], **({"window": 20, "prefill": 10} | wrong))
