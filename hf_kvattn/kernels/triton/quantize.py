@@ -16,9 +16,9 @@ import triton.language as tl
 from ...quant import rotation
 from ...quant.layout import BLOCK
 from ...quant.packed import PackedKV
+from . import WRITTEN_CODECS
 from .attention import strides
 from .attention_kernels import rotate
-from .backend import WRITTEN_CODECS
 
 
 @triton.jit
