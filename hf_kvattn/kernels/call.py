@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import IntFlag, auto
 
 import torch
 
@@ -12,29 +12,31 @@ from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
 
 
-class Feature(str, Enum):
+class Feature(IntFlag):
     """What a call may ask for beyond causal attention over dense keys.
 
     A backend lists those that it serves and refuses all others: a new one is refused until a backend lists it.
     """
 
-    BIDIRECTIONAL = "bidirectional attention"
-    DENSE_MASK = "dense mask"
-    DROPOUT = "dropout"
-    GRADIENTS = "gradients"
-    LEFT_PADDING = "left padding"
-    PACKED = "quantized keys and values"
-    RING = "ring buffers"
-    S_AUX = "learned sinks (s_aux)"
-    SINKS = "sinks beside the window"
-    SOFTCAP = "softcap"
-    WINDOW = "window"
+    BIDIRECTIONAL_ATTENTION = auto()
+    WINDOW = auto()
+    SOFTCAP = auto()
+    LEFT_PADDING = auto()
+    DENSE_MASK = auto()
+    DROPOUT = auto()
+    QUANTIZED_TOKENS = auto()
+    RING_BUFFERS = auto()
+    WINDOW_SINKS = auto()
+    LEARNED_SINKS = auto()
+    GRADIENTS = auto()
 
 
-# Groups of features that backends have in common.
-RULES = frozenset({Feature.BIDIRECTIONAL, Feature.LEFT_PADDING, Feature.SOFTCAP, Feature.WINDOW})
-PIECES = frozenset({Feature.RING, Feature.S_AUX, Feature.SINKS})  # parts of one softmax beside dense keys in order
-TRAINING = frozenset({Feature.DROPOUT, Feature.GRADIENTS})
+# Groups of features that backends have in common. Plain ints: they are compared in every layer of every step.
+RULES = int(Feature.BIDIRECTIONAL_ATTENTION | Feature.WINDOW | Feature.SOFTCAP | Feature.LEFT_PADDING)
+PIECES = int(Feature.RING_BUFFERS | Feature.WINDOW_SINKS | Feature.LEARNED_SINKS)  # parts of one softmax
+QUANTIZED = int(Feature.QUANTIZED_TOKENS)
+MASKS = int(Feature.DENSE_MASK)
+TRAINING = int(Feature.DROPOUT | Feature.GRADIENTS)
 
 
 @dataclass(slots=True)
@@ -128,26 +130,29 @@ class AttendCall:
             return self.tokens
         return self.k.shape[2] + (0 if self.packed is None else self.packed.tokens)
 
-    def features(self) -> list[Feature]:
-        """What this call asks for beyond causal attention over dense keys."""
-        uses = (
-            (Feature.BIDIRECTIONAL, not self.causal),
-            (Feature.WINDOW, self.window is not None),
-            (Feature.SOFTCAP, self.softcap is not None),
-            (Feature.LEFT_PADDING, self.leftpad is not None),
-            (Feature.DENSE_MASK, self.mask is not None),
-            (Feature.DROPOUT, self.dropout > 0),
-            (Feature.PACKED, self.packed is not None),
-            (Feature.RING, self.tokens is not None),
-            (Feature.SINKS, self.sinks is not None),
-            (Feature.S_AUX, self.s_aux is not None),
-            (Feature.GRADIENTS, self.needs_grad),
+    def features(self) -> int:
+        """What this call asks for beyond causal attention over dense keys: bits of `Feature`, in its order."""
+        return (
+            (not self.causal)
+            | (self.window is not None) << 1
+            | (self.softcap is not None) << 2
+            | (self.leftpad is not None) << 3
+            | (self.mask is not None) << 4
+            | (self.dropout > 0) << 5
+            | (self.packed is not None) << 6
+            | (self.tokens is not None) << 7
+            | (self.sinks is not None) << 8
+            | (self.s_aux is not None) << 9
+            | self.needs_grad << 10
         )
-        return [feature for feature, used in uses if used]
 
-    def beyond(self, served: frozenset[Feature]) -> str | None:
+    def beyond(self, served: int) -> str | None:
         """The features that are not among `served`, as `no dense mask, no dropout`; None where all are."""
-        return ", ".join([f"no {feature.value}" for feature in self.features() if feature not in served]) or None
+        missing = self.features() & ~served
+        if not missing:
+            return None
+        names = [str(feature.name).lower().replace("_", " ") for feature in Feature if feature & missing]
+        return ", ".join(f"no {name}" for name in names)
 
     @property
     def needs_grad(self) -> bool:

@@ -128,7 +128,8 @@ def auto_choice(call: AttendCall) -> tuple[str, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     passed_over = None
     for name in PRIORITIES[_kind(call)]:
-        reason = BACKENDS[name].unavailable() or BACKENDS[name].unsupported(call)
+        backend = BACKENDS[name]
+        reason = backend.unavailable() or backend.unsupported(call)
         if reason is None:
             break
         passed_over = passed_over or reason

@@ -23,9 +23,9 @@ from ..quant import rotation
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .call import PIECES, RULES, AttendCall, Feature, SinkKV
+from .call import PIECES, QUANTIZED, RULES, AttendCall, SinkKV
 
-SERVED = RULES | PIECES | {Feature.PACKED}
+SERVED = RULES | PIECES | QUANTIZED
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
 _ABI_VERSION = 6

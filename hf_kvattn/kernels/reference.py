@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .call import PIECES, RULES, TRAINING, AttendCall, Feature
+from .call import MASKS, PIECES, QUANTIZED, RULES, TRAINING, AttendCall
 
-SERVED = RULES | PIECES | TRAINING | {Feature.DENSE_MASK, Feature.PACKED}
+SERVED = RULES | PIECES | TRAINING | MASKS | QUANTIZED
 
 
 def unavailable() -> str | None:

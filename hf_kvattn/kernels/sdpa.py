@@ -14,11 +14,11 @@ from itertools import chain
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import TRAINING, AttendCall, Feature
+from .call import MASKS, QUANTIZED, TRAINING, AttendCall, Feature
 
 # What torch's function has, with masks where it has no argument, and what is computed here a tile of keys at a time.
-PLAIN = frozenset({Feature.BIDIRECTIONAL, Feature.LEFT_PADDING, Feature.RING, Feature.WINDOW, Feature.DENSE_MASK})
-TILED = frozenset({Feature.PACKED, Feature.S_AUX, Feature.SINKS, Feature.SOFTCAP})
+PLAIN = int(Feature.BIDIRECTIONAL_ATTENTION | Feature.LEFT_PADDING | Feature.RING_BUFFERS | Feature.WINDOW) | MASKS
+TILED = int(Feature.LEARNED_SINKS | Feature.WINDOW_SINKS | Feature.SOFTCAP) | QUANTIZED
 TILE = 1024  # tokens dequantized at once, a multiple of 32
 WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
 

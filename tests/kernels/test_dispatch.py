@@ -4,13 +4,15 @@ import logging
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from enum import IntFlag
 
 import pytest
 import torch
 from flash_stub import FA2, flash_libraries
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
-from problems import SHAPES, problem
+from problems import problem
 from tolerance import assert_close_to_reference
 
 import hf_kvattn
@@ -116,10 +118,10 @@ def test_explicit_choices_raise_where_they_cannot_serve(monkeypatch):
 
 
 def test_every_backend_refuses_a_feature_that_it_does_not_list(monkeypatch):
-    class New:
-        value = "rules of tomorrow"
-
-    monkeypatch.setattr(AttendCall, "features", lambda self: [New()])
+    """A feature of tomorrow is the next bit."""
+    tomorrow = 2 * max(Feature)
+    monkeypatch.setattr(AttendCall, "features", lambda self: tomorrow)
+    monkeypatch.setattr("hf_kvattn.kernels.call.Feature", IntFlag("Feature", {"RULES_OF_TOMORROW": tomorrow}))
     call = problem("g1-31")
     for name in ("reference", "sdpa", "native"):
         assert "no rules of tomorrow" in dispatch.BACKENDS[name].unsupported(call), name
@@ -130,26 +132,30 @@ def test_every_backend_refuses_a_feature_that_it_does_not_list(monkeypatch):
 
 
 def test_features_are_those_that_a_call_uses():
-    assert problem("long-split").features() == []
-    assert problem("padded-window").features() == [Feature.WINDOW, Feature.LEFT_PADDING]
-    assert problem("sinks-one").features() == [Feature.WINDOW, Feature.SOFTCAP, Feature.SINKS]
-    assert problem("not-causal").features() == [Feature.BIDIRECTIONAL]
-    assert {f for name in SHAPES for f in problem(name).features()} | {
-        Feature.DENSE_MASK, Feature.DROPOUT, Feature.GRADIENTS, Feature.PACKED, Feature.RING
-    } == set(Feature)  # fmt: skip
-    training = problem("g1-31")
-    training.q, training.dropout = training.q.detach().requires_grad_(), 0.5
-    training.mask, training.packed, training.tokens = torch.ones(1), object(), 3
-    assert training.features() == [
-        Feature.DENSE_MASK, Feature.DROPOUT, Feature.PACKED, Feature.RING, Feature.GRADIENTS
-    ]  # fmt: skip
+    assert problem("long-split").features() == 0
+    assert problem("padded-window").features() == Feature.WINDOW | Feature.LEFT_PADDING
+    assert problem("sinks-one").features() == Feature.WINDOW | Feature.SOFTCAP | Feature.WINDOW_SINKS
+    assert problem("s-aux").features() == Feature.LEARNED_SINKS
+    assert problem("not-causal").features() == Feature.BIDIRECTIONAL_ATTENTION
+    call = problem("g1-31")
+    for name, value, feature in (
+        ("mask", torch.ones(1), Feature.DENSE_MASK),
+        ("dropout", 0.5, Feature.DROPOUT),
+        ("packed", object(), Feature.QUANTIZED_TOKENS),
+        ("tokens", 3, Feature.RING_BUFFERS),
+        ("q", call.q.detach().requires_grad_(), Feature.GRADIENTS),
+    ):
+        assert replace(call, **{name: value}).features() == feature
+    assert call.beyond(0) is None
+    assert replace(call, softcap=1.0, window=3).beyond(Feature.WINDOW) == "no softcap"
+    assert replace(call, softcap=1.0, window=3).beyond(0) == "no window, no softcap"
 
 
 def test_priorities_name_backends_and_end_with_one_that_serves_everything():
     for kind, names in dispatch.PRIORITIES.items():
         assert set(names) <= set(dispatch.BACKENDS) and names[-1] == "reference", kind
     assert set(dispatch.QUANTIZERS.values()) <= set(dispatch.BACKENDS)
-    assert reference.SERVED == set(Feature)
+    assert reference.SERVED == sum(Feature)
 
 
 @pytest.mark.parametrize("device", ["meta", "mps"])
