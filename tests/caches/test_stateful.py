@@ -284,7 +284,7 @@ class Caches(RuleBasedStateMachine):
         assert layer.batch_size == model.kv[0].shape[0]
         read, packed = [t.clone() for t in layer.dense()], getattr(layer, "packed_tokens", 0)
         if isinstance(layer, KVQuantizedLayer):
-            sinks, model.packed = layer.settings.sinks, min(model.packed, packed)
+            sinks, model.packed = layer.settings.exact_first, min(model.packed, packed)
             assert 0 <= model.length - packed - layer._least_exact < BLOCK or not packed or packed == model.packed
             if packed > model.packed:
                 new = slice(sinks + model.packed, sinks + packed)
