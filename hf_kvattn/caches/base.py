@@ -128,14 +128,14 @@ class KVCache(Cache):
             self._note_changes()
             self._shared = SharedTensors(tensors)
             self._replace_buffers(self._shared)
-        twin = shallow_copy(self)
-        twin.layers = [shallow_copy(layer) for layer in self.layers]
-        twin._replace_buffers(self._shared)
-        twin.ticket = issue_ticket(twin)
-        return twin
+        forked = shallow_copy(self)
+        forked.layers = [shallow_copy(layer) for layer in self.layers]
+        forked._replace_buffers(self._shared)
+        forked.ticket = issue_ticket(forked)
+        return forked
 
-    def _replace_buffers(self, frozen: SharedTensors) -> None:
-        views = iter(frozen.views())
+    def _replace_buffers(self, shared: SharedTensors) -> None:
+        views = iter(shared.views())
         for layer in self.layers:
             layer.replace_buffers({name: next(views) for name in layer.buffers()})
 

@@ -153,9 +153,9 @@ class KVLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> KVLayer:
         """A layer with memory of its own, even where forks share tensors."""
-        twin = shallow_copy(self)
-        twin.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
-        return twin
+        copied = shallow_copy(self)
+        copied.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
+        return copied
 
     def __getstate__(self) -> dict:
         return copy.deepcopy(self).__dict__
@@ -276,6 +276,6 @@ def check_rows(indices: torch.Tensor, batch_size: int) -> torch.Tensor:
 
 def shallow_copy(thing: Any) -> Any:
     """Another object of the same class with the same attributes."""
-    twin = object.__new__(type(thing))
-    twin.__dict__.update(thing.__dict__)
-    return twin
+    copied = object.__new__(type(thing))
+    copied.__dict__.update(thing.__dict__)
+    return copied

@@ -112,9 +112,9 @@ class KVOffloadedLayer(KVStaticLayer):
 
     def __deepcopy__(self, memo: dict) -> KVOffloadedLayer:
         """Copies the layer that follows it too, unless `memo` holds a copy of it."""
-        memo[id(self)] = twin = object.__new__(type(self))
-        twin.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return twin
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
 
 @functools.lru_cache(maxsize=16)

@@ -52,7 +52,7 @@ class StaticKVCache(KVCache):
         return None
 
     def fork(self) -> KVCache:
-        twin = super().fork()
+        forked = super().fork()
         if self.offloads:
-            link_offloaded(twin.layers)
-        return twin
+            link_offloaded(forked.layers)
+        return forked

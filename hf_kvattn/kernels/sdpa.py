@@ -125,10 +125,10 @@ def _tiled(call: AttendCall) -> torch.Tensor:
     q, mask = rows(call.q), call.visible() if call.mask is None else call.mask
     dense = ((q, k, v, None if mask is None else mask[..., t : t + k.shape[2]]) for t, k, v in call.tiles(TILE))
     sinks = call.sinks
-    beside = [] if sinks is None else [(rows(sinks.q), sinks.k.float(), sinks.v.float(), sinks.visible())]
+    sink_part = [] if sinks is None else [(rows(sinks.q), sinks.k.float(), sinks.v.float(), sinks.visible())]
     top = q.new_full((*q.shape[:3], 1), -torch.inf)
     total, out = torch.zeros_like(top), torch.zeros_like(q)
-    for queries, k, v, seen in chain(beside, dense):
+    for queries, k, v, seen in chain(sink_part, dense):
         scores = queries @ k.transpose(-1, -2)
         if call.softcap is not None:
             scores = call.softcap * torch.tanh(scores / call.softcap)
