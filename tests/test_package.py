@@ -1,6 +1,7 @@
 """The package as a user meets it: what importing does, and what installs."""
 
 import ast
+import graphlib
 import os
 import re
 import shutil
@@ -90,6 +91,15 @@ def test_imports_point_one_way(room):
     for path in folder.glob("**/*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
         used = {name.split(".")[1] for name in imports(path) if name.startswith("hf_kvattn.")}
         assert used <= ROOMS[room] | {room}, path
+
+
+def test_no_file_imports_itself_in_a_circle():
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("hf_kvattn/**/*.py")}
+    graph = {}
+    for name, path in files.items():
+        used = {module for full in imports(path) for module in (full, full.rpartition(".")[0]) if module in files}
+        graph[name] = used - {name}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) == len(files)  # CycleError where there is one
 
 
 def test_transformers_cache_module_is_met_in_the_caches_bases_alone():
