@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_kvattn.evaluation import stream
 from hf_kvattn.evaluation.common import drawing
@@ -36,19 +36,6 @@ def schedule(window: int, prefill: int, stride: int) -> list[tuple[int, int]]:
     """The pieces of a window, as (start, end) of their input tokens. Nothing is predicted from the last token."""
     starts = range(prefill, window - 1, stride)
     return [(0, prefill)] + [(start, min(start + stride, window - 1)) for start in starts]
-
-
-def _predictions(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None, pieces: list[tuple[int, int]]
-) -> Iterator[torch.Tensor]:
-    """The logits of the scored predictions, (tokens, vocabulary), piece by piece: one of the prefill, then all."""
-    if cache is None:
-        scored = pieces[-1][1] - pieces[0][1] + 1
-        yield model(ids[:, : pieces[-1][1]], use_cache=False, logits_to_keep=scored).logits[0]
-        return
-    for start, end in pieces:
-        keep = 1 if start == 0 else 0  # 0 keeps all
-        yield model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
@@ -74,12 +61,15 @@ def _run_window(
     cache, reason = caches.try_make(variant, model.config, ids.shape[1])
     if reason is not None:
         raise ValueError(f"{variant.name}: {reason}")
-    targets = ids[0, pieces[0][1] :]
+    prefill, end = pieces[0][1], pieces[-1][1]
+    targets, done = ids[0, prefill:], 0
     scores: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    done = 0
     with caches.running(model, variant):
-        for logits in _predictions(model, ids, cache, pieces):
+        for start, stop in pieces if cache is not None else [(0, end)]:  # without a cache, all in one forward pass
+            keep = stop - prefill + 1 if start == 0 else 0  # of the prefill one prediction is scored; 0 keeps all
+            arguments = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
+            logits = model(ids[:, start:stop], **arguments).logits[0]  # (tokens, vocabulary)
             if torch.isnan(logits).any():
                 raise FloatingPointError(f"{variant.name} gives NaN logits in window {window}")
             part = slice(done, done + len(logits))

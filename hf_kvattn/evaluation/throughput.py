@@ -8,11 +8,10 @@ the ratios within each round, where the noise of the machine cancels.
 A step is the time from one chosen token to the next, taken inside generate() by a stopping criterion. The first steps
 of a block carry generate()'s own set-up and caches gone cold while the others ran, so they are dropped.
 
-Memory: `PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
-timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too. The same
-prompt can peak at twice its usual memory: the more large tensors are freed, the larger are those that glibc puts on its
-heap, where what is freed between tensors that stay is not used again at once. So a prompt is measured several times, in
-turns, into fresh caches; it costs as much as the prompt, so `prompts_s` limits it.
+Memory: `PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the timing, a
+few more untimed steps, where transient copies of the past and the growth of a cache show up. What glibc keeps of freed
+tensors can make the same prompt peak at twice its usual memory. So a prompt is measured several times, in turns, into
+fresh caches, as often as `prompts_s` allows.
 """
 
 from __future__ import annotations
@@ -242,15 +241,12 @@ def measure(
     Args:
         token_ids: the text as a 1-D tensor; see `tokens_needed`. The rows of a batch are consecutive pieces of it.
         variants: what to compare; the stock baseline is added in front when it is not among them.
-        contexts: prompt lengths.
-        batch_sizes: rows decoded together.
-        new_tokens: tokens decoded in the timed rounds together, a multiple of `rounds`.
-        rounds: turns that each variant gets; `new_tokens / rounds` steps are one block.
-        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        new_tokens: tokens decoded in the timed rounds together; `new_tokens / rounds` steps are one block.
+        rounds: turns that each variant gets.
         prompts_s: seconds for the prompts of one cache, of one context and batch size: their memory and first token are
             measured as often as prompts of the stock baseline fit in, once a round at most, and once at least.
         max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
-        progress: show bars on stderr.
+        progress: show bars on stderr. The others are those of the command line.
     """
     needed = tokens_needed(contexts, batch_sizes, max_batch_tokens)
     if not variants or not needed:

@@ -1,8 +1,6 @@
 """The caches that the evaluation compares: one row, one variant.
 
-A row says how to make the cache for a model config and a number of tokens, whether the model runs under the `kvattn`
-attention hook, which packages it needs, and whether it must give the stock model's tokens (`exact`) or is lossy by
-design. To compare another cache, add a row to `VARIANTS`; the package's own are made by `caches.registry.CACHES`.
+To compare another cache, add a row to `VARIANTS`; the package's own are made by `caches.registry.CACHES`.
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ import hf_kvattn
 from hf_kvattn.caches.registry import CACHES
 
 MakeCache = Callable[[PreTrainedConfig, int], Cache | None]
-
-GROUP_SIZE = 32  # numbers that share one scale in the stock quantized caches
-RESIDUAL_TOKENS = 128  # newest tokens that the stock quantized caches keep in the model's dtype
 
 
 @dataclass(frozen=True)
@@ -57,9 +52,8 @@ def _static_of(length: int) -> MakeCache:
 
 
 def _stock_quantized(backend: str, bits: int, axis: int, package: str) -> Variant:
-    """The axes are the ones that transformers recommends for each quantization package."""
-    settings = {"nbits": bits, "axis_key": axis, "axis_value": axis}
-    settings |= {"q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_TOKENS}
+    """32 numbers share a scale, and the newest 128 tokens stay exact; `axis` is what transformers recommends."""
+    settings = {"nbits": bits, "axis_key": axis, "axis_value": axis, "q_group_size": 32, "residual_length": 128}
 
     def make(config: PreTrainedConfig, capacity: int) -> Cache:
         return QuantizedCache(backend=backend, config=config, **settings)
