@@ -39,11 +39,11 @@ def schedule(window: int, prefill: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _score(logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
-    """-log p of the targets, KL(stock || own) and whether the top token is the same: (3, tokens), some at a time."""
+    """-log p of the targets, KL(stock || own), whether the top token is the same: (3, tokens), some rows at a time."""
     parts = []
-    for rows in zip(*(each.split(SCORED_ROWS) for each in (logits, targets, stock)), strict=True):
-        own, reference = (torch.log_softmax(each.float(), dim=-1) for each in rows[::2])
-        nll = -own.gather(1, rows[1][:, None])[:, 0]
+    for own, target, reference in zip(*(each.split(SCORED_ROWS) for each in (logits, targets, stock)), strict=True):
+        own, reference = (torch.log_softmax(each.float(), dim=-1) for each in (own, reference))
+        nll = -own.gather(1, target[:, None])[:, 0]
         kld = (reference.exp() * (reference - own)).sum(dim=-1)
         parts.append(torch.stack([nll, kld, reference.argmax(dim=-1) == own.argmax(dim=-1)]))
     return torch.cat(parts, dim=1).cpu()
@@ -58,9 +58,7 @@ def _run_window(
     stock: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """The scores of one variant on one window, the stock logits (its own, where none are given), and its sizes."""
-    cache, reason = caches.try_make(variant, model.config, ids.shape[1])
-    if reason is not None:
-        raise ValueError(f"{variant.name}: {reason}")
+    cache = variant.make(model.config, ids.shape[1])
     prefill, end = pieces[0][1], pieces[-1][1]
     targets, done = ids[0, prefill:], 0
     scores: list[torch.Tensor] = []
@@ -68,8 +66,8 @@ def _run_window(
     with caches.running(model, variant):
         for start, stop in pieces if cache is not None else [(0, end)]:  # without a cache, all in one forward pass
             keep = stop - prefill + 1 if start == 0 else 0  # of the prefill one prediction is scored; 0 keeps all
-            arguments = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": keep}
-            logits = model(ids[:, start:stop], **arguments).logits[0]  # (tokens, vocabulary)
+            past = {"past_key_values": cache, "use_cache": cache is not None}
+            logits = model(ids[:, start:stop], logits_to_keep=keep, **past).logits[0]  # (tokens, vocabulary)
             if torch.isnan(logits).any():
                 raise FloatingPointError(f"{variant.name} gives NaN logits in window {window}")
             part = slice(done, done + len(logits))

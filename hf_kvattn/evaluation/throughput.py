@@ -246,11 +246,12 @@ def measure(
         prompts_s: seconds for the prompts of one cache, of one context and batch size: their memory and first token are
             measured as often as prompts of the stock baseline fit in, once a round at most, and once at least.
         max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
-        progress: show bars on stderr. The others are those of the command line.
+        contexts, batch_sizes, none_limit_s: as on the command line.
+        progress: show bars on stderr.
     """
     needed = tokens_needed(contexts, batch_sizes, max_batch_tokens)
     if not variants or not needed:
-        sizes = f"{contexts=}, {batch_sizes=}, {max_batch_tokens=}"
+        sizes = f"{contexts=} x {batch_sizes=} within {max_batch_tokens=}"
         raise ValueError(f"nothing to measure: {len(variants)} variants, {sizes}")
     if min(contexts) < 2 or min(batch_sizes) < 1 or rounds < 1:
         raise ValueError(f"contexts start at 2, batch sizes and rounds at 1: {contexts=}, {batch_sizes=}, {rounds=}")
