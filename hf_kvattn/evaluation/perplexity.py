@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_kvattn.evaluation import stream
 from hf_kvattn.evaluation.common import drawing
 from hf_kvattn.evaluation.common import variants as caches
-from hf_kvattn.evaluation.common.measurement import Figure, Measurement, skipped_limits, skipped_list
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, skipped_limits, skipped_list
 from hf_kvattn.evaluation.common.memory import bits_per_element, cache_bytes
 from hf_kvattn.evaluation.common.running import model_command
 from hf_kvattn.evaluation.common.variants import BASELINE, Variant
@@ -33,115 +32,51 @@ from hf_kvattn.tools.command_line import Command, positive_int
 from hf_kvattn.tools.tables import Column, digits, joined, mib, table_of
 
 
-@dataclass
-class _Score:
-    """What is collected of one variant, over all windows."""
-
-    variant: Variant
-    nll: list[torch.Tensor] = field(default_factory=list)
-    kld: list[torch.Tensor] = field(default_factory=list)
-    same_top: list[torch.Tensor] = field(default_factory=list)
-    bits: float | None = None
-    bytes: int = 0
-
-
 def schedule(window: int, prefill: int, stride: int) -> list[tuple[int, int]]:
     """The pieces of a window, as (start, end) of their input tokens. Nothing is predicted from the last token."""
     starts = range(prefill, window - 1, stride)
     return [(0, prefill)] + [(start, min(start + stride, window - 1)) for start in starts]
 
 
-def _predictions(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache | None, pieces: list[tuple[int, int]]
-) -> Iterator[torch.Tensor]:
-    """The logits of the scored predictions, (tokens, vocabulary), piece by piece: one of the prefill, then all."""
-    if cache is None:
-        scored = pieces[-1][1] - pieces[0][1] + 1
-        yield model(ids[:, : pieces[-1][1]], use_cache=False, logits_to_keep=scored).logits[0]
-        return
-    for start, end in pieces:
-        keep = 1 if start == 0 else 0  # 0 keeps all
-        yield model(ids[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
-
-
-def _score_piece(score: _Score, logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor | None) -> None:
-    """Add the predictions of one piece. Without stock logits it is the stock run itself."""
-    for start in range(0, len(targets), SCORED_ROWS):
-        rows = slice(start, start + SCORED_ROWS)
-        own = torch.log_softmax(logits[rows].float(), dim=-1)
-        score.nll.append(-own.gather(1, targets[rows, None])[:, 0].cpu())
-        if stock is not None:
-            reference = torch.log_softmax(stock[rows].float(), dim=-1)
-            score.kld.append((reference.exp() * (reference - own)).sum(dim=-1).cpu())
-            score.same_top.append((reference.argmax(dim=-1) == own.argmax(dim=-1)).cpu())
+def _score(logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
+    """-log p of the targets, KL(stock || own), whether the top token is the same: (3, tokens), some rows at a time."""
+    parts = []
+    for own, target, reference in zip(*(each.split(SCORED_ROWS) for each in (logits, targets, stock)), strict=True):
+        own, reference = (torch.log_softmax(each.float(), dim=-1) for each in (own, reference))
+        nll = -own.gather(1, target[:, None])[:, 0]
+        kld = (reference.exp() * (reference - own)).sum(dim=-1)
+        parts.append(torch.stack([nll, kld, reference.argmax(dim=-1) == own.argmax(dim=-1)]))
+    return torch.cat(parts, dim=1).cpu()
 
 
 def _run_window(
     model: PreTrainedModel,
     ids: torch.Tensor,
-    score: _Score,
+    variant: Variant,
     pieces: list[tuple[int, int]],
     window: int,
     stock: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Score one variant on one window, and give back its logits when it is the stock run that others need."""
-    cache, reason = caches.try_make(score.variant, model.config, ids.shape[1])
-    if reason is not None:
-        raise ValueError(f"{score.variant.name}: {reason}")
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The scores of one variant on one window, the stock logits (its own, where none are given), and its sizes."""
+    cache = variant.make(model.config, ids.shape[1])
+    prefill, end = pieces[0][1], pieces[-1][1]
+    targets, done = ids[0, prefill:], 0
+    scores: list[torch.Tensor] = []
     kept: list[torch.Tensor] = []
-    targets = ids[0, pieces[0][1] :]
-    done = 0
-    with caches.running(model, score.variant):
-        for logits in _predictions(model, ids, cache, pieces):
-            part = slice(done, done + len(logits))
+    with caches.running(model, variant):
+        for start, stop in pieces if cache is not None else [(0, end)]:  # without a cache, all in one forward pass
+            keep = stop - prefill + 1 if start == 0 else 0  # of the prefill one prediction is scored; 0 keeps all
+            past = {"past_key_values": cache, "use_cache": cache is not None}
+            logits = model(ids[:, start:stop], logits_to_keep=keep, **past).logits[0]  # (tokens, vocabulary)
             if torch.isnan(logits).any():
-                raise FloatingPointError(f"{score.variant.name} gives NaN logits in window {window}")
-            _score_piece(score, logits, targets[part], None if stock is None else stock[part])
+                raise FloatingPointError(f"{variant.name} gives NaN logits in window {window}")
+            part = slice(done, done + len(logits))
+            scores.append(_score(logits, targets[part], logits if stock is None else stock[part]))
             done += len(logits)
             if stock is None:
                 kept.append(logits)
-    score.bits = bits_per_element(cache, model.config)
-    score.bytes = cache_bytes(cache)
-    return kept
-
-
-def _row(score: _Score, stock: _Score) -> dict[str, Any]:
-    nll = torch.cat(score.nll).double().mean().item()
-    stock_nll = torch.cat(stock.nll).double().mean().item()
-    row = {
-        "variant": score.variant.name,
-        "hooked": score.variant.hooked,
-        "perplexity": math.exp(nll),
-        "perplexity_change_pct": 100 * math.expm1(nll - stock_nll),
-        "kld_mean": 0.0,
-        "kld_p99": 0.0,
-        "same_top1_pct": 100.0,
-        "bits_per_element": score.bits,
-        "cache_bytes": score.bytes,
-    }
-    if score is stock:  # compared with itself
-        return row
-    kld = torch.cat(score.kld).double()
-    same_top = torch.cat(score.same_top).double()
-    return row | {
-        "kld_mean": kld.mean().item(),
-        "kld_p99": torch.quantile(kld, 0.99).item(),
-        "same_top1_pct": 100 * same_top.mean().item(),
-    }
-
-
-def _usable(model: PreTrainedModel, variants: Sequence[Variant], window: int) -> tuple[list[Variant], list[dict]]:
-    usable: list[Variant] = []
-    skipped: list[dict[str, Any]] = []
-    for variant in variants:
-        if variant.name == BASELINE:
-            continue  # always there, as the first row
-        reason = caches.try_make(variant, model.config, window)[1]
-        if reason is None:
-            usable.append(variant)
-        else:
-            skipped.append({"variant": variant.name, "context": window, "batch": 1, "reason": reason})
-    return usable, skipped
+    sizes = {"bits_per_element": bits_per_element(cache, model.config), "cache_bytes": cache_bytes(cache)}
+    return torch.cat(scores, dim=1), torch.cat(kept) if stock is None else stock, sizes
 
 
 @torch.no_grad()
@@ -155,8 +90,8 @@ def measure(
     stride: int = 32,
     windows: int = 4,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Score the variants on the first `windows` windows of the text, and give a dict that JSON can hold.
+) -> Results:
+    """Score the variants on the first `windows` windows of the text.
 
     Args:
         token_ids: the text as a 1-D tensor of at least `windows * window` tokens.
@@ -168,31 +103,49 @@ def measure(
         progress: show a bar on stderr.
     """
     if not 1 <= prefill < window or stride < 1 or windows < 1:
-        raise ValueError(
-            f"not 1 <= prefill < window, 1 <= stride, 1 <= windows: {prefill=}, {window=}, {stride=}, {windows=}"
-        )
+        sizes = f"{prefill=}, {window=}, {stride=}, {windows=}"
+        raise ValueError(f"not 1 <= prefill < window, 1 <= stride, 1 <= windows: {sizes}")
     if len(token_ids) < windows * window:
         raise ValueError(f"{windows} windows of {window} need {windows * window} tokens, the text has {len(token_ids)}")
+    chosen, skipped = [caches.VARIANTS[BASELINE]], []
+    for variant in (variant for variant in variants if variant.name != BASELINE):
+        reason = caches.try_make(variant, model.config, window)[1]
+        if reason is None:
+            chosen.append(variant)
+        else:
+            skipped.append({"variant": variant.name, "context": window, "batch": 1, "reason": reason})
     pieces = schedule(window, prefill, stride)
-    stock_score = _Score(caches.VARIANTS[BASELINE])
-    usable, skipped = _usable(model, variants, window)
-    scores = [_Score(variant) for variant in usable]
-    with tqdm(total=windows * (1 + len(scores)), unit="run", disable=not progress) as bar:
-        for i in range(windows):  # all variants on one window, so that only its stock logits are held
-            ids = token_ids[None, i * window : (i + 1) * window].to(model.device)
-            bar.set_description(f"window {i + 1} of {windows}, {BASELINE}")
-            stock = torch.cat(_run_window(model, ids, stock_score, pieces, i, None))
-            bar.update()
-            for score in scores:
-                bar.set_description(f"window {i + 1} of {windows}, {score.variant.name}")
-                _run_window(model, ids, score, pieces, i, stock)
+    scores: dict[str, list[torch.Tensor]] = {variant.name: [] for variant in chosen}
+    sizes_of: dict[str, dict[str, Any]] = {}
+    with tqdm(total=windows * len(chosen), unit="run", disable=not progress) as bar:
+        for i, ids in enumerate(token_ids[: windows * window].view(windows, 1, window).to(model.device)):
+            stock = None  # all variants on one window, so that only its stock logits are held
+            for variant in chosen:
+                bar.set_description(f"window {i + 1} of {windows}, {variant.name}")
+                score, stock, sizes_of[variant.name] = _run_window(model, ids, variant, pieces, i, stock)
+                scores[variant.name].append(score)
                 bar.update()
     return {
         "kind": "perplexity",
         "settings": {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
         | {"scored_tokens": windows * (window - prefill)},
-        "rows": [_row(score, stock_score) for score in [stock_score, *scores]],
+        "rows": [_row(variant, scores, sizes_of[variant.name]) for variant in chosen],
         "skipped": skipped,
+    }
+
+
+def _row(variant: Variant, scores: dict[str, list[torch.Tensor]], sizes: dict[str, Any]) -> dict[str, Any]:
+    nll, kld, same_top = torch.cat(scores[variant.name], dim=1).double()
+    loss, stock_loss = nll.mean().item(), torch.cat(scores[BASELINE], dim=1)[0].double().mean().item()
+    return {
+        "variant": variant.name,
+        "hooked": variant.hooked,
+        "perplexity": math.exp(loss),
+        "perplexity_change_pct": 100 * math.expm1(loss - stock_loss),
+        "kld_mean": kld.mean().item(),
+        "kld_p99": torch.quantile(kld, 0.99).item(),
+        "same_top1_pct": 100 * same_top.mean().item(),
+        **sizes,
     }
 
 
@@ -215,7 +168,7 @@ def how(settings: dict[str, Any]) -> str:
     )
 
 
-def _tables(results: dict[str, Any]) -> str:
+def _tables(results: Results) -> str:
     settings = results["settings"]
     notes = (
         f"{settings['windows']} windows of {settings['window']} tokens: {how(settings)} `none` is one forward "
@@ -224,25 +177,24 @@ def _tables(results: dict[str, Any]) -> str:
     return joined(notes, table_of(COLUMNS, results["rows"]), skipped_list(results))
 
 
-def _draw(results: dict[str, Any]) -> Any:
+def _draw(results: Results) -> Any:
     """KL divergence against bits a cached number: lower and further left is better."""
     figure = drawing.new_figure(7.0, 4.8, "What a cache does to the predictions", results["conditions"])
     axes = figure.subplots()
     colors = drawing.colors_of(results["rows"])
+    klds = {row["variant"]: max(row["kld_mean"], drawing.LOWEST_KLD) for row in results["rows"]}
     points = [row for row in results["rows"] if row["bits_per_element"] is not None and row["variant"] != BASELINE]
-    for row in results["rows"]:
-        if row["variant"] == "none":
-            level = max(row["kld_mean"], drawing.LOWEST_KLD)
-            axes.axhline(level, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-            axes.text(0.005, level, "no cache: noise of the arithmetic", fontsize=7.5, color="#777777", va="bottom",
-                      transform=axes.get_yaxis_transform())  # fmt: skip
+    if "none" in klds:
+        axes.axhline(klds["none"], color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        axes.text(0.005, klds["none"], "no cache: noise of the arithmetic", fontsize=7.5, color="#777777", va="bottom",
+                  transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_yscale("log")
     for row in points:
         size, front = (60, 3) if row["hooked"] else (34, 2)
-        height = max(row["kld_mean"], drawing.LOWEST_KLD)
-        axes.scatter(row["bits_per_element"], height, s=size, color=colors[row["variant"]], zorder=front)
+        color, kld = colors[row["variant"]], klds[row["variant"]]
+        axes.scatter(row["bits_per_element"], kld, s=size, color=color, zorder=front)
     bits = [4.0, 16.0, *(row["bits_per_element"] for row in points)]
-    found = [max(row["kld_mean"], drawing.LOWEST_KLD) for row in results["rows"] if row["variant"] != BASELINE] or [1.0]
+    found = [kld for name, kld in klds.items() if name != BASELINE] or [1.0]
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(bits) / 1.4, max(bits) * 1.9)
     axes.set_ylim(10 ** math.floor(math.log10(min(found) / 1.5)), 10 ** math.ceil(math.log10(max(found) * 1.5)))
@@ -256,19 +208,19 @@ def _draw(results: dict[str, Any]) -> Any:
     return figure
 
 
-def limits(results: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{results['settings']['scored_tokens']} predictions of one text were scored: small differences are noise."
+def limits(results: Results) -> list[str]:
+    scored = results["settings"]["scored_tokens"]
+    changed = [
+        "{variant} changes perplexity by {perplexity_change_pct:+.2f} %, and agrees with {stock} on "
+        "{same_top1_pct:.1f} % of the tokens.".format(stock=BASELINE, **row)
+        for row in results["rows"]
+        if row["hooked"] and row["perplexity_change_pct"] > 0.5
     ]
-    for row in (row for row in results["rows"] if row["hooked"] and row["perplexity_change_pct"] > 0.5):
-        lines.append(
-            f"{row['variant']} changes perplexity by {row['perplexity_change_pct']:+.2f} %, and agrees with "
-            f"{BASELINE} on {row['same_top1_pct']:.1f} % of the tokens."
-        )
-    return lines + skipped_limits(results)
+    first = f"{scored} predictions of one text were scored: small differences are noise."
+    return [first, *changed, *skipped_limits(results)]
 
 
-def figures(results: dict[str, Any]) -> Iterator[Figure]:
+def figures(results: Results) -> Iterator[Figure]:
     part, settings = "windows of {window} tokens".format(**results["settings"]), results["settings"]
     kld = f"KL divergence from {BASELINE}, nats a token"
     for row in results["rows"]:

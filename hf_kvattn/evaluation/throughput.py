@@ -8,13 +8,10 @@ the ratios within each round, where the noise of the machine cancels.
 A step is the time from one chosen token to the next, taken inside generate() by a stopping criterion. The first steps
 of a block carry generate()'s own set-up and caches gone cold while the others ran, so they are dropped.
 
-Greedy tokens are compared with those of the stock cache, see `common/tokens.py`.
-
-Memory: `PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the
-timing, a few more untimed steps, where transient copies of the past show up, and the growth of a cache too. The same
-prompt can peak at twice its usual memory: the more large tensors are freed, the larger are those that glibc puts on its
-heap, where what is freed between tensors that stay is not used again at once. So a prompt is measured several times, in
-turns, into fresh caches; it costs as much as the prompt, so `prompts_s` limits it.
+Memory: `PeakMemory` watches the prompt and its first token, the filling of the cache included, and, after the timing, a
+few more untimed steps, where transient copies of the past and the growth of a cache show up. What glibc keeps of freed
+tensors can make the same prompt peak at twice its usual memory. So a prompt is measured several times, in turns, into
+fresh caches, as often as `prompts_s` allows.
 """
 
 from __future__ import annotations
@@ -22,24 +19,21 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import chain, groupby, product
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from hf_kvattn.evaluation.common import drawing
 from hf_kvattn.evaluation.common import variants as caches
-from hf_kvattn.evaluation.common.measurement import Figure, Measurement, skipped_limits, skipped_list
+from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, skipped_limits, skipped_list
 from hf_kvattn.evaluation.common.memory import PeakMemory, cache_bytes
 from hf_kvattn.evaluation.common.running import model_command
 from hf_kvattn.evaluation.common.timing import in_turns, ratio, spread
@@ -62,21 +56,6 @@ NEAR_TIE = (
 )
 
 
-class _StepClock(StoppingCriteria):
-    """Never stops; notes the time at which each token was chosen."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.times_s: list[float] = []
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times_s.append(time.perf_counter())
-        done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        return done  # type: ignore[return-value]  # a class that torch's functions are not declared to return
-
-
 @contextmanager
 def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Only greedy search: none of the sampling, penalties or cache that the model's own defaults may ask for."""
@@ -93,7 +72,15 @@ def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     """Decode `steps` tokens, and give the seconds from the call to each of them."""
-    clock = _StepClock(lane.ids.device)
+    times_s: list[float] = []
+
+    def clock(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """A stopping criterion that never stops."""
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize(input_ids.device)
+        times_s.append(time.perf_counter() - start_s)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
     generator: Any = caches.generator(model, lane.variant)  # a model; its methods are typed as tensors
     with caches.running(model, lane.variant):
         start_s = time.perf_counter()
@@ -106,7 +93,13 @@ def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
             stopping_criteria=StoppingCriteriaList([clock]),
             **({"use_cache": False} if lane.cache is None else {"past_key_values": lane.cache}),
         )
-    return [time_s - start_s for time_s in clock.times_s]
+    return times_s
+
+
+def _run_prompt(model: PreTrainedModel, lane: Lane, memory: PeakMemory) -> None:
+    memory.start()
+    lane.ttft_s += _decode(model, lane, 1)
+    lane.prompt_peak_bytes.append(memory.stop())
 
 
 def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
@@ -114,63 +107,6 @@ def _time_round(model: PreTrainedModel, lane: Lane, steps: int) -> None:
     times_s = _decode(model, lane, steps if lane.cache is not None else DROPPED_STEPS + 1)
     # times_s[0] ends the first step, so step i lasts from times_s[i - 1] to times_s[i].
     lane.rounds_s.append([b - a for a, b in zip(times_s[DROPPED_STEPS - 1 :], times_s[DROPPED_STEPS:], strict=False)])
-    lane.dropped += DROPPED_STEPS
-
-
-def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
-    batch_size, ttft_s = lane.ids.shape[0], statistics.median(lane.ttft_s)
-    steps_s = [step_s for round_s in lane.rounds_s for step_s in round_s]
-    return {
-        "variant": lane.variant.name,
-        "hooked": lane.variant.hooked,
-        "ttft_ms": 1e3 * ttft_s,
-        "prefill_tok_s": batch_size * context / ttft_s,
-        "step_ms": spread(1e3 * step_s for step_s in steps_s),
-        "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
-        "decode_tok_s": batch_size / statistics.median(steps_s),
-        "steps_timed": len(steps_s),
-        "steps_dropped": lane.dropped,
-        "cache_bytes": lane.bytes,
-        "decode_extra_bytes": lane.extra_bytes,
-        "prompt_peak_bytes": spread(lane.prompt_peak_bytes),
-        "speedup": {name: ratio(stock[name].rounds_s, lane.rounds_s) if name in stock else None for name in STOCK},
-        "tokens": tokens,
-    }
-
-
-def _price_of_context(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the largest context costs a step over the smallest one, for each batch size and variant."""
-    prices: list[dict[str, Any]] = []
-    for batch_size in sorted({cell["batch"] for cell in cells}):
-        ordered = sorted((cell for cell in cells if cell["batch"] == batch_size), key=lambda cell: cell["context"])
-        small, large = ordered[0], ordered[-1]
-        if small is large:
-            continue
-        small_ms = {row["variant"]: row["step_ms"]["median"] for row in small["rows"]}
-        large_ms = {row["variant"]: row["step_ms"]["median"] for row in large["rows"]}
-        extra_ms = {name: large_ms[name] - small_ms[name] for name in large_ms if name in small_ms}
-        for name, extra in extra_ms.items():
-            share_of = {s: extra / extra_ms[s] if extra_ms.get(s, 0.0) > 0 else None for s in STOCK}
-            row = {"batch": batch_size, "contexts": [small["context"], large["context"]], "variant": name}
-            prices.append(row | {"extra_ms": extra, "growth": large_ms[name] / small_ms[name], "share_of": share_of})
-    return prices
-
-
-@dataclass(frozen=True)
-class _Settings:
-    block: int
-    rounds: int
-    none_limit_s: float
-    prompts_s: float
-    progress: bool
-    memory: PeakMemory
-
-    def capacity(self, context: int) -> int:
-        return context + 1 + WARM_UP_STEPS + self.rounds * self.block + MEMORY_STEPS
-
-    def prompts(self, ttft_s: float) -> int:
-        """How many prompts are measured, where one takes `ttft_s`: one a round at most, and one at least."""
-        return int(max(1, min(self.rounds, self.prompts_s / ttft_s)))
 
 
 def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Variant]) -> None:
@@ -184,51 +120,39 @@ def _warm_up(model: PreTrainedModel, token_ids: torch.Tensor, variants: list[Var
             _decode(model, lane, WARM_UP_STEPS)
 
 
-def _measure_prompt(model: PreTrainedModel, lane: Lane, measured: Lane, memory: PeakMemory) -> None:
-    """Runs the prompt of `lane` to its first token, and notes time and memory with `measured`."""
-    memory.start()
-    measured.ttft_s.append(_decode(model, lane, 1)[0])
-    measured.prompt_peak_bytes.append(memory.stop())
-
-
-def _prefill(
-    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
-) -> tuple[list[Lane], list[dict[str, Any]]]:
-    """A prefilled lane for each variant that can run here, the stock one first, and the others with the reason."""
+def _measure_cell(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    variants: list[Variant],
+    settings: dict[str, Any],
+    memory: PeakMemory,
+    progress: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The variants on one prompt `(batch, context)`, the stock one first; and those that cannot run, with reasons."""
     batch_size, context = prompt.shape
+    rounds, block, limit_s = settings["rounds"], settings["block_steps"], settings["none_limit_s"]
+    capacity = context + 1 + WARM_UP_STEPS + rounds * block + MEMORY_STEPS
     lanes: list[Lane] = []
     skipped: list[dict[str, Any]] = []
     for variant in variants:
-        cache, reason = caches.try_make(variant, model.config, settings.capacity(context))
+        cache, reason = caches.try_make(variant, model.config, capacity)
         # A step without cache is a forward over the whole prompt, which the stock prefill has just timed.
-        if reason is None and cache is None and lanes[0].ttft_s[0] > settings.none_limit_s:
-            reason = f"a step would take about {lanes[0].ttft_s[0]:.1f} s, the limit is {settings.none_limit_s:g} s"
+        if reason is None and cache is None and lanes[0].ttft_s[0] > limit_s:
+            reason = f"a step would take about {lanes[0].ttft_s[0]:.1f} s, the limit is {limit_s:g} s"
         if reason is not None:
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
-        lane = Lane(variant, cache, prompt)
-        _measure_prompt(model, lane, lane, settings.memory)
+        lanes.append(Lane(variant, cache, prompt))
+        _run_prompt(model, lanes[-1], memory)
         if cache is not None:
-            _decode(model, lane, WARM_UP_STEPS)
-        lanes.append(lane)
-    return lanes, skipped
-
-
-def _measure_cell(
-    model: PreTrainedModel, prompt: torch.Tensor, variants: list[Variant], settings: _Settings
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    batch_size, context = prompt.shape
-    memory = settings.memory
-    lanes, skipped = _prefill(model, prompt, variants, settings)
-    prompts = settings.prompts(lanes[0].ttft_s[0])
+            _decode(model, lanes[-1], WARM_UP_STEPS)
+    prompts = int(max(1, min(rounds, settings["prompts_s"] / lanes[0].ttft_s[0])))
     for lane in in_turns(lanes, range(1, prompts)):
-        cache = lane.variant.make(model.config, settings.capacity(context))
-        _measure_prompt(model, Lane(lane.variant, cache, prompt), lane, memory)
-        del cache  # before the next is measured, and the steps
+        # A copy of the lane shares its lists of times and bytes; its cache is gone before the next is measured.
+        _run_prompt(model, replace(lane, cache=lane.variant.make(model.config, capacity), ids=prompt), memory)
     label = f"context {context}, batch {batch_size}"
-    rounds = tqdm(range(settings.rounds), desc=label, unit="round", disable=not settings.progress)
-    for lane in in_turns(lanes, rounds):
-        _time_round(model, lane, settings.block)
+    for lane in in_turns(lanes, tqdm(range(rounds), desc=label, unit="round", disable=not progress)):
+        _time_round(model, lane, block)
     for lane in lanes:
         lane.bytes = cache_bytes(lane.cache)
         memory.start()
@@ -240,13 +164,49 @@ def _measure_cell(
     return {"context": context, "batch": batch_size, "prompts": prompts, "rows": rows}, skipped
 
 
-def _prompt(token_ids: torch.Tensor, context: int, batch_size: int) -> torch.Tensor:
-    """Consecutive pieces of the text, one a row."""
-    if len(token_ids) < batch_size * context:
-        raise ValueError(
-            f"context {context} x batch {batch_size} = {context * batch_size} tokens, the text has {len(token_ids)}"
-        )
-    return token_ids[: batch_size * context].view(batch_size, context)
+def _row(lane: Lane, stock: dict[str, Lane], tokens: dict[str, Any], context: int) -> dict[str, Any]:
+    batch_size, ttft_s = lane.ids.shape[0], statistics.median(lane.ttft_s)
+    steps_s = list(chain.from_iterable(lane.rounds_s))
+    return {
+        "variant": lane.variant.name,
+        "hooked": lane.variant.hooked,
+        "ttft_ms": 1e3 * ttft_s,
+        "prefill_tok_s": batch_size * context / ttft_s,
+        "step_ms": spread(1e3 * step_s for step_s in steps_s),
+        "round_median_ms": [1e3 * statistics.median(round_s) for round_s in lane.rounds_s],
+        "decode_tok_s": batch_size / statistics.median(steps_s),
+        "steps_timed": len(steps_s),
+        "steps_dropped": DROPPED_STEPS * len(lane.rounds_s),
+        "cache_bytes": lane.bytes,
+        "decode_extra_bytes": lane.extra_bytes,
+        "prompt_peak_bytes": spread(lane.prompt_peak_bytes),
+        "speedup": {name: ratio(stock[name].rounds_s, lane.rounds_s) if name in stock else None for name in STOCK},
+        "tokens": tokens,
+    }
+
+
+def _price_of_context(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the largest context costs a step over the smallest one, for each batch size and variant."""
+    prices: list[dict[str, Any]] = []
+    for batch_size, group in groupby(cells, itemgetter("batch")):
+        small, *others = group
+        if not others:
+            continue
+        ends = (small, others[-1])
+        before_ms, after_ms = ({row["variant"]: row["step_ms"]["median"] for row in cell["rows"]} for cell in ends)
+        extra_ms = {name: after_ms[name] - before_ms[name] for name in after_ms if name in before_ms}
+        prices += [
+            {
+                "batch": batch_size,
+                "contexts": [cell["context"] for cell in ends],
+                "variant": name,
+                "extra_ms": extra,
+                "growth": after_ms[name] / before_ms[name],
+                "share_of": {other: extra / extra_ms[other] if extra_ms.get(other, 0) > 0 else None for other in STOCK},
+            }
+            for name, extra in extra_ms.items()
+        ]
+    return prices
 
 
 def _over_limit(context: int, batch_size: int, max_batch_tokens: int) -> bool:
@@ -256,7 +216,7 @@ def _over_limit(context: int, batch_size: int, max_batch_tokens: int) -> bool:
 
 def tokens_needed(contexts: Sequence[int], batch_sizes: Sequence[int], max_batch_tokens: int) -> int:
     """How much text `measure` reads."""
-    sizes = [(context, batch_size) for context in contexts for batch_size in batch_sizes]
+    sizes = product(contexts, batch_sizes)
     return max((c * b for c, b in sizes if not _over_limit(c, b, max_batch_tokens)), default=0)
 
 
@@ -275,86 +235,61 @@ def measure(
     prompts_s: float = 10.0,
     max_batch_tokens: int = 16384,
     progress: bool = False,
-) -> dict[str, Any]:
-    """Time the variants against each other on one model, and give everything as a dict that JSON can hold.
+) -> Results:
+    """Time the variants against each other on one model.
 
     Args:
-        token_ids: the text as a 1-D tensor; see `tokens_needed`.
+        token_ids: the text as a 1-D tensor; see `tokens_needed`. The rows of a batch are consecutive pieces of it.
         variants: what to compare; the stock baseline is added in front when it is not among them.
-        contexts: prompt lengths.
-        batch_sizes: rows decoded together.
-        new_tokens: tokens decoded in the timed rounds together, a multiple of `rounds`.
-        rounds: turns that each variant gets; `new_tokens / rounds` steps are one block.
-        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        new_tokens: tokens decoded in the timed rounds together; `new_tokens / rounds` steps are one block.
+        rounds: turns that each variant gets.
         prompts_s: seconds for the prompts of one cache, of one context and batch size: their memory and first token are
             measured as often as prompts of the stock baseline fit in, once a round at most, and once at least.
         max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
+        contexts, batch_sizes, none_limit_s: as on the command line.
         progress: show bars on stderr.
     """
-    if not variants or not contexts or not batch_sizes:
-        raise ValueError(f"nothing to measure: {len(variants)} variants, {contexts=}, {batch_sizes=}")
-    if tokens_needed(contexts, batch_sizes, max_batch_tokens) == 0:
-        raise ValueError(f"{contexts=} x {batch_sizes=} are all over {max_batch_tokens=}")
+    needed = tokens_needed(contexts, batch_sizes, max_batch_tokens)
+    if not variants or not needed:
+        sizes = f"{contexts=} x {batch_sizes=} within {max_batch_tokens=}"
+        raise ValueError(f"nothing to measure: {len(variants)} variants, {sizes}")
     if min(contexts) < 2 or min(batch_sizes) < 1 or rounds < 1:
         raise ValueError(f"contexts start at 2, batch sizes and rounds at 1: {contexts=}, {batch_sizes=}, {rounds=}")
     if not prompts_s >= 0:
         raise ValueError(f"prompts_s must be a number of seconds from 0 on, got {prompts_s!r}")
     if new_tokens % rounds or new_tokens // rounds <= DROPPED_STEPS:
         raise ValueError(f"{new_tokens=} is not {rounds=} times at least {DROPPED_STEPS + 1} steps")
-    stock = caches.VARIANTS[BASELINE]
-    ordered = [stock] + [variant for variant in variants if variant.name != BASELINE]
+    if len(token_ids) < needed:
+        raise ValueError(f"{contexts=} x {batch_sizes=} need {needed} tokens, the text has {len(token_ids)}")
+    ordered = [caches.VARIANTS[BASELINE]] + [variant for variant in variants if variant.name != BASELINE]
     memory = PeakMemory(model.device)
-    settings = _Settings(new_tokens // rounds, rounds, none_limit_s, prompts_s, progress, memory)
+    settings: dict[str, Any] = {
+        **{"new_tokens": new_tokens, "rounds": rounds, "block_steps": new_tokens // rounds},
+        **{"dropped_steps_per_block": DROPPED_STEPS, "warm_up_steps": WARM_UP_STEPS},
+        **{"none_limit_s": none_limit_s, "prompts_s": prompts_s, "max_batch_tokens": max_batch_tokens},
+        **{"memory_method": memory.method, "near_tie": NEAR_TIE},
+    }
     cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     with _plain_greedy(model, tokenizer):
         _warm_up(model, token_ids, ordered)
-        for batch_size in sorted(set(batch_sizes)):
-            for context in sorted(set(contexts)):
-                if _over_limit(context, batch_size, max_batch_tokens):
-                    reason = f"{batch_size * context} prompt tokens are over the limit of {max_batch_tokens}"
-                    skipped.append({"variant": "all", "context": context, "batch": batch_size, "reason": reason})
-                    continue
-                prompt = _prompt(token_ids, context, batch_size).to(model.device)
-                cell, left_out = _measure_cell(model, prompt, ordered, settings)
-                cells.append(cell)
-                skipped += left_out
+        for batch_size, context in product(sorted(set(batch_sizes)), sorted(set(contexts))):
+            if _over_limit(context, batch_size, max_batch_tokens):
+                reason = f"{batch_size * context} prompt tokens are over the limit of {max_batch_tokens}"
+                skipped.append({"variant": "all", "context": context, "batch": batch_size, "reason": reason})
+                continue
+            prompt = token_ids[: batch_size * context].view(batch_size, context).to(model.device)
+            cell, left_out = _measure_cell(model, prompt, ordered, settings, memory, progress)
+            cells.append(cell)
+            skipped += left_out
     return {
         "kind": "throughput",
-        "settings": {"new_tokens": new_tokens, "rounds": rounds, "block_steps": settings.block}
-        | {"dropped_steps_per_block": DROPPED_STEPS, "warm_up_steps": WARM_UP_STEPS}
-        | {"none_limit_s": none_limit_s, "prompts_s": prompts_s, "max_batch_tokens": max_batch_tokens}
-        | {"memory_method": memory.method, "near_tie": NEAR_TIE},
+        "settings": settings,
         "cells": cells,
         "price_of_context": _price_of_context(cells),
         "skipped": skipped,
         "mismatches": sum(row["tokens"]["verdict"] == "MISMATCH" for cell in cells for row in cell["rows"]),
     }
-
-
-def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    notes = (
-        "A step is the time between two tokens inside `generate()`, the median of all timed steps. Every variant had "
-        f"{settings['rounds']} turns of {settings['block_steps']} steps, of which the first "
-        f'{settings["dropped_steps_per_block"]} carries set-up and was dropped. "Faster than" is the ratio of the '
-        f"medians; then the median of the ratios within each round, with p20 to p80. {_prompts(settings)} Memory "
-        "that the prompt takes at its peak, the cache included (prompt MiB), and decoding "
-        f"beyond it (extra MiB): {settings['memory_method']}. Tokens are compared with those of "
-        f"{BASELINE}, in brackets how many a row; a near tie is {settings['near_tie']}; `differs` is said of lossy "
-        "caches.\n"
-    )
-    cells = [_cell(cell) for cell in results["cells"]]
-    return joined(notes, *cells, _price(results["price_of_context"]), skipped_list(results))
-
-
-def _prompts(settings: dict[str, Any]) -> str:
-    if "prompts_s" not in settings:  # results of before they were repeated
-        return "The first token and the prefill were timed once."
-    return (
-        "The first token, the prefill and the memory of a prompt are medians of several prompts, one a round as far as "
-        f"they fit in {settings['prompts_s']:g} s; memory with p20 to p80."
-    )
 
 
 def _peak(value: dict[str, float] | float) -> str:
@@ -386,6 +321,29 @@ PRICE_COLUMNS: list[Column] = [
 ]
 
 
+def _tables(results: Results) -> str:
+    settings = results["settings"]
+    prompts = "The first token and the prefill were timed once."
+    if "prompts_s" in settings:  # not in results of before they were repeated
+        prompts = (
+            "The first token, the prefill and the memory of a prompt are medians of several prompts, one a round as "
+            f"far as they fit in {settings['prompts_s']:g} s; memory with p20 to p80."
+        )
+    notes = (
+        "A step is the time between two tokens inside `generate()`, the median of all timed steps. Every variant had "
+        f"{settings['rounds']} turns of {settings['block_steps']} steps, of which the first "
+        f'{settings["dropped_steps_per_block"]} carries set-up and was dropped. "Faster than" is the ratio of the '
+        f"medians; then the median of the ratios within each round, with p20 to p80. {prompts} Memory that the prompt "
+        "takes at its peak, the cache included (prompt MiB), and decoding beyond it (extra MiB): "
+        f"{settings['memory_method']}. Tokens are compared with those of {BASELINE}, in brackets how many a row; a "
+        f"near tie is {settings['near_tie']}; `differs` is said of lossy caches.\n"
+    )
+    prices = results["price_of_context"]
+    price_notes = "### The price of context\n\nA step at the largest context minus a step at the smallest.\n"
+    price = [price_notes, table_of(PRICE_COLUMNS, prices)] if prices else []
+    return joined(notes, *map(_cell, results["cells"]), *price, skipped_list(results))
+
+
 def _cell(cell: dict[str, Any]) -> str:
     title = f"### Context {cell['context']}, batch {cell['batch']}\n"
     prompts = f"Prompts of each cache: {cell['prompts']}.\n" if "prompts" in cell else ""
@@ -399,49 +357,43 @@ def _cell(cell: dict[str, Any]) -> str:
     return joined(title, prompts, table_of(COLUMNS, cell["rows"]), differences)
 
 
-def _price(prices: list[dict[str, Any]]) -> str:
-    notes = "### The price of context\n\nA step at the largest context minus a step at the smallest.\n"
-    return joined(notes, table_of(PRICE_COLUMNS, prices)) if prices else ""
-
-
 def _draw_steps(axes: Axes, cells: list[dict[str, Any]], colors: dict[str, str]) -> None:
     """One panel: step time against context, for one batch size."""
-    lines: dict[str, list[tuple[int, dict[str, float]]]] = {}
-    for cell in sorted(cells, key=lambda cell: cell["context"]):
-        for row in cell["rows"]:
-            lines.setdefault(row["variant"], []).append((cell["context"], row["step_ms"]))
+    contexts = [cell["context"] for cell in cells]
     hooked = {row["variant"] for cell in cells for row in cell["rows"] if row["hooked"]}
-    cached = [step["median"] for name, line in lines.items() if name != "none" for _, step in line]
-    top = 1.15 * max(cached)  # decoding without a cache would flatten all the others: its line leaves the panel
+    lines: dict[str, list[tuple[int, dict[str, float]]]] = defaultdict(list)
+    for cell in cells:
+        for row in cell["rows"]:
+            lines[row["variant"]].append((cell["context"], row["step_ms"]))
+    # Decoding without a cache would flatten all the others: its line leaves the panel.
+    top = 1.15 * max(step["median"] for name, line in lines.items() if name != "none" for _, step in line)
     ends: list[tuple[str, float, float]] = []
     for name, line in lines.items():
-        x = [float(context) for context, _ in line]
-        median = [step["median"] for _, step in line]
+        x = [context for context, _ in line]
+        median, low, high = ([step[key] for _, step in line] for key in ("median", "p20", "p80"))
         style: dict[str, Any] = {"color": colors[name], "zorder": 3 if name in hooked else 2}
         axes.plot(x, median, marker="o", markersize=4, linewidth=2.4 if name in hooked else 1.3, **style)
-        axes.fill_between(x, [s["p20"] for _, s in line], [s["p80"] for _, s in line], alpha=0.18, linewidth=0, **style)
+        axes.fill_between(x, low, high, alpha=0.18, linewidth=0, **style)
         ends.append((name, x[-1], median[-1]))
-    contexts = sorted(cell["context"] for cell in cells)
     axes.set_xscale("log")
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.minorticks_off()
     axes.set_xlim(contexts[0] / 1.15, contexts[-1] * 1.15)
     axes.set_ylim(0, top)
-    drawing.caption(axes, x="tokens of context")
+    drawing.caption(axes, x="tokens of context", title=f"batch {cells[0]['batch']}")
     drawing.label_ends(axes, ends, contexts[-1], top, colors, hooked)
     drawing.plain(axes)
 
 
-def _draw(results: dict[str, Any]) -> Any:
+def _draw(results: Results) -> Any:
     """Step time against context, one panel a batch size."""
-    batch_sizes = sorted({cell["batch"] for cell in results["cells"]})
+    batches = [list(cells) for _, cells in groupby(results["cells"], itemgetter("batch"))]
     title = "Time of a decode step inside generate()"
-    figure = drawing.new_figure(6.4 * len(batch_sizes), 4.6, title, results["conditions"])
+    figure = drawing.new_figure(6.4 * len(batches), 4.6, title, results["conditions"])
     colors = drawing.colors_of([row for cell in results["cells"] for row in cell["rows"]])
-    panels = figure.subplots(1, len(batch_sizes), squeeze=False)[0]
-    for axes, batch_size in zip(panels, batch_sizes, strict=True):
-        _draw_steps(axes, [cell for cell in results["cells"] if cell["batch"] == batch_size], colors)
-        drawing.caption(axes, title=f"batch {batch_size}")
+    panels = figure.subplots(1, len(batches), squeeze=False)[0]
+    for axes, cells in zip(panels, batches, strict=True):
+        _draw_steps(axes, cells, colors)
     drawing.caption(panels[0], y="ms a step: median, p20 to p80")
     return figure
 
@@ -454,12 +406,12 @@ VERDICTS = {
 }
 
 
-def limits(results: dict[str, Any]) -> list[str]:
+def limits(results: Results) -> list[str]:
     """Where ours are slower or larger, the worst case of each, and whose tokens differ."""
-    worse: dict[str, list[tuple[float, str]]] = {}
-    differing: dict[str, list[str]] = {}
+    worse: dict[str, dict[str, float]] = defaultdict(dict)
+    differing: dict[str, list[str]] = defaultdict(list)
     for cell in results["cells"]:
-        stock = {row["variant"]: row for row in cell["rows"]}[BASELINE]
+        stock = next(row for row in cell["rows"] if row["variant"] == BASELINE)
         fastest_ms = min(row["step_ms"]["median"] for row in cell["rows"])
         where = f"{cell['context']} x {cell['batch']}"
         for row in (row for row in cell["rows"] if row["hooked"]):
@@ -470,24 +422,21 @@ def limits(results: dict[str, Any]) -> list[str]:
             }
             for text, share in shares.items():
                 if share < NOTABLE:
-                    worse.setdefault(f"{row['variant']}: {text}", []).append((share, where))
+                    worse[f"{row['variant']}: {text}"][where] = share
         for row in cell["rows"]:
             if row["tokens"]["verdict"] in VERDICTS:
-                differing.setdefault(f"{row['variant']}: {VERDICTS[row['tokens']['verdict']]}", []).append(where)
-    lines = [
-        f"{text.format(f'{min(found)[0]:.2f}')} or more (context x batch: {', '.join(where for _, where in found)})."
-        for text, found in worse.items()
-    ]
-    lines += [f"{text} (context x batch: {', '.join(found)})." for text, found in differing.items()]
+                differing[f"{row['variant']}: {VERDICTS[row['tokens']['verdict']]}"].append(where)
+    found = {f"{text.format(f'{min(shares.values()):.2f}')} or more": list(shares) for text, shares in worse.items()}
+    lines = [f"{text} (context x batch: {', '.join(places)})." for text, places in (found | differing).items()]
     return lines + skipped_limits(results)
 
 
-def _figures(results: dict[str, Any]) -> Iterator[Figure]:
+def _figures(results: Results) -> Iterator[Figure]:
     for cell in results["cells"]:
-        part, settings = "{context} tokens x {batch}".format(**cell), {key: cell[key] for key in ("context", "batch")}
+        settings = {key: cell[key] for key in ("context", "batch")}
         for row in cell["rows"]:
-            name = f"median decode step, ms: {row['variant']}"
-            yield Figure(part, "step_ms", name, row["step_ms"]["median"], settings)
+            name, step_ms = f"median decode step, ms: {row['variant']}", row["step_ms"]["median"]
+            yield Figure("{context} tokens x {batch}".format(**cell), "step_ms", name, step_ms, settings)
 
 
 MEASUREMENT = Measurement("throughput", "Throughput", _tables, "step_ms.png", _draw, limits, _figures)

@@ -5,44 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-
-@dataclass(frozen=True)
-class Command:
-    """One command of `hf-kvattn`; a module in the table of commands has it as `COMMAND`.
-
-    Attributes:
-        description: the help text, with examples.
-        add_arguments: adds the command's arguments to a parser.
-        main: runs the command; returns the exit status.
-    """
-
-    description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    main: Callable[[argparse.Namespace], int]
+# What bad input raises on its way through the libraries.
+BAD_INPUT = (ValueError, ImportError, OSError, ArithmeticError, MemoryError, SafetensorError, StrictDataclassError)
 
 
-def _is_module(path: str) -> bool:
-    return Path(path).name == "__main__.py"  # `python -m hf_kvattn`
+class Command(NamedTuple):
+    """One command of `hf-kvattn`; a module in the table of commands has it as `COMMAND`."""
+
+    description: str  # the help text, with examples
+    add_arguments: Callable[[argparse.ArgumentParser], object]
+    main: Callable[[argparse.Namespace], int]  # gives the exit status
 
 
 def program() -> str:
     """What the user started: `hf-kvattn`, `python -m hf_kvattn`, or a script by its name."""
-    return "python -m hf_kvattn" if _is_module(sys.argv[0]) else Path(sys.argv[0]).name
+    name = Path(sys.argv[0]).name
+    return "python -m hf_kvattn" if name == "__main__.py" else name
 
 
 def typed() -> list[str]:
     """The command line that was typed, a script's path included."""
     path, *arguments = sys.argv
-    if path.endswith(".py") and not _is_module(path):
-        return ["python", path, *arguments]
-    return [*program().split(), *arguments]
+    started = ["python", path] if program().endswith(".py") else program().split()
+    return started + arguments
 
 
 def device(text: str) -> str:
@@ -60,18 +52,6 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
     return value
-
-
-# What bad input raises on its way through the libraries.
-BAD_INPUT = (
-    ValueError,
-    ImportError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 def reported(main: Callable[[], int]) -> int:

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -21,11 +22,9 @@ from hf_kvattn.tools.command_line import typed
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name[ \t]*:(.+)", path.read_text(), re.MULTILINE) if path.exists() else None
+    return (found[1].strip() if found else platform.processor()) or platform.machine()
 
 
 def _commit() -> str | None:

@@ -1,7 +1,5 @@
 """The command `describe`."""
 
-from __future__ import annotations
-
 import argparse
 
 from hf_kvattn.describe import describe
@@ -14,13 +12,9 @@ HELP = """Which backends this machine has, and which one each case takes.
 """
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass  # it takes none
-
-
 def _main(args: argparse.Namespace) -> int:
     print(describe())
     return 0
 
 
-COMMAND = Command(HELP, _add_arguments, _main)
+COMMAND = Command(HELP, lambda parser: None, _main)

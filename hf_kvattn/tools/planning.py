@@ -36,8 +36,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _main(args: argparse.Namespace) -> int:
-    dtype = inputs.DTYPES[args.dtype]
-    result = plan(inputs.load_config(args.model), args.batch, args.context, dtype, args.gpu_gib, args.weights_gib)
+    config, dtype = inputs.load_config(args.model), inputs.DTYPES[args.dtype]
+    result = plan(config, args.batch, args.context, dtype, args.gpu_gib, args.weights_gib)
     print(result)
     if args.json:
         print(json.dumps(dataclasses.asdict(result) | {"dtype": args.dtype, "choice": result.choice}))

@@ -20,7 +20,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def table_of(columns: Sequence[Column], rows: Iterable[dict[str, Any]]) -> str:
     """A Markdown table with a row for each of `rows`."""
     cells = [[_cell(row, path, show) for _, path, show in columns] for row in rows]
-    return markdown_table([title for title, _, _ in columns], cells)
+    return markdown_table([title for title, *_ in columns], cells)
 
 
 def _cell(row: dict[str, Any], path: str, show: Callable[[Any], str]) -> str:
@@ -44,9 +44,8 @@ def mib(size_bytes: float | None) -> str:
 
 def speedup(value: dict[str, float] | None) -> str:
     """A `timing.ratio`."""
-    if value is None:
-        return MISSING
-    return "{of_medians:.2f}; {paired_median:.2f} ({paired_p20:.2f} to {paired_p80:.2f})".format(**value)
+    pattern = "{of_medians:.2f}; {paired_median:.2f} ({paired_p20:.2f} to {paired_p80:.2f})"
+    return MISSING if value is None else pattern.format(**value)
 
 
 def three_digits(value: float) -> str:

@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 from hf_kvattn.evaluation import perplexity
 from hf_kvattn.evaluation.common import variants
-from hf_kvattn.evaluation.common.variants import VARIANTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,11 +47,10 @@ def test_kld_is_zero_against_itself_and_positive_for_a_wrong_cache(model, tokens
 
 def test_kld_has_the_right_direction_and_size():
     stock, own = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(2))
-    score = perplexity._Score(VARIANTS["none"])
-    perplexity._score_piece(score, own, torch.zeros(300, dtype=torch.long), stock)
+    nll, kld, _ = perplexity._score(own, torch.zeros(300, dtype=torch.long), stock)
     expected = torch.nn.functional.kl_div(own.log_softmax(-1), stock.softmax(-1), reduction="batchmean")
-    assert torch.cat(score.kld).mean().item() == pytest.approx(expected.item(), rel=1e-5)
-    assert len(torch.cat(score.nll)) == 300
+    assert kld.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(nll) == 300
 
 
 def test_nan_logits_raise(model, tokens):

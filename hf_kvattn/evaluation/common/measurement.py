@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hf_kvattn.evaluation import MEASUREMENTS
@@ -22,27 +21,16 @@ class Figure(NamedTuple):
     settings: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """All that reports and cards know of a measurement; a module in `MEASUREMENTS` has it as `MEASUREMENT`.
+class Measurement(NamedTuple):
+    """All that reports and cards know of a measurement; a module in `MEASUREMENTS` has it as `MEASUREMENT`."""
 
-    Attributes:
-        kind: of its results: the name of their section in results.json.
-        title: of their section in the report.
-        tables: the text of that section, in Markdown.
-        plot: the name of the plot's file.
-        draw: makes the plot, a matplotlib Figure.
-        limits: what came out badly, a line each, for the card.
-        figures: for the card's metadata.
-    """
-
-    kind: str
-    title: str
-    tables: Callable[[Results], str]
-    plot: str
-    draw: Callable[[Results], Any]
-    limits: Callable[[Results], list[str]]
-    figures: Callable[[Results], Iterable[Figure]]
+    kind: str  # of its results: the name of their section in results.json
+    title: str  # of their section in the report
+    tables: Callable[[Results], str]  # the text of that section, in Markdown
+    plot: str  # the name of the plot's file
+    draw: Callable[[Results], Any]  # makes the plot, a matplotlib Figure
+    limits: Callable[[Results], list[str]]  # what came out badly, a line each, for the card
+    figures: Callable[[Results], Iterable[Figure]]  # for the card's metadata
 
 
 def measurement(kind: str) -> Measurement:
@@ -50,16 +38,17 @@ def measurement(kind: str) -> Measurement:
     return importlib.import_module(MEASUREMENTS[kind].module).MEASUREMENT
 
 
+def _skipped(results: Results, pattern: str) -> list[str]:
+    pattern = pattern.format("{variant} at context {context}, batch {batch}: {reason}")
+    return [pattern.format(**item) for item in results["skipped"]]
+
+
 def skipped_list(results: Results) -> str:
     """What was not measured, for a report; empty if nothing was left out."""
-    lines = [f"- {item['variant']} at context {item['context']}, batch {item['batch']}: {item['reason']}\n"
-             for item in results["skipped"]]  # fmt: skip
+    lines = _skipped(results, "- {}\n")
     return "### Skipped\n\n" + "".join(lines) if lines else ""
 
 
 def skipped_limits(results: Results) -> list[str]:
     """What was not measured, for a card."""
-    return [
-        f"Not measured: {item['variant']} at context {item['context']}, batch {item['batch']}: {item['reason']}."
-        for item in results["skipped"]
-    ]
+    return _skipped(results, "Not measured: {}.")

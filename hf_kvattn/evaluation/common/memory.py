@@ -8,28 +8,27 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedConfig
 
 from hf_kvattn.caches.configs import kv_shape
 
 
-def _storages(value: Any, found: dict[int, int]) -> None:
-    """Collect address -> bytes of every tensor storage reachable from `value`."""
-    if isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):  # a wrapper (quanto): the memory is in its inner tensors
-            names, _ = value.__tensor_flatten__()
-            _storages([getattr(value, name) for name in names], found)
-        else:
-            storage = value.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    elif isinstance(value, dict):
-        _storages(list(value.values()), found)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _storages(item, found)
+def _storages(value: Any) -> dict[int, int]:
+    """Address -> bytes of every tensor storage in nested dicts, lists and tuples."""
+    found: dict[int, int] = {}
+    for leaf in tree_leaves(value):
+        if hasattr(leaf, "__tensor_flatten__"):  # a wrapper (quanto): the memory is in its inner tensors
+            found |= _storages([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+        elif isinstance(leaf, torch.Tensor):
+            found[leaf.untyped_storage().data_ptr()] = leaf.untyped_storage().nbytes()
+    return found
 
 
 def cache_bytes(cache: Cache | None) -> int:
@@ -38,16 +37,13 @@ def cache_bytes(cache: Cache | None) -> int:
         return 0
     if hasattr(cache, "nbytes"):
         return int(cache.nbytes)
-    found: dict[int, int] = {}
-    for layer in cache.layers:
-        _storages(vars(layer), found)
-    return sum(found.values())
+    return sum(_storages([vars(layer) for layer in cache.layers]).values())
 
 
-def bits_per_element(cache: Cache | None, config: PreTrainedConfig, batch_size: int = 1) -> float | None:
+def bits_per_element(cache: Cache | None, config: PreTrainedConfig) -> float | None:
     """Average bits spent on one cached number, scales and full-precision residuals included; None without a cache.
 
-    Stock caches are measured as they are filled now; a StaticCache counts its whole allocation as filled.
+    Stock caches are measured as one row fills them now; a StaticCache counts its whole allocation as filled.
     """
     if cache is None:
         return None
@@ -59,10 +55,31 @@ def bits_per_element(cache: Cache | None, config: PreTrainedConfig, batch_size: 
     for layer in layers:
         if hasattr(layer, "_quantized_keys"):  # packed, so its tensors don't show how many numbers they hold
             assert heads is not None and head_dim is not None
-            numbers += 2 * batch_size * heads * head_dim * int(layer.get_seq_length())
+            numbers += 2 * heads * head_dim * int(layer.get_seq_length())
         elif layer.keys is not None:
             numbers += layer.keys.numel() + layer.values.numel()
     return 8 * cache_bytes(cache) / numbers if numbers else None
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def _max_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _reset_high_water_mark() -> bool:
+    """Whether Linux let VmHWM be set to the resident memory of now; glibc hands back what was freed before that."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 class PeakMemory:
@@ -73,46 +90,23 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.before_bytes = 0
+        self._reset: Callable[[], object] = _reset_high_water_mark
+        self._level: Callable[[], int] = _max_rss_bytes
+        self._peak: Callable[[], int] = _max_rss_bytes
         if device.type == "cuda":
             self.method = "peak of the CUDA allocator above its level before the steps"
-        elif self._reset_high_water_mark():
+            self._reset = partial(torch.cuda.reset_peak_memory_stats, device)
+            self._level = partial(torch.cuda.memory_allocated, device)
+            self._peak = partial(torch.cuda.max_memory_allocated, device)
+        elif _reset_high_water_mark():
             self.method = "peak resident memory (VmHWM, reset before) above its level before the steps"
+            self._level, self._peak = partial(_status_bytes, "VmRSS"), partial(_status_bytes, "VmHWM")
         else:
             self.method = "rise of ru_maxrss, which cannot be reset: 0 when an earlier peak was higher"
 
-    @staticmethod
-    def _reset_high_water_mark() -> bool:
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:
-            return False
-        return True
-
-    @staticmethod
-    def _status_bytes(key: str) -> int:
-        with open("/proc/self/status") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith(key + ":"))
-
-    def _read_bytes(self, peak: bool) -> int:
-        if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(self.device)
-        if self.method.startswith("rise"):
-            unit = 1 if sys.platform == "darwin" else 1024
-            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return self._status_bytes("VmHWM" if peak else "VmRSS")
-
     def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        elif sys.platform == "linux":
-            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-            if trim is not None:
-                trim(0)
-            self._reset_high_water_mark()
-        self.before_bytes = self._read_bytes(peak=False)
+        self._reset()
+        self._before_bytes = self._level()
 
     def stop(self) -> int:
-        return max(0, self._read_bytes(peak=True) - self.before_bytes)
+        return max(0, self._peak() - self._before_bytes)

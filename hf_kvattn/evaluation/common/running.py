@@ -67,15 +67,10 @@ def model_command(
     tokens_needed: Callable[[argparse.Namespace], int],
     failed: Callable[[Results], bool] = lambda results: False,
 ) -> Command:
-    """The command of a measurement that compares caches on a model.
+    """The command of a measurement that compares caches on a model, those of `names` when none are given.
 
-    Args:
-        description: the help text.
-        names: of the caches compared when none are given.
-        add_options: adds the arguments that are parameters of `measure`, by the same names.
-        measure: see `run_on_model`; `variants` are the chosen rows.
-        tokens_needed: how much text it reads.
-        failed: whether these results make the exit status 1.
+    `add_options` adds the arguments that are parameters of `measure`, by the same names, for `run_on_model`; `variants`
+    are the chosen rows. `tokens_needed` says how much text it reads, `failed` whether results make the exit status 1.
     """
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,8 @@ T = TypeVar("T")
 
 def spread(values: Iterable[float]) -> dict[str, float]:
     """Median, p20 and p80."""
-    ordered = torch.tensor(list(values), dtype=torch.float64)
-    p20, median, p80 = torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return {"median": median, "p20": p20, "p80": p80}
+    found = torch.tensor(list(values), dtype=torch.float64)
+    return dict(zip(("median", "p20", "p80"), found.quantile(found.new_tensor([0.5, 0.2, 0.8])).tolist(), strict=True))
 
 
 def spread_of(rounds: Iterable[Iterable[float]]) -> dict[str, float]:
@@ -28,7 +27,7 @@ def ratio(other: Sequence[Sequence[float]], own: Sequence[Sequence[float]]) -> d
     """How many times longer the other's times are, both by round: of medians, and paired within each round."""
     paired = spread(statistics.median(a) / statistics.median(b) for a, b in zip(other, own, strict=True))
     medians = [statistics.median(chain.from_iterable(rounds)) for rounds in (other, own)]
-    return {"of_medians": medians[0] / medians[1]} | {f"paired_{key}": paired[key] for key in paired}
+    return {"of_medians": medians[0] / medians[1]} | {f"paired_{key}": value for key, value in paired.items()}
 
 
 def in_turns(items: Sequence[T], turns: Iterable[int]) -> Iterator[T]:

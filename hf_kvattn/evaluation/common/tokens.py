@@ -1,13 +1,15 @@
-"""Whether two caches give the same tokens, and where they do not, whether that was a near tie.
+"""Whether two caches give the same greedy tokens, and where they do not, whether that was a near tie.
 
-Greedy tokens are compared with those of the stock cache. Two exact backends in a 16-bit dtype may part at a near tie:
-where a row first differs, the stock model decides that step again, and its logits tell how near the two tokens were.
+Two exact backends in a 16-bit dtype may part at a near tie: where a row first differs, the stock model decides that
+step again, and its logits tell how near the two tokens were.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,11 +30,10 @@ class Lane:
     cache: Cache | None
     ids: torch.Tensor  # (batch, prompt + tokens decoded so far)
     ttft_s: list[float] = field(default_factory=list)  # of each prompt
+    prompt_peak_bytes: list[int] = field(default_factory=list)  # of each prompt
     rounds_s: list[list[float]] = field(default_factory=list)  # the timed steps of each round
-    dropped: int = 0
     bytes: int = 0
     extra_bytes: int = 0
-    prompt_peak_bytes: list[int] = field(default_factory=list)  # of each prompt
 
 
 def _stock_logits(model: PreTrainedModel, lane: Lane, position: int) -> torch.Tensor:
@@ -59,6 +60,7 @@ def near_tie_tolerance(dtype: torch.dtype, logit: float) -> float:
 def compare_tokens(model: PreTrainedModel, stock: Lane, lanes: list[Lane], context: int) -> list[dict[str, Any]]:
     """For each lane: how many of its tokens were compared, where rows first differ, and whether that is a near tie."""
     found: list[dict[str, Any]] = []
+    undecided: list[dict[str, Any]] = []
     for lane in lanes:
         length = min(lane.ids.shape[1], stock.ids.shape[1])
         unequal = lane.ids[:, context:length] != stock.ids[:, context:length]
@@ -68,15 +70,14 @@ def compare_tokens(model: PreTrainedModel, stock: Lane, lanes: list[Lane], conte
             stock_id, variant_id = (int(each.ids[row, context + new_token]) for each in (stock, lane))
             differences.append({"row": row, "new_token": new_token, "stock_id": stock_id, "variant_id": variant_id})
         found.append({"compared": length - context, "differences": differences})
-    exact = [item for lane, item in zip(lanes, found, strict=True) if lane.variant.exact]
-    undecided = [difference for item in exact for difference in item["differences"]]
-    for new_token in sorted({difference["new_token"] for difference in undecided}, reverse=True):
+        undecided += differences if lane.variant.exact else []
+    position = itemgetter("new_token")
+    for new_token, group in groupby(sorted(undecided, key=position, reverse=True), position):
         logits = _stock_logits(model, stock, context + new_token)
-        for difference in undecided:
-            if difference["new_token"] == new_token:
-                pair = logits[difference["row"], [difference["stock_id"], difference["variant_id"]]].tolist()
-                tolerance = near_tie_tolerance(model.dtype, max(map(abs, pair)))
-                difference |= {"margin": abs(pair[0] - pair[1]), "tolerance": tolerance}
+        for difference in group:
+            pair = logits[difference["row"], [difference["stock_id"], difference["variant_id"]]].tolist()
+            tolerance = near_tie_tolerance(model.dtype, max(map(abs, pair)))
+            difference |= {"margin": abs(pair[0] - pair[1]), "tolerance": tolerance}
     for lane, item in zip(lanes, found, strict=True):
         item["verdict"] = _verdict(lane.variant, item["differences"])
     return found

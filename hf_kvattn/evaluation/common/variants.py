@@ -1,8 +1,6 @@
 """The caches that the evaluation compares: one row, one variant.
 
-A row says how to make the cache for a model config and a number of tokens, whether the model runs under the `kvattn`
-attention hook, which packages it needs, and whether it must give the stock model's tokens (`exact`) or is lossy by
-design. To compare another cache, add a row to `VARIANTS`; the package's own are made by `caches.registry.CACHES`.
+To compare another cache, add a row to `VARIANTS`; the package's own are made by `caches.registry.CACHES`.
 """
 
 from __future__ import annotations
@@ -23,31 +21,21 @@ from hf_kvattn.caches.registry import CACHES
 
 MakeCache = Callable[[PreTrainedConfig, int], Cache | None]
 
-GROUP_SIZE = 32  # numbers that share one scale in the stock quantized caches
-RESIDUAL_TOKENS = 128  # newest tokens that the stock quantized caches keep in the model's dtype
-
 
 @dataclass(frozen=True)
 class Variant:
     """One cache to compare.
 
-    Args:
-        name: what command lines and reports call it.
-        hooked: run inside `hf_kvattn.enabled(model)`; otherwise the model is left untouched.
-        make: `(config, capacity)` to a fresh cache with room for `capacity` tokens, or None for no cache at all. May
-            raise ValueError or ImportError when this model, capacity or installation cannot have it; the reason then
-            stands in the results.
-        requires: import names of packages it cannot do without.
-        exact: it must give the same tokens as the stock cache. False for caches that are lossy by design.
-        compiled: decode steps are compiled (`enable(compile=True)`) where `generate()` makes them.
+    `make` may raise ValueError or ImportError when this model, capacity or installation cannot have the cache; the
+    reason then stands in the results.
     """
 
-    name: str
-    hooked: bool
-    make: MakeCache
-    requires: tuple[str, ...] = ()
-    exact: bool = True
-    compiled: bool = False
+    name: str  # what command lines and reports call it
+    hooked: bool  # run inside `hf_kvattn.enabled(model)`; otherwise the model is left untouched
+    make: MakeCache  # (config, capacity) to a fresh cache with room for `capacity` tokens, or None for no cache at all
+    requires: tuple[str, ...] = ()  # import names of packages that it cannot do without
+    exact: bool = True  # it must give the same tokens as the stock cache; False for caches that are lossy by design
+    compiled: bool = False  # decode steps are compiled (`enable(compile=True)`) where `generate()` makes them
 
 
 BASELINE = "stock-dynamic"  # the default of generate(): what every variant is compared with
@@ -63,18 +51,14 @@ def _static_of(length: int) -> MakeCache:
     return make
 
 
-def _stock_quantized(backend: str, bits: int, axis: int) -> Variant:
-    """The axes are the ones that transformers recommends for each quantization package."""
-    settings = {"nbits": bits, "axis_key": axis, "axis_value": axis}
-    settings |= {"q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_TOKENS}
-    package = {"quanto": "optimum.quanto"}.get(backend, backend)
-    return Variant(
-        f"stock-{backend}-int{bits}",
-        False,
-        lambda config, capacity: QuantizedCache(backend=backend, config=config, **settings),
-        (package,),
-        exact=False,
-    )
+def _stock_quantized(backend: str, bits: int, axis: int, package: str) -> Variant:
+    """32 numbers share a scale, and the newest 128 tokens stay exact; `axis` is what transformers recommends."""
+    settings = {"nbits": bits, "axis_key": axis, "axis_value": axis, "q_group_size": 32, "residual_length": 128}
+
+    def make(config: PreTrainedConfig, capacity: int) -> Cache:
+        return QuantizedCache(backend=backend, config=config, **settings)
+
+    return Variant(f"stock-{backend}-int{bits}", False, make, (package,), exact=False)
 
 
 def _kvattn(name: str, cache: str, sized: bool = True, compiled: bool = False, **settings: Any) -> Variant:
@@ -93,11 +77,11 @@ VARIANTS: dict[str, Variant] = {
         Variant(BASELINE, False, lambda config, capacity: DynamicCache(config=config)),
         Variant(STATIC_BASELINE, False, lambda config, capacity: StaticCache(config=config, max_cache_len=capacity)),
         Variant("stock-static-8192", False, _static_of(8192)),
-        _stock_quantized("quanto", 4, axis=0),
-        _stock_quantized("quanto", 2, axis=0),
-        _stock_quantized("hqq", 8, axis=1),
-        _stock_quantized("hqq", 4, axis=1),
-        _stock_quantized("hqq", 2, axis=1),
+        _stock_quantized("quanto", 4, 0, "optimum.quanto"),
+        _stock_quantized("quanto", 2, 0, "optimum.quanto"),
+        _stock_quantized("hqq", 8, 1, "hqq"),
+        _stock_quantized("hqq", 4, 1, "hqq"),
+        _stock_quantized("hqq", 2, 1, "hqq"),
         Variant("stock-fp8", False, lambda config, capacity: QuantizedCache("fp8", config=config), exact=False),
         _kvattn("static", "static", sized=False),
         _kvattn("static-fit", "static"),
@@ -132,21 +116,16 @@ def select(names: Iterable[str]) -> list[Variant]:
     return [VARIANTS[name] for name in names]
 
 
-def missing_package(variant: Variant) -> str | None:
-    """The first import name that the variant requires and that is not installed."""
-    for name in variant.requires:
-        parent = name.rpartition(".")[0]
-        # find_spec imports the parent of a dotted name, so the parent is asked for first.
-        if (parent and importlib.util.find_spec(parent) is None) or importlib.util.find_spec(name) is None:
-            return name
-    return None
+def _installed(name: str) -> bool:
+    """Looks for the parents of a dotted name first, because `find_spec` imports them."""
+    return all(map(importlib.util.find_spec, itertools.accumulate(name.split("."), "{}.{}".format)))
 
 
 def try_make(variant: Variant, config: PreTrainedConfig, capacity: int) -> tuple[Cache | None, str | None]:
     """A fresh cache and None, or None and the reason why this variant cannot be measured here."""
-    missing = missing_package(variant)
-    if missing is not None:
-        return None, f"the package {missing} is not installed"
+    missing = [name for name in variant.requires if not _installed(name)]
+    if missing:
+        return None, f"the package {missing[0]} is not installed"
     try:
         return variant.make(config, capacity), None
     except (ValueError, ImportError) as error:
