@@ -156,13 +156,11 @@ def _caches(model: PreTrainedModel, length: int, window: int, rounds: int) -> di
 def _decoding(cell: dict[str, Any]) -> dict[str, Any]:
     """Of a cell of `throughput.measure`, what decoding without a cache costs against decoding with one."""
     rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
-    none_ms = rounds_ms.get("none")
-    rows = [
-        {key: row[key] for key in ("variant", "hooked", "step_ms")}
-        | {"verdict": row["tokens"]["verdict"]}
-        | {"speedup": None if none_ms is None else ratio(none_ms, rounds_ms[row["variant"]])}
-        for row in cell["rows"]
-    ]
+    rows = []
+    for row in cell["rows"]:
+        faster = ratio(rounds_ms["none"], rounds_ms[row["variant"]]) if "none" in rounds_ms else None
+        known = {key: row[key] for key in ("variant", "hooked", "step_ms")}
+        rows.append(known | {"verdict": row["tokens"]["verdict"], "speedup": faster})
     return {"context": cell["context"], "rows": rows}
 
 
@@ -188,21 +186,13 @@ def measure(
     none_limit_s: float = 60.0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """All claims on one machine and model, as a dict that JSON can hold.
+    """All claims on one machine and model, as a dict that JSON can hold; `_add_options` says what the sizes are.
 
     Args:
         model: what decodes; its dtype and device are those of the other measurements too.
         token_ids: the text as a 1-D tensor, at least as long as the longest context.
         variants: caches that decode; `none` must be among them.
-        contexts: prompt tokens, for decoding.
-        lengths: tokens of the prefill attention.
-        cache_lengths: tokens of the caches whose bytes and step are measured.
-        heads: query heads, KV heads and head_dim of the prefill attention.
-        window: visible tokens of the windowed rows.
-        standard_bytes: standard attention is skipped where it would need more memory than this.
-        rounds: turns that each action gets.
-        new_tokens: tokens decoded in all rounds together, a multiple of `rounds`.
-        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        new_tokens: a multiple of `rounds`.
         progress: show bars on stderr.
     """
     q_heads, kv_heads, dim = heads
@@ -217,12 +207,12 @@ def measure(
         model, tokenizer, token_ids, variants=variants, contexts=contexts, batch_sizes=[1], progress=progress, **times
     )
     needed = {length: _standard_bytes(heads, length, model.dtype) for length in sorted(set(lengths))}
-    sizes = "{:.1f} GiB, the limit is " + f"{standard_bytes / 2**30:.1f} GiB"
+    limit = f"the limit is {standard_bytes / 2**30:.1f} GiB"
     skipped = [
         {"variant": "standard attention", "context": length, "batch": 1}
-        | {"reason": "the scores would take " + sizes.format(n_bytes / 2**30)}
-        for length, n_bytes in needed.items()
-        if n_bytes > standard_bytes
+        | {"reason": f"the scores would take {size / 2**30:.1f} GiB, {limit}"}
+        for length, size in needed.items()
+        if size > standard_bytes
     ]
     with torch.no_grad():
         bar = tqdm(needed.items(), desc="prefill attention", disable=not progress)
@@ -281,11 +271,8 @@ LAYOUT_COLUMNS: list[Column] = [
 
 def _tables(results: dict[str, Any]) -> str:
     settings = results["settings"]
-    layouts = [
-        {**layout, "name": name, "tokens": cell["tokens"]}
-        for cell in results["caches"]
-        for name, layout in cell["layouts"].items()
-    ]
+    steps = [{**row, **cell} for cell in results["decoding"] for row in cell["rows"]]
+    layouts = [{**row, **cell, "name": name} for cell in results["caches"] for name, row in cell["layouts"].items()]
     return joined(
         f"Times are medians (p20 to p80) of {settings['rounds']} turns. Memory: {settings['memory_method']}.\n",
         "### Stated and measured\n\nA figure within a fifth of the stated one agrees with it.\n",
@@ -299,7 +286,7 @@ def _tables(results: dict[str, Any]) -> str:
         f"{settings['window']}.\n",
         table_of(ATTENTION_COLUMNS, results["attention"]),
         "### A decode step with and without a cache\n",
-        table_of(STEP_COLUMNS, [{**row, **cell} for cell in results["decoding"] for row in cell["rows"]]),
+        table_of(STEP_COLUMNS, steps),
         f"### One layer's cache, {settings['cache_heads']} query heads of {settings['cache_dim']}\n\n"
         "The step is the layer's decode attention alone.\n",
         table_of(LAYOUT_COLUMNS, layouts),
@@ -312,33 +299,30 @@ def _draw(results: dict[str, Any]) -> Any:
     title = "What is said of attention and KV caches, measured"
     figure = drawing.new_figure(10.0, 10.5, title, results["conditions"])
     panels = figure.subplot_mosaic([["time", "memory"], ["decoding", "decoding"], ["caches", "steps"]])
-    attention = [(name, row["tokens"], row["methods"][name])
-                 for name in METHODS for row in results["attention"] if name in row["methods"]]  # fmt: skip
+    attention = [(name, row["tokens"], each) for row in results["attention"] for name, each in row["methods"].items()]
     steps = [(row["variant"], cell["context"], row) for cell in results["decoding"] for row in cell["rows"]]
-    layouts = [(name, cell["tokens"], layout) for cell in results["caches"] for name, layout in cell["layouts"].items()]
-    palette = ("#444444", *drawing.OURS)
+    caches = [(name, cell["tokens"], each) for cell in results["caches"] for name, each in cell["layouts"].items()]
+    palette, of_variants = ("#444444", *drawing.OURS), drawing.colors_of([row for *_, row in steps])
     of_methods = dict(zip(METHODS, palette, strict=False))
-    of_caches = drawing.colors_of([row for *_, row in steps])
     of_layouts = dict(zip(results["caches"][0]["layouts"], itertools.cycle(palette), strict=False))
-    for place, title, colors, found, value in (
-        ("time", "prefill attention of one layer: ms", of_methods, attention, lambda x: x["ms"]["median"]),
-        (
-            "memory",
-            "prefill attention of one layer: peak MiB",
-            of_methods,
-            attention,
-            lambda x: x["extra_bytes"] / 2**20,
-        ),
-        ("decoding", "a decode step of the model: ms", of_caches, steps, lambda x: x["step_ms"]["median"]),
-        ("caches", "one layer's cache: MiB", of_layouts, layouts, lambda x: x["cache_bytes"] / 2**20),
-        ("steps", "one layer's decode attention: ms", of_layouts, layouts, lambda x: x["step_ms"]["median"]),
-    ):
-        lines: dict[str, list[tuple[float, float]]] = {name: [] for name, _, _ in found}
-        for name, tokens, row in found:
+    of_variants = {name: of_variants[name] for name, *_ in steps}
+
+    def panel(
+        place: str, title: str, rows: list[tuple], value: Callable[[dict], float], colors: dict[str, str]
+    ) -> None:
+        lines: dict[str, list[tuple[float, float]]] = {name: [] for name in colors}
+        for name, tokens, row in rows:
             if value(row):  # memory that did not rise has no place on a logarithmic axis
                 lines[name].append((tokens, value(row)))
         drawing.plot_lines(panels[place], lines, colors, title)
         drawing.caption(panels[place], x="tokens")
+
+    layer = "prefill attention of one layer"
+    panel("time", f"{layer}: ms", attention, lambda row: row["ms"]["median"], of_methods)
+    panel("memory", f"{layer}: peak MiB", attention, lambda row: row["extra_bytes"] / 2**20, of_methods)
+    panel("decoding", "a decode step of the model: ms", steps, lambda row: row["step_ms"]["median"], of_variants)
+    panel("caches", "one layer's cache: MiB", caches, lambda row: row["cache_bytes"] / 2**20, of_layouts)
+    panel("steps", "one layer's decode attention: ms", caches, lambda row: row["step_ms"]["median"], of_layouts)
     return figure
 
 

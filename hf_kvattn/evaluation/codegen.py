@@ -41,6 +41,7 @@ TARGETS = {
     "sm_100": (GPUTarget("cuda", 100, 32), 232448, 233472),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536, 65536),
 }
+Bits = int | str  # of a code, or "fp8"
 _RESERVED = 1024  # shared bytes that CUDA takes for itself in each block
 _REGISTERS = 65536  # of a multiprocessor
 
@@ -148,8 +149,8 @@ class Case:
     target: str
     head_dim: int
     rows: int = 0
-    k_bits: int | str = 0
-    v_bits: int | str = 0
+    k_bits: Bits = 0
+    v_bits: Bits = 0
     lengths: bool = False
     sinks: bool = False
 
@@ -159,8 +160,8 @@ class Case:
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIXES: tuple[tuple[int | str, int | str], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
-FP8_MIXES: tuple[tuple[int | str, int | str], ...] = (("fp8", "fp8"), ("fp8", 4))
+MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
+FP8_MIXES: tuple[tuple[Bits, Bits], ...] = (("fp8", "fp8"), ("fp8", 4))
 FP8_TARGETS = ("sm_90", "sm_100")  # which convert it in hardware
 
 
@@ -208,8 +209,8 @@ def compile_case(case: Case) -> dict[str, int]:
 
 def fake_call(
     dim: int,
-    k_bits: int | str,
-    v_bits: int | str,
+    k_bits: Bits,
+    v_bits: Bits,
     query_heads: int = 8,
     kv_heads: int = 2,
     tokens: int = 8192,
@@ -223,7 +224,7 @@ def fake_call(
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
-    def coded(bits: int | str, *scales: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def coded(bits: Bits, *scales: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes, scales and zeros."""
         codec, lead = codec_for(bits), (1, kv_heads, tokens // BLOCK)
         zero = None if codec.symmetric else make(*lead, *scales)
