@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -271,13 +270,9 @@ def export_scales(
     path = folder / "config.json"
     granularity = "attn_head" if strategy == "head" else "tensor"
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": granularity, "dynamic": False}
-    quantization: dict[str, Any] = {
-        "quant_method": "compressed-tensors",
-        "format": "dense",
-        "quantization_status": "frozen",
-    }
-    quantization |= {"config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
-    config = read_json(path) | {"quantization_config": quantization}
+    plain = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "frozen"}
+    config = read_json(path)
+    config["quantization_config"] = {**plain, "config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     written: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
