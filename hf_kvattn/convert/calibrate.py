@@ -65,15 +65,12 @@ class _Recorder(DynamicCache):
         self.recorded: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if not (torch.isfinite(key_states).all() and torch.isfinite(value_states).all()):
+            raise ValueError(f"layer {layer_idx} has keys or values that are NaN or infinite on the calibration text")
         key_states.retain_grad()
         value_states.retain_grad()
         self.recorded[layer_idx] = key_states, value_states
         return key_states, value_states
-
-    def check_finite(self) -> None:
-        for i, (k, v) in self.recorded.items():
-            if not (torch.isfinite(k).all() and torch.isfinite(v).all()):
-                raise ValueError(f"layer {i} has keys or values that are NaN or infinite on the calibration text")
 
 
 @contextmanager
@@ -153,7 +150,6 @@ def measure(
             recorder = _Recorder(model.config)
             with torch.enable_grad():
                 logits = model(ids[None].to(model.device), past_key_values=recorder, use_cache=True).logits[0]
-                recorder.check_finite()
                 predicted = torch.log_softmax(logits.float(), dim=-1)
                 drawn = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
                 predicted.gather(1, drawn).sum().backward()
@@ -199,7 +195,7 @@ def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[C
     assert heads is not None and dim is not None
     check_budget(budget, list(found.values))
     pairs = list(product(range(len(BITS)), repeat=2))
-    best: tuple[Calibration, float] | None = None
+    candidates = []
     for size, values in found.values.items():
         unit = 1 / (2 * size)  # every cost below is a whole number of these
         bits_of_pairs = [bits_with_scales(BITS[a], BLOCK) + bits_with_scales(BITS[b], size) for a, b in pairs]
@@ -209,14 +205,12 @@ def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[C
         if chosen is None:
             continue
         total = sum(row[choice] for row, choice in zip(errors, chosen, strict=True))
-        if best is not None and best[1] <= total:
-            continue
         skipped = tuple(i for i, choice in enumerate(chosen) if choice == len(pairs))
         bits = [(8, 8) if i in skipped else tuple(BITS[j] for j in pairs[choice]) for i, choice in enumerate(chosen)]
         key_bits, value_bits = zip(*bits, strict=True)
-        best = Calibration(decoder.model_type, len(errors), heads, dim, size, key_bits, value_bits, skipped), total
-    assert best is not None
-    return best
+        made = Calibration(decoder.model_type, len(errors), heads, dim, size, key_bits, value_bits, skipped)
+        candidates.append((made, total))
+    return min(candidates, key=lambda candidate: candidate[1])
 
 
 def _knapsack(costs: list[int], errors: list[list[float]], capacity: int) -> list[int] | None:
@@ -274,22 +268,11 @@ def export_scales(
     model.save_pretrained(folder, state_dict={**model.state_dict(), **scales}, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
-    config = read_json(path) | {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "format": "dense",
-            "quantization_status": "frozen",
-            "config_groups": {},
-            "ignore": [],
-            "kv_cache_scheme": {
-                "num_bits": 8,
-                "type": "float",
-                "symmetric": True,
-                "strategy": "attn_head" if strategy == "head" else "tensor",
-                "dynamic": False,
-            },
-        }
-    }
+    granularity = "attn_head" if strategy == "head" else "tensor"
+    scheme = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": granularity, "dynamic": False}
+    plain = {"quant_method": "compressed-tensors", "format": "dense", "quantization_status": "frozen"}
+    config = read_json(path)
+    config["quantization_config"] = {**plain, "config_groups": {}, "ignore": [], "kv_cache_scheme": scheme}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     written: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):

@@ -32,66 +32,39 @@ def compare(
     found: calibrate.Sensitivity,
     bits: int,
     token_ids: torch.Tensor,
-    *,
     window: int,
-    windows: int,
-    stride: int = 32,
-    progress: bool = False,
+    **schedule: Any,
 ) -> dict[str, Any]:
     """Measure the calibrated cache beside uncalibrated ones on other text; a dict that JSON can hold.
 
     Args:
         bits: of the uncalibrated caches: one with the default group size, and one with the calibration's.
-        token_ids: at least `windows * window`; the first half of each window is one prefill.
+        token_ids: the text.
+        window: tokens of a window; its first half is one prefill.
+        schedule: what else `perplexity.measure` takes.
     """
     sizes = list(dict.fromkeys([calibrate.default_group_size(calibration.head_dim), calibration.group_size]))
-    variants = [
-        Variant(uncalibrated_name(bits, size), True, _make(bits=bits, group_size=size), exact=False) for size in sizes
-    ]
-    variants.append(Variant("calibrated", True, _make(calibration=calibration), exact=False))
-    results = perplexity.measure(
-        model,
-        token_ids,
-        variants=variants,
-        window=window,
-        prefill=window // 2,
-        stride=stride,
-        windows=windows,
-        progress=progress,
-    )
-    rows = {row["variant"]: row for row in results["rows"]}
-    skipped = calibration.skip_layers
-    codes = {uncalibrated_name(bits, size): calibrate.budget_of(bits, size) for size in sizes}
-    codes["calibrated"] = calibration.bits_per_element
-    for name, row in rows.items():
-        row["code_bits"] = codes.get(name)
-        row["kld_share"] = rows["calibrated"]["kld_mean"] / row["kld_mean"] if row["kld_mean"] else None
-    column = calibrate.BITS.index(bits)
-    return results | {
-        "kind": "calibration",
-        "settings": results["settings"]
-        | {
-            "bits": bits,
-            "calibration_tokens": found.tokens,
-            "group_size": calibration.group_size,
-            "bits_per_element": calibration.bits_per_element,
-        },
-        "layers": [
-            {
-                "layer": i,
-                "key_bits": None if i in skipped else calibration.key_bits[i],
-                "value_bits": None if i in skipped else calibration.value_bits[i],
-                "predicted_key_kld": found.keys[i, column].item(),
-                "predicted_value_kld": found.values[calibration.group_size][i, column].item(),
-            }
-            for i in range(calibration.layers)
-        ],
-        "baseline": BASELINE,
+    caches: dict[str, tuple[MakeCache, float]] = {  # and the bits of their codes
+        f"int{bits}, groups of {size}": (_make(bits=bits, group_size=size), calibrate.budget_of(bits, size))
+        for size in sizes
     }
-
-
-def uncalibrated_name(bits: int, group_size: int) -> str:
-    return f"int{bits}, groups of {group_size}"
+    caches["calibrated"] = _make(calibration=calibration), calibration.bits_per_element
+    variants = [Variant(name, True, make, exact=False) for name, (make, _) in caches.items()]
+    results = perplexity.measure(model, token_ids, variants=variants, window=window, prefill=window // 2, **schedule)
+    rows = {row["variant"]: row for row in results["rows"]}
+    for name, row in rows.items():
+        row["code_bits"] = caches[name][1] if name in caches else None
+        row["kld_share"] = rows["calibrated"]["kld_mean"] / row["kld_mean"] if row["kld_mean"] else None
+    column, layers = calibrate.BITS.index(bits), []
+    for i in range(calibration.layers):
+        costs = found.keys[i, column].item(), found.values[calibration.group_size][i, column].item()
+        chosen = calibration.key_bits[i], calibration.value_bits[i]
+        key_bits, value_bits = (None, None) if i in calibration.skip_layers else chosen
+        layer = {"layer": i, "key_bits": key_bits, "value_bits": value_bits}
+        layers.append(layer | {"predicted_key_kld": costs[0], "predicted_value_kld": costs[1]})
+    sizes_and_bits = {"group_size": calibration.group_size, "bits_per_element": calibration.bits_per_element}
+    settings = results["settings"] | {"bits": bits, "calibration_tokens": found.tokens} | sizes_and_bits
+    return results | {"kind": "calibration", "settings": settings, "layers": layers, "baseline": BASELINE}
 
 
 def _make(**settings: Any) -> MakeCache:
@@ -134,41 +107,37 @@ def _draw(results: dict[str, Any]) -> Any:
     panels = figure.subplot_mosaic(
         [["bits", "kld"], ["cost", "kld"]], width_ratios=[3.2, 1], height_ratios=[1, 2], gridspec_kw={"wspace": 0.08}
     )
-    axes = panels["bits"]
     shades = {2: "#dbe9f9", 3: "#a9cbf0", 4: "#6ba3e2", 8: "#0b4aa2", None: "#222222"}
-    for y, part in enumerate(("key", "value")):
-        for layer in layers:
-            chosen, x = layer[f"{part}_bits"], layer["layer"]
-            axes.bar(x, 0.9, width=0.92, bottom=0.55 - y, color=shades[chosen])
-            axes.text(x, 1 - y, "-" if chosen is None else str(chosen), ha="center", va="center", fontsize=8,
-                      color="white" if chosen in (8, None) else drawing.INK)  # fmt: skip
-    axes.set_yticks([1, 0], ["keys", "values"], fontsize=9, color=drawing.INK)
-    drawing.caption(axes, title="bits chosen" + (" (-: exact)" if any(x["key_bits"] is None for x in layers) else ""))
-    axes.tick_params(length=0, labelbottom=False)
-    for side in ("top", "right", "left", "bottom"):
-        axes.spines[side].set_visible(False)
-    axes = panels["cost"]
-    for part, color, shift in (("key", drawing.OURS[0], -0.2), ("value", drawing.OURS[1], 0.2)):
+    chosen, cost, kld = (panels[name] for name in ("bits", "cost", "kld"))
+    for y, part, shift in ((0, "key", -0.2), (1, "value", 0.2)):
+        for x, layer_bits in ((layer["layer"], layer[f"{part}_bits"]) for layer in layers):
+            chosen.bar(x, 0.9, width=0.92, bottom=0.55 - y, color=shades[layer_bits])
+            ink = "white" if layer_bits in (8, None) else drawing.INK
+            chosen.text(x, 1 - y, str(layer_bits or "-"), ha="center", va="center", fontsize=8, color=ink)
         costs = [1000 * layer[f"predicted_{part}_kld"] for layer in layers]
-        axes.bar([layer["layer"] + shift for layer in layers], costs, 0.4, color=color, label=f"{part}s")
-    drawing.caption(axes, x="layer", y=f"predicted KLD at {bits} bits, 1e-3 nats")
-    axes.legend(fontsize=8, frameon=False)
-    drawing.plain(axes)
-    for name in ("bits", "cost"):
-        panels[name].set_xlim(-0.7, len(layers) - 0.3)
-    axes = panels["kld"]
+        places = [layer["layer"] + shift for layer in layers]
+        cost.bar(places, costs, 0.4, color=drawing.OURS[y], label=f"{part}s")
+    chosen.set_yticks([1, 0], ["keys", "values"], fontsize=9, color=drawing.INK)
+    exact = any(layer["key_bits"] is None for layer in layers)
+    drawing.caption(chosen, title="bits chosen" + (" (-: exact)" if exact else ""))
+    chosen.tick_params(length=0, labelbottom=False)
+    chosen.spines[:].set_visible(False)
+    drawing.caption(cost, x="layer", y=f"predicted KLD at {bits} bits, 1e-3 nats")
+    cost.legend(fontsize=8, frameon=False)
+    drawing.plain(cost)
+    for axes in (chosen, cost):
+        axes.set_xlim(-0.7, len(layers) - 0.3)
     rows = [row for row in results["rows"] if row["code_bits"] is not None]
     found = [1000 * row["kld_mean"] for row in rows]
     colors = [drawing.OURS[0] if row["variant"] == "calibrated" else drawing.STOCK[1] for row in rows]
-    bars = axes.bar(range(len(rows)), found, 0.6, color=colors)
-    drawing.label_bars(axes, bars, [f"{value:.2f}" for value in found])
-    names = [row["variant"].replace(", groups of ", "\ngroups of ") for row in rows]
-    axes.set_xticks(range(len(rows)), [f"{name}\n{row['code_bits']:.2f} bits" for name, row in
-                                       zip(names, rows, strict=True)])  # fmt: skip
-    drawing.caption(axes, title="measured KLD, 1e-3 nats a token")
-    axes.margins(y=0.08)
-    drawing.plain(axes)
-    axes.tick_params(axis="x", labelsize=7)
+    bars = kld.bar(range(len(rows)), found, 0.6, color=colors)
+    drawing.label_bars(kld, bars, [f"{value:.2f}" for value in found])
+    names = [row["variant"].replace(", groups of ", "\ngroups of ") + f"\n{row['code_bits']:.2f} bits" for row in rows]
+    kld.set_xticks(range(len(rows)), names)
+    drawing.caption(kld, title="measured KLD, 1e-3 nats a token")
+    kld.margins(y=0.08)
+    drawing.plain(kld)
+    kld.tick_params(axis="x", labelsize=7)
     return figure
 
 
@@ -240,9 +209,8 @@ def _main(args: argparse.Namespace) -> int:
         if not sizes or args.group_size not in (None, *sizes):
             raise ValueError(f"the group size of a head_dim of {head_dim} is one of {sizes}, not {args.group_size}")
         sizes = [args.group_size] if args.group_size else sizes
-        budget = args.budget
-        if budget is None:
-            budget = calibrate.budget_of(args.bits, args.group_size or calibrate.default_group_size(head_dim))
+        uncalibrated = calibrate.budget_of(args.bits, args.group_size or calibrate.default_group_size(head_dim))
+        budget = uncalibrated if args.budget is None else args.budget
         calibrate.check_budget(budget, sizes)
         heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window) if args.report else None
         windows = calibrate.spread(tokenizer, calibration_text, args.calibration_windows, args.window)
@@ -258,17 +226,8 @@ def _main(args: argparse.Namespace) -> int:
         output.cast(model, inputs.DTYPES[args.dtype])
         results = None
         if heldout is not None:
-            results = compare(
-                model,
-                calibration,
-                found,
-                args.bits,
-                heldout,
-                window=args.window,
-                windows=args.windows,
-                stride=args.stride,
-                progress=True,
-            )
+            schedule = {"windows": args.windows, "stride": args.stride, "progress": True}
+            results = compare(model, calibration, found, args.bits, heldout, args.window, **schedule)
             results["conditions"] = conditions(model, args) | {"calibration_text": source_name(args.calibration_text)}
             print(report.table(results))
         if folder is not None:

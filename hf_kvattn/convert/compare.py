@@ -32,10 +32,8 @@ REFERENCE = "mean"  # the method whose loss the others are compared with
 def perplexity_of(model: PreTrainedModel, windows: torch.Tensor) -> float:
     """Of all tokens but the first of each window; `windows` are token ids, (windows, tokens)."""
     count, window = windows.shape
-    found = perplexity.measure(
-        model, windows.flatten(), variants=[], window=window, prefill=1, stride=window, windows=count
-    )
-    return float(found["rows"][0]["perplexity"])
+    sizes: dict[str, Any] = {"window": window, "prefill": 1, "stride": window, "windows": count}
+    return float(perplexity.measure(model, windows.flatten(), variants=[], **sizes)["rows"][0]["perplexity"])
 
 
 def _loss(after: float, before: float) -> dict[str, float]:
@@ -59,15 +57,12 @@ def compare(
 
     Args:
         model: the original, in float32.
-        methods: of `gqa.METHODS`, or `expand` alone.
-        kv_heads: how many there shall be; None with `expand`.
+        methods: of `gqa.METHODS`, or `expand` alone, with which `kv_heads` is None.
         text_windows: token ids to calibrate and train on, (windows, tokens).
         calibration_windows: how many of them, evenly spread, the method `activation` sees; a text's beginning may be
             about one thing.
         heldout_windows: token ids to measure on, (windows, tokens).
         uptrain_steps: steps of distillation from the original after each conversion; 0 for none.
-        learning_rate: of the distillation, at its highest.
-        batch_size: windows a step.
         progress: show bars on stderr.
     """
     if (kv_heads is None) != (list(methods) == [EXPAND]) or not methods:
@@ -86,15 +81,8 @@ def compare(
             converted = gqa.convert(model, kv_heads, method, calibration, progress)
         row: dict[str, Any] = {"method": method, **_loss(perplexity_of(converted, heldout_windows), before)}
         if uptrain_steps:
-            losses = training.train(
-                converted,
-                text_windows,
-                steps=uptrain_steps,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                teacher=model,
-                progress=progress,
-            )
+            steps: dict[str, Any] = {"steps": uptrain_steps, "learning_rate": learning_rate, "batch_size": batch_size}
+            losses = training.train(converted, text_windows, teacher=model, progress=progress, **steps)
             row["uptrained"] = _loss(perplexity_of(converted, heldout_windows), before) | {"training_kl_nats": losses}
         return converted, row
 
@@ -103,36 +91,20 @@ def compare(
     reference = next((row["loss"] for row in rows if row["method"] == REFERENCE), None)
     for row in rows:
         row["share_of_mean_loss"] = row["loss"] / reference if reference else None
-    results = {
-        "kind": "conversion",
-        "settings": {
-            "layers": model.config.num_hidden_layers,
-            "query_heads": model.config.num_attention_heads,
-            "kv_heads_before": model.config.num_key_value_heads,
-            "kv_heads_after": chosen.config.num_key_value_heads,
-            "calibration_tokens": text_windows[spread].numel(),
-            "window": heldout_windows.shape[1],
-            "scored_tokens": heldout_windows[:, 1:].numel(),
-            "uptrain_steps": uptrain_steps,
-            "uptrain_tokens": uptrain_steps * batch_size * text_windows.shape[1],
-            "learning_rate": learning_rate,
-        },
-        "perplexity_before": before,
-        "rows": rows,
+    config = model.config
+    settings = {
+        "layers": config.num_hidden_layers,
+        "query_heads": config.num_attention_heads,
+        "kv_heads_before": config.num_key_value_heads,
+        "kv_heads_after": chosen.config.num_key_value_heads,
+        "calibration_tokens": text_windows[spread].numel(),
+        "window": heldout_windows.shape[1],
+        "scored_tokens": heldout_windows[:, 1:].numel(),
+        "uptrain_steps": uptrain_steps,
+        "uptrain_tokens": uptrain_steps * batch_size * text_windows.shape[1],
+        "learning_rate": learning_rate,
     }
-    return chosen, results
-
-
-def complete(
-    results: dict[str, Any], model: PreTrainedModel, written: PreTrainedModel, heldout_windows: torch.Tensor
-) -> None:
-    """Add to the results, in place, what is known of the checkpoint once it has its dtype."""
-    for when, one in (("before", model), ("after", written)):
-        results[f"cache_bytes_per_token_{when}"] = gqa.cache_bytes_per_token(one, written.dtype)
-    results["written"] = {
-        "dtype": str(written.dtype).removeprefix("torch."),
-        "perplexity": perplexity_of(written, heldout_windows),
-    }
+    return chosen, {"kind": "conversion", "settings": settings, "perplexity_before": before, "rows": rows}
 
 
 COLUMNS: list[Column] = [
@@ -148,20 +120,15 @@ COLUMNS: list[Column] = [
 
 
 def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    cache = (
-        "{cache_bytes_per_token_before} bytes of keys and values a token before, {cache_bytes_per_token_after} after"
-    )
     notes = (
-        f"Made from {results['conditions']['model']} by the method `{results['rows'][0]['method']}`: "
-        f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads for {settings['query_heads']} query "
-        f"heads in {settings['layers']} layers: {cache.format(**results)}. Perplexity in float32 on "
-        f"{settings['scored_tokens']} tokens of held-out text, in windows of {settings['window']}; the loss is that "
-        f"after minus that before, and in nats the logarithm of their ratio. `activation` was calibrated on "
-        f"{settings['calibration_tokens']} tokens of other text; uptraining is {settings['uptrain_steps']} steps, "
-        f"{settings['uptrain_tokens']} tokens, of distillation from the original on that text. The checkpoint as it is "
-        f"written, in {results['written']['dtype']}, has a perplexity of {results['written']['perplexity']:.3f}.\n"
-    )
+        "Made from {conditions[model]} by the method `{rows[0][method]}`: {kv_heads_before} to {kv_heads_after} KV "
+        "heads for {query_heads} query heads in {layers} layers: {cache_bytes_per_token_before} bytes of keys and "
+        "values a token before, {cache_bytes_per_token_after} after. Perplexity in float32 on {scored_tokens} tokens "
+        "of held-out text, in windows of {window}; the loss is that after minus that before, and in nats the logarithm "
+        "of their ratio. `activation` was calibrated on {calibration_tokens} tokens of other text; uptraining is "
+        "{uptrain_steps} steps, {uptrain_tokens} tokens, of distillation from the original on that text. The "
+        "checkpoint as it is written, in {written[dtype]}, has a perplexity of {written[perplexity]:.3f}.\n"
+    ).format(**results, **results["settings"])
     original = {"method": "original", "perplexity": results["perplexity_before"]}
     return joined(notes, table_of(COLUMNS, [original, *results["rows"]]))
 
@@ -176,15 +143,14 @@ def _draw(results: dict[str, Any]) -> Any:
     title = f"{settings['kv_heads_before']} to {settings['kv_heads_after']} KV heads: perplexity on held-out text"
     figure = drawing.new_figure(7.0, 4.4, title, results["conditions"])
     axes = figure.subplots()
-    uptrained = [(i, row["uptrained"]) for i, row in enumerate(rows) if "uptrained" in row]
-    for label, shift, color, found in (
-        ("converted", -0.2, drawing.OURS[0], list(enumerate(rows))),
-        (f"after {settings['uptrain_steps']} steps of uptraining", 0.2, drawing.OURS[2], uptrained),
+    uptrained = {i + 0.2: row["uptrained"] for i, row in enumerate(rows) if "uptrained" in row}
+    for label, color, found in (
+        ("converted", drawing.OURS[0], {i - 0.2: row for i, row in enumerate(rows)}),
+        (f"after {settings['uptrain_steps']} steps of uptraining", drawing.OURS[2], uptrained),
     ):
         if found:
-            bars = axes.bar([i + shift for i, _ in found], [row["loss_nats"] for _, row in found], 0.38, color=color)
-            bars.set_label(label)
-            drawing.label_bars(axes, bars, [_perplexity(row["perplexity"]) for _, row in found])
+            bars = axes.bar(list(found), [row["loss_nats"] for row in found.values()], 0.38, color=color, label=label)
+            drawing.label_bars(axes, bars, [_perplexity(row["perplexity"]) for row in found.values()])
     axes.axhline(0, color="#777777", linewidth=1, label=f"original: {_perplexity(results['perplexity_before'])}")
     axes.set_xticks(range(len(rows)), [row["method"] for row in rows])
     axes.set_xlim(-0.6, len(rows) - 0.4)
@@ -246,30 +212,31 @@ methods beside it, and --uptrain-steps distils each from the original on the cal
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default=inputs.SMOLLM2, help=f"hub id, folder, .gguf file or {inputs.SMOLLM2}")
+    add = parser.add_argument
+    add("--model", default=inputs.SMOLLM2, help=f"hub id, folder, .gguf file or {inputs.SMOLLM2}")
     heads = parser.add_mutually_exclusive_group(required=True)
     heads.add_argument("--kv-heads", type=positive_int, help="how many there shall be; a divisor of what there are")
     heads.add_argument("--expand", action="store_true", help="one KV head for each query head, exact")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument("--method", choices=gqa.METHODS, help="of the written model; None means activation")
-    parser.add_argument("--compare", nargs="*", choices=gqa.METHODS, default=[], help="methods measured beside it")
-    parser.add_argument(
-        "--calibration-text", default="pydoc", help="to calibrate and train on: a file, wikitext or pydoc"
-    )
-    parser.add_argument(
-        "--calibration-windows", type=positive_int, default=16, help="of it, evenly spread, for 'activation'"
-    )
-    parser.add_argument("--text", default="wikitext", help="other text to measure on: a file, wikitext or pydoc")
-    parser.add_argument("--windows", type=positive_int, default=8, help="of it")
-    parser.add_argument("--window", type=positive_int, default=512, help="tokens of a window")
-    parser.add_argument("--uptrain-steps", type=int, default=0, help="of distillation from the original")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the distillation, at its highest")
-    parser.add_argument("--batch-size", type=positive_int, default=4, help="windows of a distillation step")
-    parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of the written weights")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one safetensors file")
-    parser.add_argument("--threads", type=positive_int, help="CPU threads; None leaves it to torch")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON in the last line of stdout")
+    add("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
+    add("--method", choices=gqa.METHODS, help="of the written model; None means activation")
+    add("--compare", nargs="*", choices=gqa.METHODS, default=[], help="methods measured beside it")
+    add("--calibration-text", default="pydoc", help="to calibrate and train on: a file, wikitext or pydoc")
+    add("--calibration-windows", type=positive_int, default=16, help="of it, evenly spread, for 'activation'")
+    add("--text", default="wikitext", help="other text to measure on: a file, wikitext or pydoc")
+    add("--windows", type=positive_int, default=8, help="of it")
+    add("--window", type=positive_int, default=512, help="tokens of a window")
+    add("--uptrain-steps", type=int, default=0, help="of distillation from the original")
+    add("--learning-rate", type=float, default=2e-4, help="of the distillation, at its highest")
+    add("--batch-size", type=positive_int, default=4, help="windows of a distillation step")
+    add("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of the written weights")
+    add("--max-shard-size", default="5GB", help="of one safetensors file")
+    add("--threads", type=positive_int, help="CPU threads; None leaves it to torch")
+    add("--json", action="store_true", help="print the results as JSON in the last line of stdout")
     parser.set_defaults(backend="stock attention")
+
+
+# Arguments that `compare` takes by the same names.
+SIZES = ("kv_heads", "calibration_windows", "uptrain_steps", "learning_rate", "batch_size")
 
 
 def _main(args: argparse.Namespace) -> int:
@@ -289,21 +256,16 @@ def _main(args: argparse.Namespace) -> int:
         calibration_text, text = inputs.load_text(args.calibration_text), inputs.load_text(args.text)
         model, tokenizer = inputs.load_model(args.model, torch.float32)
         heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window).view(args.windows, args.window)
+        sizes = {name: getattr(args, name) for name in SIZES}
+        text_windows = inputs.load_windows(tokenizer, calibration_text, args.window)
         converted, results = compare(
-            model,
-            methods,
-            kv_heads=args.kv_heads,
-            text_windows=inputs.load_windows(tokenizer, calibration_text, args.window),
-            calibration_windows=args.calibration_windows,
-            heldout_windows=heldout,
-            uptrain_steps=args.uptrain_steps,
-            learning_rate=args.learning_rate,
-            batch_size=args.batch_size,
-            progress=True,
+            model, methods, text_windows=text_windows, heldout_windows=heldout, progress=True, **sizes
         )
         output.cast(converted, inputs.DTYPES[args.dtype])
         output.save(converted, tokenizer, folder, args.max_shard_size)
-        complete(results, model, converted, heldout)
+        for when, one in (("before", model), ("after", converted)):
+            results[f"cache_bytes_per_token_{when}"] = gqa.cache_bytes_per_token(one, converted.dtype)
+        results["written"] = {"dtype": args.dtype, "perplexity": perplexity_of(converted, heldout)}
         results["conditions"] = conditions(model, args)
         report.write(results, folder)
         cards.write(folder)

@@ -13,9 +13,10 @@ Everything is timed in turns within one process. `stated.py` then puts each stat
 from __future__ import annotations
 
 import argparse
-import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,22 +35,12 @@ from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.modules import CachedSelfAttention
 from hf_kvattn.tools.command_line import positive_int
-from hf_kvattn.tools.tables import (
-    MISSING,
-    Column,
-    digits,
-    joined,
-    markdown_table,
-    mib,
-    show_spread,
-    speedup,
-    table_of,
-    three_digits,
-)
+from hf_kvattn.tools.tables import Column, digits, joined, mib, show_spread, speedup, table_of, three_digits
 
 TURN_S = 0.02  # an action is repeated within its turn until this is over, so that short ones are not one call's luck
 LAYERS_BYTES = 256 << 20  # decode attention goes round layers that exceed the CPU's caches together, as a model's do
 CHUNK = 1024  # queries at once within a window
+METHODS = ("standard", "tiled", "windowed")
 CACHE_HEADS, CACHE_DIM = 32, 128  # the layer whose cache is measured: that of 7B Llama-style models
 KV_HEADS = {"MHA": 32, "GQA": 8, "MQA": 1, "GQA, window": 8}
 
@@ -63,55 +54,48 @@ def _standard(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return (weights @ v.repeat_interleave(group, 1)).transpose(1, 2)
 
 
-def _tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return dispatch.attend(AttendCall(q, k, v, q.shape[-1] ** -0.5))
+def _tiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    return dispatch.attend(AttendCall(q, k, v, q.shape[-1] ** -0.5, window=window))
 
 
 def _windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     parts = []
     for start in range(0, q.shape[2], CHUNK):
-        end, begin = min(start + CHUNK, q.shape[2]), max(0, start - window + 1)
-        seen_k, seen_v = k[:, :, begin:end], v[:, :, begin:end]
-        parts.append(
-            dispatch.attend(AttendCall(q[:, :, start:end], seen_k, seen_v, q.shape[-1] ** -0.5, window=window))
-        )
+        end = min(start + CHUNK, q.shape[2])
+        seen = slice(max(0, start - window + 1), end)
+        parts.append(_tiled(q[:, :, start:end], k[:, :, seen], v[:, :, seen], window))
     return torch.cat(parts, 1)
 
 
 def _time_in_turns(
-    actions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    actions: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, device: torch.device
 ) -> dict[str, list[list[float]]]:
-    """Milliseconds of the calls of each action, by round; every round starts with another action."""
+    """Milliseconds of the calls of each action, by round; every round starts with another action.
 
-    def timed(action: Callable[[], Any]) -> float:
-        start_s = time.perf_counter()
-        action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 1e3 * (time.perf_counter() - start_s)
+    An action's calls are timed together, one after the other, and each time is that of one of them.
+    """
 
-    names = list(actions)
-    times_ms: dict[str, list[list[float]]] = {name: [] for name in names}
-    for action in actions.values():
-        timed(action)  # warm-up
-    for name in in_turns(names, range(rounds)):
-        calls_ms = [timed(actions[name])]
-        while sum(calls_ms) < 1e3 * TURN_S:
-            calls_ms.append(timed(actions[name]))
-        times_ms[name].append(calls_ms)
+    def turn(calls: Sequence[Callable[[], Any]], until_s: float) -> list[float]:
+        times_s: list[float] = []
+        while not times_s or sum(times_s) < until_s:
+            start_s = time.perf_counter()
+            for call in calls:
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times_s.append(time.perf_counter() - start_s)
+        return [1e3 * time_s / len(calls) for time_s in times_s]
+
+    for calls in actions.values():
+        turn(calls, 0.0)  # warm-up
+    times_ms: dict[str, list[list[float]]] = {name: [] for name in actions}
+    for name in in_turns(list(actions), range(rounds)):
+        times_ms[name].append(turn(actions[name], TURN_S))
     return times_ms
 
 
-def measure_attention(
-    heads: Sequence[int],
-    length: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    window: int,
-    standard: bool,
-    rounds: int,
-    memory: PeakMemory,
+def _attention(
+    model: PreTrainedModel, heads: Sequence[int], length: int, window: int, rounds: int, standard: bool
 ) -> dict[str, Any]:
     """Causal attention of a whole sequence by each method; `standard` says whether that one is among them.
 
@@ -121,26 +105,25 @@ def measure_attention(
     """
     q_heads, kv_heads, dim = heads
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, q_heads, length, dim, generator=generator).to(device, dtype)
-    k, v = (torch.randn(1, kv_heads, length, dim, generator=generator).to(device, dtype) for _ in "kv")
-    methods: dict[str, Callable[..., torch.Tensor]] = {"standard": _standard} if standard else {}
-    methods |= {"tiled": _tiled, "windowed": functools.partial(_windowed, window=window)}
-    actions = {name: functools.partial(method, q, k, v) for name, method in methods.items()}
+    shapes = [(1, n_heads, length, dim) for n_heads in (q_heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=generator).to(model.device, model.dtype) for shape in shapes)
+    actions = {"standard": partial(_standard, q, k, v)} if standard else {}
+    actions |= {"tiled": partial(_tiled, q, k, v), "windowed": partial(_windowed, q, k, v, window)}
     difference = (_standard(q, k, v) - _tiled(q, k, v)).abs().max().item() if standard else None
-    times_ms = _time_in_turns(actions, rounds, device)
-    row: dict[str, Any] = {"tokens": length, "methods": {}, "speedup": {}, "max_difference": difference}
+    times_ms = _time_in_turns({name: [action] for name, action in actions.items()}, rounds, model.device)
+    memory, methods = PeakMemory(model.device), {}
     for name, action in actions.items():
         memory.start()
         action()
-        row["methods"][name] = {"ms": spread_of(times_ms[name]), "extra_bytes": memory.stop()}
-    for slow, fast in (("standard", "tiled"), ("tiled", "windowed")):
-        row["speedup"][fast] = ratio(times_ms[slow], times_ms[fast]) if slow in times_ms else None
-    return row
+        methods[name] = {"ms": spread_of(times_ms[name]), "extra_bytes": memory.stop()}
+    speedups = {
+        fast: ratio(times_ms[slow], times_ms[fast]) if slow in times_ms else None
+        for slow, fast in (("standard", "tiled"), ("tiled", "windowed"))
+    }
+    return {"tokens": length, "methods": methods, "speedup": speedups, "max_difference": difference}
 
 
-def measure_caches(
-    length: int, *, dtype: torch.dtype, device: torch.device, window: int, rounds: int
-) -> dict[str, Any]:
+def _caches(model: PreTrainedModel, length: int, window: int, rounds: int) -> dict[str, Any]:
     """One layer's cache of `length` tokens for each number of KV heads: bytes, and the attention of a decode step.
 
     Returns:
@@ -148,12 +131,12 @@ def measure_caches(
         went round, and `faster_than_mha`, the ratio of the times.
     """
     layouts: dict[str, dict[str, Any]] = {}
-    actions: dict[str, Callable[[], Any]] = {}
-    q = torch.randn(1, CACHE_HEADS, 1, CACHE_DIM).to(device, dtype)
+    actions: dict[str, list[Callable[[], Any]]] = {}
+    q = torch.randn(1, CACHE_HEADS, 1, CACHE_DIM).to(model.device, model.dtype)
     for name, kv_heads in KV_HEADS.items():
         limit = window if name.endswith("window") else None
         config = CachedSelfAttention(CACHE_HEADS * CACHE_DIM, CACHE_HEADS, kv_heads, window=limit).config
-        keys = torch.randn(1, kv_heads, length, CACHE_DIM, dtype=dtype, device=device)
+        keys = torch.randn(1, kv_heads, length, CACHE_DIM, dtype=model.dtype, device=model.device)
         copies = LAYERS_BYTES // (2 * keys.nbytes) + 1
         caches = [StaticKVCache(config, max_cache_len=length) for _ in range(copies)]
         for cache in caches:
@@ -162,36 +145,23 @@ def measure_caches(
         layouts[name] = {"kv_heads": kv_heads, "window": limit, "cache_bytes": caches[0].nbytes, "copies": copies}
         stored = [cache.layers[0].dense() for cache in caches]
         calls = [AttendCall(q, k, v, CACHE_DIM**-0.5, window=limit) for k, v in stored]
-        actions[name] = functools.partial(_attend_all, calls)
-    times_ms = {
-        name: [[call_ms / layouts[name]["copies"] for call_ms in calls_ms] for calls_ms in rounds_ms]
-        for name, rounds_ms in _time_in_turns(actions, rounds, device).items()
-    }
+        actions[name] = [partial(dispatch.attend, call) for call in calls]
+    times_ms = _time_in_turns(actions, rounds, model.device)
     for name, layout in layouts.items():
         layout["step_ms"] = spread_of(times_ms[name])
         layout["faster_than_mha"] = ratio(times_ms["MHA"], times_ms[name])
     return {"tokens": length, "layouts": layouts}
 
 
-def _attend_all(calls: list[AttendCall]) -> None:
-    for call in calls:
-        dispatch.attend(call)
-
-
-def _decoding(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each cell of `throughput.measure`, what decoding without a cache costs against decoding with one."""
-    found = []
-    for cell in cells:
-        rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
-        none_ms = rounds_ms.get("none")
-        rows = [
-            {key: row[key] for key in ("variant", "hooked", "step_ms")}
-            | {"verdict": row["tokens"]["verdict"]}
-            | {"speedup": None if none_ms is None else ratio(none_ms, rounds_ms[row["variant"]])}
-            for row in cell["rows"]
-        ]
-        found.append({"context": cell["context"], "rows": rows})
-    return found
+def _decoding(cell: dict[str, Any]) -> dict[str, Any]:
+    """Of a cell of `throughput.measure`, what decoding without a cache costs against decoding with one."""
+    rounds_ms = {row["variant"]: [[each] for each in row["round_median_ms"]] for row in cell["rows"]}
+    rows = []
+    for row in cell["rows"]:
+        faster = ratio(rounds_ms["none"], rounds_ms[row["variant"]]) if "none" in rounds_ms else None
+        known = {key: row[key] for key in ("variant", "hooked", "step_ms")}
+        rows.append(known | {"verdict": row["tokens"]["verdict"], "speedup": faster})
+    return {"context": cell["context"], "rows": rows}
 
 
 def _standard_bytes(heads: Sequence[int], length: int, dtype: torch.dtype) -> int:
@@ -216,21 +186,13 @@ def measure(
     none_limit_s: float = 60.0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """All claims on one machine and model, as a dict that JSON can hold.
+    """All claims on one machine and model, as a dict that JSON can hold; `_add_options` says what the sizes are.
 
     Args:
         model: what decodes; its dtype and device are those of the other measurements too.
         token_ids: the text as a 1-D tensor, at least as long as the longest context.
         variants: caches that decode; `none` must be among them.
-        contexts: prompt tokens, for decoding.
-        lengths: tokens of the prefill attention.
-        cache_lengths: tokens of the caches whose bytes and step are measured.
-        heads: query heads, KV heads and head_dim of the prefill attention.
-        window: visible tokens of the windowed rows.
-        standard_bytes: standard attention is skipped where it would need more memory than this.
-        rounds: turns that each action gets.
-        new_tokens: tokens decoded in all rounds together, a multiple of `rounds`.
-        none_limit_s: decoding without a cache is skipped when a step would take longer.
+        new_tokens: a multiple of `rounds`.
         progress: show bars on stderr.
     """
     q_heads, kv_heads, dim = heads
@@ -240,47 +202,35 @@ def measure(
         raise ValueError(f"sizes start at 1: {lengths=}, {cache_lengths=}, {window=}, {rounds=}")
     if "none" not in (names := [variant.name for variant in variants]):
         raise ValueError(f"decoding without a cache is what caches are compared with: 'none' is not among {names}")
-    times: dict[str, Any] = {
-        "new_tokens": new_tokens,
-        "rounds": rounds,
-        "none_limit_s": none_limit_s,
-        "progress": progress,
-    }
+    times: dict[str, Any] = {"new_tokens": new_tokens, "rounds": rounds, "none_limit_s": none_limit_s}
     decoded = throughput.measure(
-        model, tokenizer, token_ids, variants=variants, contexts=contexts, batch_sizes=[1], **times
+        model, tokenizer, token_ids, variants=variants, contexts=contexts, batch_sizes=[1], progress=progress, **times
     )
-    memory = PeakMemory(model.device)
-    layer: dict[str, Any] = {"dtype": model.dtype, "device": model.device, "window": window, "rounds": rounds}
-    skipped: list[dict[str, Any]] = []
-    attention: list[dict[str, Any]] = []
+    needed = {length: _standard_bytes(heads, length, model.dtype) for length in sorted(set(lengths))}
+    limit = f"the limit is {standard_bytes / 2**30:.1f} GiB"
+    skipped = [
+        {"variant": "standard attention", "context": length, "batch": 1}
+        | {"reason": f"the scores would take {size / 2**30:.1f} GiB, {limit}"}
+        for length, size in needed.items()
+        if size > standard_bytes
+    ]
     with torch.no_grad():
-        for length in tqdm(sorted(set(lengths)), desc="prefill attention", disable=not progress):
-            needed = _standard_bytes(heads, length, model.dtype)
-            fits = needed <= standard_bytes
-            if not fits:
-                sizes = f"{needed / 2**30:.1f} GiB, the limit is {standard_bytes / 2**30:.1f} GiB"
-                reason = f"the scores would take {sizes}"
-                skipped.append({"variant": "standard attention", "context": length, "batch": 1, "reason": reason})
-            attention.append(measure_attention(heads, length, standard=fits, memory=memory, **layer))
-        layers = [
-            measure_caches(length, **layer)
-            for length in tqdm(sorted(set(cache_lengths)), desc="caches", disable=not progress)
-        ]
+        bar = tqdm(needed.items(), desc="prefill attention", disable=not progress)
+        attention = [_attention(model, heads, length, window, rounds, size <= standard_bytes) for length, size in bar]
+        bar = tqdm(sorted(set(cache_lengths)), desc="caches", disable=not progress)
+        caches = [_caches(model, length, window, rounds) for length in bar]
     results = {
         "kind": "claims",
         "settings": {"rounds": rounds, "new_tokens": new_tokens, "heads": list(heads), "window": window}
-        | {"cache_heads": CACHE_HEADS, "cache_dim": CACHE_DIM, "memory_method": memory.method}
+        | {"cache_heads": CACHE_HEADS, "cache_dim": CACHE_DIM, "memory_method": PeakMemory(model.device).method}
         | {"near_tie": decoded["settings"]["near_tie"]},
         "attention": attention,
-        "decoding": _decoding(decoded["cells"]),
-        "caches": layers,
+        "decoding": list(map(_decoding, decoded["cells"])),
+        "caches": caches,
         "skipped": skipped + decoded["skipped"],
         "mismatches": decoded["mismatches"],
     }
     return results | {"claims": stated.judge(results)}
-
-
-METHODS = ("standard", "tiled", "windowed")
 
 
 def _stated(bounds: list[float]) -> str:
@@ -295,6 +245,13 @@ CLAIM_COLUMNS: list[Column] = [
     ("measured", "measured", three_digits),
     ("agrees", "agrees", {True: "yes", False: "**no**"}.__getitem__),
 ]
+ATTENTION_COLUMNS: list[Column] = [
+    ("tokens", "tokens", str),
+    *((f"{name} {unit}", f"methods.{name}.{key}", show) for name in METHODS
+      for unit, key, show in (("ms", "ms", show_spread), ("MiB", "extra_bytes", mib))),
+    ("tiled faster", "speedup.tiled", speedup),
+    ("difference", "max_difference", digits(".1g")),
+]  # fmt: skip
 STEP_COLUMNS: list[Column] = [
     ("cache", "variant", str),
     ("context", "context", str),
@@ -314,12 +271,8 @@ LAYOUT_COLUMNS: list[Column] = [
 
 def _tables(results: dict[str, Any]) -> str:
     settings = results["settings"]
-    q_heads, kv_heads, dim = settings["heads"]
-    layouts = [
-        {**layout, "name": name, "tokens": cell["tokens"]}
-        for cell in results["caches"]
-        for name, layout in cell["layouts"].items()
-    ]
+    steps = [{**row, **cell} for cell in results["decoding"] for row in cell["rows"]]
+    layouts = [{**row, **cell, "name": name} for cell in results["caches"] for name, row in cell["layouts"].items()]
     return joined(
         f"Times are medians (p20 to p80) of {settings['rounds']} turns. Memory: {settings['memory_method']}.\n",
         "### Stated and measured\n\nA figure within a fifth of the stated one agrees with it.\n",
@@ -328,12 +281,12 @@ def _tables(results: dict[str, Any]) -> str:
             f"- {row['claim']}, measured {three_digits(row['measured'])}: {row['why']}.\n"
             for row in stated.disagreements(results)
         ),
-        f"### Prefill attention of one layer, {q_heads} query and {kv_heads} KV heads of {dim}\n\n"
-        "Standard writes all scores to memory, tiled is what this package takes, windowed is tiled in a window of "
+        "### Prefill attention of one layer, {} query and {} KV heads of {}\n\n".format(*settings["heads"])
+        + "Standard writes all scores to memory, tiled is what this package takes, windowed is tiled in a window of "
         f"{settings['window']}.\n",
-        _attention_table(results["attention"]),
+        table_of(ATTENTION_COLUMNS, results["attention"]),
         "### A decode step with and without a cache\n",
-        table_of(STEP_COLUMNS, [{**row, **cell} for cell in results["decoding"] for row in cell["rows"]]),
+        table_of(STEP_COLUMNS, steps),
         f"### One layer's cache, {settings['cache_heads']} query heads of {settings['cache_dim']}\n\n"
         "The step is the layer's decode attention alone.\n",
         table_of(LAYOUT_COLUMNS, layouts),
@@ -341,46 +294,35 @@ def _tables(results: dict[str, Any]) -> str:
     )
 
 
-def _attention_table(measured: list[dict[str, Any]]) -> str:
-    of_methods = [f"{name} {unit}" for name in METHODS for unit in ("ms", "MiB")]
-    rows = []
-    for row in measured:
-        cells = [str(row["tokens"])]
-        for found in map(row["methods"].get, METHODS):
-            cells += [MISSING, MISSING] if found is None else [show_spread(found["ms"]), mib(found["extra_bytes"])]
-        rows.append([*cells, speedup(row["speedup"]["tiled"]), digits(".1g")(row["max_difference"])])
-    return markdown_table(["tokens", *of_methods, "tiled faster", "difference"], rows)
-
-
 def _draw(results: dict[str, Any]) -> Any:
     """Panels of prefill attention's time and memory, decoding with and without a cache, and one layer's cache."""
     title = "What is said of attention and KV caches, measured"
     figure = drawing.new_figure(10.0, 10.5, title, results["conditions"])
     panels = figure.subplot_mosaic([["time", "memory"], ["decoding", "decoding"], ["caches", "steps"]])
-    palette = ("#444444", *drawing.OURS)
-    methods = {name: [(row["tokens"], row["methods"][name]) for row in results["attention"] if name in row["methods"]]
-               for name in METHODS}  # fmt: skip
-    colors = dict(zip(METHODS, palette, strict=False))
-    lines = {name: [(x, found["ms"]["median"]) for x, found in line] for name, line in methods.items()}
-    drawing.plot_lines(panels["time"], lines, colors, "prefill attention of one layer: ms")
-    lines = {name: [(x, found["extra_bytes"] / 2**20) for x, found in line if found["extra_bytes"]]
-             for name, line in methods.items()}  # fmt: skip
-    drawing.plot_lines(panels["memory"], lines, colors, "prefill attention of one layer: peak MiB")
-    rows = [(cell["context"], row) for cell in results["decoding"] for row in cell["rows"]]
-    lines = {row["variant"]: [] for _, row in rows}
-    for context, row in rows:
-        lines[row["variant"]].append((context, row["step_ms"]["median"]))
-    colors = drawing.colors_of([row for _, row in rows])
-    drawing.plot_lines(panels["decoding"], lines, colors, "a decode step of the model: ms")
-    layouts = {name: [(cell["tokens"], cell["layouts"][name]) for cell in results["caches"]]
-               for name in results["caches"][0]["layouts"]}  # fmt: skip
-    colors = {name: palette[i % len(palette)] for i, name in enumerate(layouts)}
-    lines = {name: [(x, found["cache_bytes"] / 2**20) for x, found in line] for name, line in layouts.items()}
-    drawing.plot_lines(panels["caches"], lines, colors, "one layer's cache: MiB")
-    lines = {name: [(x, found["step_ms"]["median"]) for x, found in line] for name, line in layouts.items()}
-    drawing.plot_lines(panels["steps"], lines, colors, "one layer's decode attention: ms")
-    for axes in panels.values():
-        drawing.caption(axes, x="tokens")
+    attention = [(name, row["tokens"], each) for row in results["attention"] for name, each in row["methods"].items()]
+    steps = [(row["variant"], cell["context"], row) for cell in results["decoding"] for row in cell["rows"]]
+    caches = [(name, cell["tokens"], each) for cell in results["caches"] for name, each in cell["layouts"].items()]
+    palette, of_variants = ("#444444", *drawing.OURS), drawing.colors_of([row for *_, row in steps])
+    of_methods = dict(zip(METHODS, palette, strict=False))
+    of_layouts = dict(zip(results["caches"][0]["layouts"], itertools.cycle(palette), strict=False))
+    of_variants = {name: of_variants[name] for name, *_ in steps}
+
+    def panel(
+        place: str, title: str, rows: list[tuple], value: Callable[[dict], float], colors: dict[str, str]
+    ) -> None:
+        lines: dict[str, list[tuple[float, float]]] = {name: [] for name in colors}
+        for name, tokens, row in rows:
+            if value(row):  # memory that did not rise has no place on a logarithmic axis
+                lines[name].append((tokens, value(row)))
+        drawing.plot_lines(panels[place], lines, colors, title)
+        drawing.caption(panels[place], x="tokens")
+
+    layer = "prefill attention of one layer"
+    panel("time", f"{layer}: ms", attention, lambda row: row["ms"]["median"], of_methods)
+    panel("memory", f"{layer}: peak MiB", attention, lambda row: row["extra_bytes"] / 2**20, of_methods)
+    panel("decoding", "a decode step of the model: ms", steps, lambda row: row["step_ms"]["median"], of_variants)
+    panel("caches", "one layer's cache: MiB", caches, lambda row: row["cache_bytes"] / 2**20, of_layouts)
+    panel("steps", "one layer's decode attention: ms", caches, lambda row: row["step_ms"]["median"], of_layouts)
     return figure
 
 
@@ -414,20 +356,18 @@ def _gib(text: str) -> int:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    sizes: dict[str, Any] = {"nargs": "+", "type": positive_int}
+    add = partial(parser.add_argument, type=positive_int)
     lengths = [512, 1024, 2048, 4096, 8192, 16384, 32768]
-    parser.add_argument("--contexts", default=[128, 512, 1024, 2048], help="prompt tokens, for decoding", **sizes)
-    parser.add_argument("--lengths", default=lengths, help="tokens of the prefill attention", **sizes)
-    parser.add_argument("--cache-lengths", default=lengths[3:], help="tokens of the caches compared", **sizes)
-    help = "of the prefill: query, KV, head_dim"
-    parser.add_argument("--heads", nargs=3, type=positive_int, default=[8, 8, 64], help=help)
-    parser.add_argument("--window", type=positive_int, default=4096, help="visible tokens of the windowed rows")
+    add("--contexts", nargs="+", default=[128, 512, 1024, 2048], help="prompt tokens, for decoding")
+    add("--lengths", nargs="+", default=lengths, help="tokens of the prefill attention")
+    add("--cache-lengths", nargs="+", default=lengths[3:], help="tokens of the caches compared")
+    add("--heads", nargs=3, default=[8, 8, 64], help="of the prefill: query, KV, head_dim")
+    add("--window", default=4096, help="visible tokens of the windowed rows")
     help = "skip standard attention where it needs more memory"
-    parser.add_argument("--standard-gib", type=_gib, default="8", dest="standard_bytes", metavar="GIB", help=help)
-    parser.add_argument("--rounds", type=positive_int, default=5, help="turns of everything that is timed")
-    parser.add_argument("--new-tokens", type=positive_int, default=20, help="decoded in all rounds together")
-    help = "skip decoding without a cache when a step takes longer"
-    parser.add_argument("--none-limit-s", type=float, default=60.0, help=help)
+    add("--standard-gib", type=_gib, default="8", dest="standard_bytes", metavar="GIB", help=help)
+    add("--rounds", default=5, help="turns of everything that is timed")
+    add("--new-tokens", default=20, help="decoded in all rounds together")
+    add("--none-limit-s", type=float, default=60.0, help="skip decoding without a cache when a step takes longer")
 
 
 COMMAND = model_command(

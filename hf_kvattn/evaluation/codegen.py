@@ -13,8 +13,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from ..kernels.call import AttendCall, PackedKV, SinkKV
@@ -34,126 +34,94 @@ from ..quant.codecs import codec_for
 from ..quant.layout import BLOCK
 from ..tools.tables import Column, digits, table_of
 
+# Each GPU, and the bytes of shared memory that a block may ask for, and that a multiprocessor has.
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), 166912, 167936),
+    "sm_90": (GPUTarget("cuda", 90, 32), 232448, 233472),
+    "sm_100": (GPUTarget("cuda", 100, 32), 232448, 233472),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65536, 65536),
 }
-# Bytes of shared memory: what a block may ask for, and what a multiprocessor has.
-_SHARED = {"sm_80": (166912, 167936), "sm_90": (232448, 233472), "sm_100": (232448, 233472), "gfx942": (65536, 65536)}
+Bits = int | str  # of a code, or "fp8"
 _RESERVED = 1024  # shared bytes that CUDA takes for itself in each block
 _REGISTERS = 65536  # of a multiprocessor
 
 
-@dataclass
-class CompileOnly(DriverBase):
-    """A Triton driver that compiles for a target and records launches: (kernel's name, grid)."""
-
-    name: str
-    launches: list[tuple[str, tuple[int, int, int]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.utils = self
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return False  # never chosen by itself
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name]
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_device(self) -> str:
-        return self.name  # a kernel keeps what it compiled by device
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_benchmarker(self):
-        raise NotImplementedError("nothing is timed where nothing runs")
-
-    def get_device_properties(self, device: str) -> dict[str, int]:
-        return {"max_shared_mem": _SHARED[self.name][0], "multiprocessor_count": 1, "warpSize": 32}
-
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: str) -> tuple:
-        return None, None, 0, 0, 1024
-
-    def launcher_cls(self, source, metadata):
-        def launch(x, y, z, *arguments):
-            self.launches.append((metadata.name, (x, y, z)))
-
-        return launch
+def _is_amd(target: str) -> bool:
+    return target.startswith("gfx")
 
 
 @contextlib.contextmanager
-def compile_only(target: str) -> Iterator[CompileOnly]:
-    """Compiles for `target` instead of launching, on CUDA tensors that are fake."""
-    before, hip, recorder = driver._active, torch.version.hip, CompileOnly(target)
-    driver.set_active(recorder)
-    torch.version.hip = "none" if target.startswith("gfx") else None  # what tells a ROCm build of PyTorch
+def compile_only(target: str) -> Iterator[SimpleNamespace]:
+    """Compiles for `target` instead of launching, on CUDA tensors that are fake.
+
+    Gives what stands in for the GPU's driver: its `launches` are (kernel's name, grid).
+    """
+    gpu, block_bytes, _ = TARGETS[target]
+    launches: list[tuple[str, tuple[int, int, int]]] = []
+
+    def launcher(source, metadata):
+        return lambda x, y, z, *arguments: launches.append((metadata.name, (x, y, z)))
+
+    properties = {"max_shared_mem": block_bytes, "multiprocessor_count": 1, "warpSize": 32}
+    stand_in = SimpleNamespace(
+        launches=launches,
+        launcher_cls=launcher,
+        get_current_target=lambda: gpu,
+        get_current_device=lambda: target,  # a kernel keeps what it compiled by device
+        get_current_stream=lambda device: 0,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: properties,
+            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024),
+        ),
+    )
+    before, hip = driver._active, torch.version.hip
+    driver.set_active(stand_in)
+    torch.version.hip = "none" if _is_amd(target) else None  # what tells a ROCm build of PyTorch
     try:
         with FakeTensorMode():
-            yield recorder
+            yield stand_in
     finally:
         torch.version.hip = hip
         driver._active = before  # reset_active() raises where there is no GPU
 
 
-def resources(kernel: Any, target: str) -> list[dict[str, int]]:
-    """What each variant of `kernel` that was compiled for `target` takes, in the order of their compilation."""
-    compiled = kernel.device_caches[target][0].values()
-    return [(_of_amd if target.startswith("gfx") else _of_nvidia)(each, target) for each in compiled]
-
-
-def _of_nvidia(compiled: Any, target: str) -> dict[str, int]:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        sass = _output(tools / "nvdisasm", "-c", file.name)
-    registers, stack, local = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
+def _resources(compiled: Any, target: str) -> dict[str, int]:
+    """What a kernel takes that was compiled for `target`."""
+    warps, shared, copies = compiled.metadata.num_warps, compiled.metadata.shared, 0
+    if _is_amd(target):
+        code, taken = compiled.asm["amdgcn"], shared
+        names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
+        registers, spilled, spills = (_number(rf"\.{name}:\s+(\d+)", code) for name in names)
+        tensor_core, instruction = r"\bv_mfma_\w+", r"^\s+[a-z]+_\w+"
+        by_registers = 512 // (-(-registers // 8) * 8) * 4 // warps  # 512 for each of the four SIMDs' waves
+    else:
+        usage, code = _disassembled(compiled.asm["cubin"])
+        registers, stack, local = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
+        spilled, spills, taken = stack + local, _count(r"\b(STL|LDL)\b", code), shared + _RESERVED
+        tensor_core, instruction = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", r"^\s+/\*[0-9a-f]+\*/"
+        copies = _count(r"\b(LDGSTS|UTMALDG)\b", code)
+        by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     return {
         "warps": warps,
         "registers": registers,
-        "spilled_bytes": stack + local,
-        "spill_instructions": _count(r"(?:STL|LDL)", sass),
+        "spilled_bytes": spilled,
+        "spill_instructions": spills,
         "shared_bytes": shared,
-        "tensor_core_instructions": _count(r"(?:HMMA|HGMMA|UTCHMMA|UTCQMMA)", sass),
-        "asynchronous_copies": _count(r"(?:LDGSTS|UTMALDG)", sass),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]+\*/", sass, re.M)),
-        "blocks_per_multiprocessor": min(by_registers, _SHARED[target][1] // (shared + _RESERVED)),
+        "tensor_core_instructions": _count(tensor_core, code),
+        "asynchronous_copies": copies,
+        "instructions": _count(instruction, code),
+        "blocks_per_multiprocessor": min(by_registers, TARGETS[target][2] // max(taken, 1)),
     }
 
 
-def _of_amd(compiled: Any, target: str) -> dict[str, int]:
-    code = compiled.asm["amdgcn"]
-    vector = _number(r"\.vgpr_count:\s+(\d+)", code)
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    by_registers = 512 // (-(-vector // 8) * 8) * 4 // warps  # 512 for each of the four SIMDs' waves
-    return {
-        "warps": warps,
-        "registers": vector,
-        "spilled_bytes": _number(r"\.private_segment_fixed_size:\s+(\d+)", code),
-        "spill_instructions": _number(r"\.vgpr_spill_count:\s+(\d+)", code),
-        "shared_bytes": shared,
-        "tensor_core_instructions": _count(r"v_mfma_\w+", code),
-        "asynchronous_copies": 0,
-        "instructions": len(re.findall(r"^\s+[a-z]+_\w+", code, re.M)),
-        "blocks_per_multiprocessor": min(by_registers, _SHARED[target][1] // max(shared, 1)),
-    }
-
-
-def _output(*command: Path | str) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+def _disassembled(cubin: bytes) -> list[str]:
+    """What NVIDIA's tools say of a kernel: its resources, and its instructions."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = [f"{tools}/cuobjdump", "-res-usage", file.name], [f"{tools}/nvdisasm", "-c", file.name]
+        return [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands]
 
 
 def _number(pattern: str, text: str) -> int:
@@ -163,7 +131,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def _count(pattern: str, text: str) -> int:
-    return len(re.findall(rf"\b{pattern}\b", text))
+    return len(re.findall(pattern, text, re.M))
 
 
 @dataclass(frozen=True)
@@ -181,8 +149,8 @@ class Case:
     target: str
     head_dim: int
     rows: int = 0
-    k_bits: int | str = 0
-    v_bits: int | str = 0
+    k_bits: Bits = 0
+    v_bits: Bits = 0
     lengths: bool = False
     sinks: bool = False
 
@@ -192,12 +160,9 @@ class Case:
 
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
-MIXES: tuple[tuple[int | str, int | str], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
-FP8_MIXES: tuple[tuple[int | str, int | str], ...] = (
-    ("fp8", "fp8"),
-    ("fp8", 4),
-)  # for targets that convert it in hardware
-FP8_TARGETS = ("sm_90", "sm_100")
+MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
+FP8_MIXES: tuple[tuple[Bits, Bits], ...] = (("fp8", "fp8"), ("fp8", 4))
+FP8_TARGETS = ("sm_90", "sm_100")  # which convert it in hardware
 
 
 def all_cases() -> list[Case]:
@@ -205,8 +170,8 @@ def all_cases() -> list[Case]:
     cases = []
     for target, dim in itertools.product(TARGETS, HEAD_DIMS):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
-            padded, amd = triton.next_power_of_2(dim), target.startswith("gfx")
-            most = triton_attention.tile_for(triton_backend.MAX_QUERIES * 8, padded, 3 in mix, amd).rows
+            padded = triton.next_power_of_2(dim)
+            most = triton_attention.tile_for(triton_backend.MAX_QUERIES * 8, padded, 3 in mix, _is_amd(target)).rows
             cases += [Case("decode", target, dim, rows, *mix) for rows in sorted({16, most})]
             if mix in ((8, 4), (0, 0)):  # which take most and least registers
                 cases.append(Case("decode", target, dim, most, *mix, lengths=True))
@@ -231,22 +196,21 @@ def compile_case(case: Case) -> dict[str, int]:
         if case.sinks:
             call.sinks = SinkKV(call.k, call.v, call.q, 9, call.leftpad)
         if case.kernel == "quantize":
-            packed = call.packed
-            assert packed is not None
+            assert call.packed is not None
             new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
-            triton_quantize.launch(new, new, packed, 0)
+            triton_quantize.launch(new, new, call.packed, 0)
         else:
             lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
             triton_attention.launch(call, 132, lengths)
-    *others, found = resources(kernel, case.target)
+    *others, compiled = kernel.device_caches[case.target][0].values()
     assert len(others) == case.sinks  # which are queued after the window's tokens
-    return found
+    return _resources(compiled, case.target)
 
 
 def fake_call(
     dim: int,
-    k_bits: int | str,
-    v_bits: int | str,
+    k_bits: Bits,
+    v_bits: Bits,
     query_heads: int = 8,
     kv_heads: int = 2,
     tokens: int = 8192,
@@ -260,23 +224,17 @@ def fake_call(
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
+    def coded(bits: Bits, *scales: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes, scales and zeros."""
+        codec, lead = codec_for(bits), (1, kv_heads, tokens // BLOCK)
+        zero = None if codec.symmetric else make(*lead, *scales)
+        return make(*lead, 4 * codec.bits * dim, dtype=codec.dtype), make(*lead, *scales), zero
+
     packed = None
     if k_bits:
-        k_codec, v_codec = codec_for(k_bits), codec_for(v_bits)
-        lead, groups = (1, kv_heads, tokens // BLOCK), dim // (16 if dim % 32 else 32)
-        packed = PackedKV(
-            4,
-            tokens,
-            k_codec,
-            v_codec,
-            make(*lead, 4 * k_codec.bits * dim, dtype=k_codec.dtype),
-            make(*lead, dim),
-            None if k_codec.symmetric else make(*lead, dim),
-            make(1, kv_heads, dim, dtype=torch.float32),
-            make(*lead, 4 * v_codec.bits * dim, dtype=v_codec.dtype),
-            make(*lead, groups, BLOCK),
-            None if v_codec.symmetric else make(*lead, groups, BLOCK),
-        )
+        keys, values = coded(k_bits, dim), coded(v_bits, dim // (16 if dim % 32 else 32), BLOCK)
+        mean = make(1, kv_heads, dim, dtype=torch.float32)
+        packed = PackedKV(4, tokens, codec_for(k_bits), codec_for(v_bits), *keys, mean, *values)
     k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
     leftpad = make(1, dtype=torch.int32) if padded else None
     return AttendCall(make(1, 1, query_heads, dim).transpose(1, 2), k, v, dim**-0.5, leftpad=leftpad, packed=packed)
@@ -334,41 +292,31 @@ def measure(targets: Sequence[str]) -> dict[str, Any]:
     return {"triton": triton.__version__, "torch": torch.__version__, "kernels": kernels, "traffic": traffic}
 
 
-def _tokens(case: dict[str, Any]) -> str:
+def _bits(case: dict[str, Any]) -> str:
     if case["kernel"] == "decode" and not case["k_bits"]:
         return "sinks" if case["sinks"] else "exact"
     return f"{case['k_bits']}/{case['v_bits']}" if case["k_bits"] else ""
 
 
 COLUMNS: list[Column] = [
-    ("kernel", "kernel", str),
-    ("GPU", "target", str),
-    ("head_dim", "head_dim", str),
-    ("rows", "rows", lambda rows: str(rows or "")),
-    ("bits", "tokens", str),
-    ("lengths", "where", str),
-    ("warps", "warps", str),
-    ("registers a thread", "registers", str),
-    ("spilled bytes", "spilled_bytes", str),
-    ("shared bytes", "shared_bytes", str),
-    ("tensor-core instructions", "tensor_core_instructions", str),
-    ("asynchronous copies", "asynchronous_copies", str),
-    ("blocks a multiprocessor", "blocks_per_multiprocessor", str),
+    ("kernel", "case.kernel", str),
+    ("GPU", "case.target", str),
+    ("head_dim", "case.head_dim", str),
+    ("rows", "case.rows", lambda rows: str(rows or "")),
+    ("bits", "case", _bits),
+    ("lengths", "case", lambda case: "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else ""),
+    ("warps", "resources.warps", str),
+    ("registers a thread", "resources.registers", str),
+    ("spilled bytes", "resources.spilled_bytes", str),
+    ("shared bytes", "resources.shared_bytes", str),
+    ("tensor-core instructions", "resources.tensor_core_instructions", str),
+    ("asynchronous copies", "resources.asynchronous_copies", str),
+    ("blocks a multiprocessor", "resources.blocks_per_multiprocessor", str),
 ]
 
 
 def table(found: dict[str, Any]) -> str:
     """`triton.json` as a page to read."""
-    rows = [
-        {
-            **case,
-            **row["resources"],
-            "tokens": _tokens(case),
-            "where": "tensor" if case["lengths"] else "host" if case["kernel"] == "decode" else "",
-        }
-        for row in found["kernels"]
-        for case in [row["case"]]
-    ]
     columns: list[Column] = [(name.replace("_", " "), name, str) for name in found["traffic"][0]]
     traffic = [{**row, "times the least": row["moved_bytes"] / row["least_bytes"]} for row in found["traffic"]]
     columns.append(("times the least", "times the least", digits(".3f")))
@@ -384,7 +332,7 @@ reads anew. Registers and shared memory bound the blocks that a multiprocessor h
 whose loads wait in registers: no asynchronous copies there). float32 models are left to other backends: without tensor
 cores the kernels spill.
 
-{table_of(COLUMNS, rows)}
+{table_of(COLUMNS, found["kernels"])}
 ## Bytes of a decode step
 
 What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against

@@ -27,9 +27,9 @@ def _main(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("triton") is None:
         raise ValueError("triton is not installed: pip install triton")
     data, page = (Path(args.output) / name for name in ("triton.json", "TRITON.md"))
-    present = [str(path) for path in (data, page) if path.exists()]
-    if present:
-        raise ValueError(f"{present[0]} exists already: move it away or choose another --output")
+    for path in (data, page):
+        if path.exists():
+            raise ValueError(f"{path} exists already: move it away or choose another --output")
     from hf_kvattn.evaluation import codegen  # needs triton
 
     found = codegen.measure(args.targets)
