@@ -147,9 +147,7 @@ def _draw(results: dict[str, Any]) -> Any:
     axes = figure.subplots()
     rows, limit = results["backends"], results["read_bytes_s"] / 1e9
     axes.barh(list(rows), [row["bytes_s"] / 1e9 for row in rows.values()], color=drawing.OURS[0], height=0.5)
-    axes.axvline(limit, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(limit, 1.0, "reading memory ", fontsize=8, ha="right", va="top", color=drawing.INK,
-              transform=axes.get_xaxis_transform())  # fmt: skip
+    drawing.mark(axes, limit, "reading memory ", (4, 3), ha="right")
     drawing.caption(axes, x="GB/s")
     axes.invert_yaxis()
     drawing.plain(axes)
