@@ -8,6 +8,7 @@ together exceed the CPU's caches, as the layers of a model do; with more query t
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -67,17 +68,20 @@ def measure(
     if head_dim % 16:
         raise ValueError(f"quantized caches need a head_dim that is a multiple of 16, got {head_dim}")
     layer_bytes = 2 * kv_heads * context * head_dim * dtype.itemsize
-    config = LlamaConfig(
-        num_hidden_layers=LAYERS_BYTES // layer_bytes + 1,
-        num_attention_heads=q_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=q_heads * head_dim,
-    )
+    layers = LAYERS_BYTES // layer_bytes + 1
+    heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=q_heads * head_dim, **heads)
     q = torch.randn(1, q_heads, queries, head_dim).to(dtype)
-    shape = (1, kv_heads, context, head_dim)
-    filled = {bits: _filled(config, bits, shape, dtype) for bits in {bits for _, bits in ROWS.values()}}
-    calls = {bits: [_call(q, layer) for layer in cache.layers] for bits, cache in filled.items()}
+    kept: dict[int | None, KVCache] = {None: StaticKVCache(config, max_cache_len=context)}
+    group_size = math.gcd(head_dim, 64)
+    kept |= {bits: QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=context) for bits in (8, 4, 2)}
+    calls: dict[int | None, list[AttendCall]] = {bits: [] for bits in kept}
+    for bits, cache in kept.items():
+        for layer in cache.layers:
+            layer.append(*torch.randn(2, 1, kv_heads, context, head_dim).to(dtype))
+            layer.finish_attention()
+            k, v, packed, *_ = layer.stored_kv()
+            calls[bits].append(AttendCall(q, k, v, head_dim**-0.5, packed=packed))
     buffer = torch.ones(READ_BYTES // 4)
     read_bytes_s: list[float] = []
     times_ms: dict[str, list[list[float]]] = {name: [] for name in ROWS}
@@ -88,11 +92,11 @@ def measure(
             start_s = time.perf_counter()
             for call in calls[bits]:
                 module.attend(call)
-            times_ms[name].append([(time.perf_counter() - start_s) * 1e3 / len(calls[bits])])
+            times_ms[name].append([(time.perf_counter() - start_s) * 1e3 / layers])
     bandwidth = torch.tensor(read_bytes_s).median().item()
     rows = {}
     for name, (_, bits) in ROWS.items():
-        row_bytes, ms = filled[bits].nbytes / config.num_hidden_layers, spread_of(times_ms[name])
+        row_bytes, ms = kept[bits].nbytes / layers, spread_of(times_ms[name])
         moved = row_bytes / ms["median"] * 1e3
         rows[name] = {f"{key}_ms": value for key, value in ms.items()} | {
             "bytes": row_bytes,
@@ -102,24 +106,6 @@ def measure(
         }
     sizes = {"context": context, "queries": queries, "layer_bytes": layer_bytes, "read_bytes_s": bandwidth}
     return {"kind": "bandwidth"} | sizes | {"base": BASE, "backends": rows}
-
-
-def _filled(config: LlamaConfig, bits: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> KVCache:
-    """A cache whose layers hold random numbers of `shape`, each its own."""
-    if bits is None:
-        cache: KVCache = StaticKVCache(config, max_cache_len=shape[2])
-    else:
-        group_size = next(size for size in (64, 32, 16) if shape[3] % size == 0)
-        cache = QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=shape[2])
-    for layer in cache.layers:
-        layer.append(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
-        layer.finish_attention()
-    return cache
-
-
-def _call(q: torch.Tensor, layer: Any) -> AttendCall:
-    k, v, packed, *_ = layer.stored_kv()
-    return AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed)
 
 
 def _tables(results: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,35 +53,28 @@ def measure(
         raise ValueError(f"only caches of hf_kvattn can be saved, got {foreign}")
     if len(token_ids) < 2 or rounds < 1 or new_tokens < 1:
         raise ValueError(f"impossible sizes: {len(token_ids)} tokens, {rounds=}, {new_tokens=}")
-    times_ms: dict[str, dict[str, list[list[float]]]] = {
-        variant.name: {part: [] for part in PARTS} for variant in variants
-    }
+    times_ms: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}
     found: dict[str, dict[str, Any]] = {}
     prompt = token_ids[None].to(model.device)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cache"
         for turn in tqdm(range(rounds + 1), desc="prefix", unit="round", disable=not progress):
             for variant in variants:
                 with caches.running(model, variant):
-                    lap_ms, found[variant.name] = _round(model, prompt, variant, path, new_tokens)
-                for part, part_ms in lap_ms.items() if turn else ():
-                    times_ms[variant.name][part].append([part_ms])
-    return {
-        "kind": "prefix",
-        "settings": {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens},
-        "rows": [
-            {"variant": name}
-            | {f"{part}_ms": spread_of(values) for part, values in parts.items()}
-            | {"speedup": ratio(parts["prefill"], parts["load"])}
-            | found[name]
-            for name, parts in times_ms.items()
-        ],
-    }
+                    lap_ms, found[variant.name] = _round(model, prompt, variant, Path(folder) / "cache", new_tokens)
+                if turn:  # the first one warms up
+                    times_ms[variant.name].append(lap_ms)
+    rows = []
+    for name, laps_ms in times_ms.items():
+        parts = {part: [[ms] for ms in column] for part, column in zip(PARTS, zip(*laps_ms, strict=True), strict=True)}
+        spreads = {f"{part}_ms": spread_of(parts[part]) for part in PARTS}
+        rows.append({"variant": name} | spreads | {"speedup": ratio(parts["prefill"], parts["load"])} | found[name])
+    settings = {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens}
+    return {"kind": "prefix", "settings": settings, "rows": rows}
 
 
 def _round(
     model: PreTrainedModel, prompt: torch.Tensor, variant: Variant, path: Path, new_tokens: int
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[list[float], dict[str, Any]]:
     """The milliseconds of each part, and what does not depend on time."""
     prefix, last = prompt[:, :-1], prompt[:, -1:]
     cache: Any = variant.make(model.config, prompt.shape[1] + new_tokens)
@@ -91,13 +85,12 @@ def _round(
     marks_s.append(time.perf_counter())
     loaded = load_cache(path, model.config, prefix)
     marks_s.append(time.perf_counter())
-    lap_ms = [(end - start) * 1e3 for start, end in zip(marks_s, marks_s[1:], strict=False)]
-    ids = [_continue(model, last, each, new_tokens) for each in (cache, loaded)]
-    return dict(zip(PARTS, lap_ms, strict=True)), {
+    found = {
         "file_bytes": path.stat().st_size,
         "cache_bytes": cache.nbytes,
-        "same_tokens": ids[0] == ids[1],
+        "same_tokens": _continue(model, last, cache, new_tokens) == _continue(model, last, loaded, new_tokens),
     }
+    return [(end - start) * 1e3 for start, end in pairwise(marks_s)], found
 
 
 def _continue(model: PreTrainedModel, ids: torch.Tensor, cache: KVCache, new_tokens: int) -> list[int]:
