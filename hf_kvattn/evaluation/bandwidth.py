@@ -54,14 +54,9 @@ def measure(
 ) -> dict[str, Any]:
     """Times one layer's attention over stored tokens against reading memory; a dict that JSON can hold.
 
-    Args:
-        q_heads: query heads, a multiple of `kv_heads`.
-        kv_heads: KV heads.
-        head_dim: numbers of a head, a multiple of 16.
-        context: stored tokens, those of the queries included.
-        dtype: of queries, keys and values.
-        rounds: turns, in each of which the bandwidth and every row are measured once; medians are reported.
-        queries: query tokens, the last of the stored ones.
+    `context` tokens are stored, and the last `queries` of them attend; `dtype` is that of queries, keys and values.
+    `head_dim` is a multiple of 16. In each of `rounds` turns the bandwidth and every row are measured once; medians
+    are reported.
     """
     if min(q_heads, kv_heads, head_dim, context, rounds, queries) < 1 or q_heads % kv_heads or queries > context:
         raise ValueError(f"impossible sizes: {q_heads=}, {kv_heads=}, {head_dim=}, {context=}, {rounds=}, {queries=}")
@@ -69,7 +64,7 @@ def measure(
         raise ValueError(f"quantized caches need a head_dim that is a multiple of 16, got {head_dim}")
     layer_bytes = 2 * kv_heads * context * head_dim * dtype.itemsize
     layers = LAYERS_BYTES // layer_bytes + 1
-    heads = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    heads: dict[str, Any] = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
     config = LlamaConfig(num_hidden_layers=layers, hidden_size=q_heads * head_dim, **heads)
     q = torch.randn(1, q_heads, queries, head_dim).to(dtype)
     kept: dict[int | None, KVCache] = {None: StaticKVCache(config, max_cache_len=context)}

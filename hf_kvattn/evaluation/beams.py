@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,14 +67,8 @@ def measure(
 ) -> dict[str, Any]:
     """Beam search with each cache in turns; a dict that JSON can hold.
 
-    Args:
-        model: any decoder-only model.
-        token_ids: the text, 1-D: `batch_size` prompts of `context` tokens.
-        variants: caches to compare, generate()'s default (`stock-dynamic`) among them.
-        beams: for each prompt, 2 at least.
-        new_tokens: steps, each of which reorders the beams.
-        rounds: of timing, in turns, after one in which bytes are counted.
-        progress: show a bar on stderr.
+    `token_ids`, 1-D, are `batch_size` prompts of `context` tokens. generate()'s default is one of `variants`. Each of
+    `new_tokens` steps reorders the beams. One round counts the bytes of that, `rounds` more are timed.
     """
     names = [variant.name for variant in variants]
     if BASELINE not in names:
@@ -98,9 +93,12 @@ def measure(
             mask = torch.ones_like(prompt)
             return generator.generate(prompt, config, attention_mask=mask, past_key_values=cache), figures
 
-    counted = {variant.name: generate(variant, _written_bytes) for variant in variants}
+    show = partial(tqdm, disable=not progress)
+    counted = {}
+    for variant in show(variants, desc="bytes"):
+        counted[variant.name] = generate(variant, _written_bytes)
     times_ms: dict[str, list[list[float]]] = {name: [] for name in names}
-    for _ in tqdm(range(rounds), desc="beams", unit="round", disable=not progress):
+    for _ in show(range(rounds), desc="beams", unit="round"):
         for variant in variants:
             times_ms[variant.name].append(generate(variant, _ms)[1])
     written_bytes = {name: statistics.fmean(sizes) for name, (_, sizes) in counted.items()}
@@ -123,6 +121,12 @@ def measure(
     }
 
 
+NOTES = (
+    "{batch} prompts of {context} tokens, {beams} beams, {new_tokens} steps. Bytes are those that a step's "
+    "`reorder_cache` writes, temporaries included, mean; times are medians (p20 to p80) over {rounds} rounds; how many "
+    f"times less than {BASELINE}: bytes; times, of medians, then paired within each round. "
+    f"Tokens: against {BASELINE}.\n"
+)
 COLUMNS: list[Column] = [
     ("cache", "variant", str),
     ("MiB a step", "written_bytes", lambda value: f"{value / 2**20:.2f}"),
@@ -134,14 +138,7 @@ COLUMNS: list[Column] = [
 
 
 def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    notes = (
-        f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams, "
-        f"{settings['new_tokens']} steps. Bytes are those that a step's `reorder_cache` writes, temporaries included, "
-        f"mean; times are medians (p20 to p80) over {settings['rounds']} rounds; how many times less than "
-        f"{BASELINE}: bytes; times, of medians, then paired within each round. Tokens: against {BASELINE}.\n"
-    )
-    return joined(notes, table_of(COLUMNS, results["rows"]))
+    return joined(NOTES.format(**results["settings"]), table_of(COLUMNS, results["rows"]))
 
 
 def _draw(results: dict[str, Any]) -> Any:
@@ -188,10 +185,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive_int, default=3, help="of timing, in turns")
 
 
-COMMAND = model_command(
-    HELP,
-    [BASELINE, "kvattn-static-fit", "kvattn-int8", "kvattn-int4"],
-    _add_options,
-    measure,
-    lambda args: args.batch_size * args.context,
-)
+CACHES = [BASELINE, "kvattn-static-fit", "kvattn-int8", "kvattn-int4"]
+COMMAND = model_command(HELP, CACHES, _add_options, measure, lambda args: args.batch_size * args.context)

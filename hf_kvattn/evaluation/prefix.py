@@ -40,13 +40,9 @@ def measure(
 ) -> dict[str, Any]:
     """Computes, saves and loads a prefix with each cache in turns; a dict that JSON can hold.
 
-    Args:
-        model: on the CPU, where files are loaded to.
-        token_ids: the prefix and one token more, 1-D.
-        variants: caches of this package.
-        rounds: turns of each cache, after one that is not measured. Files are loaded from the page cache.
-        new_tokens: decoded greedily after the prefix with the loaded cache and with the one that was saved.
-        progress: show a bar on stderr.
+    `token_ids`, 1-D, are the prefix and one token more. The model is on the CPU, where files are loaded to, from the
+    page cache. A round that is not measured comes first. In each, the cache that was saved and the loaded one decode
+    `new_tokens` greedily after the prefix.
     """
     foreign = [variant.name for variant in variants if not variant.hooked]
     if foreign or not variants:
@@ -61,12 +57,12 @@ def measure(
             for variant in variants:
                 with caches.running(model, variant):
                     lap_ms, found[variant.name] = _round(model, prompt, variant, Path(folder) / "cache", new_tokens)
-                if turn:  # the first one warms up
+                if turn:
                     times_ms[variant.name].append(lap_ms)
     rows = []
     for name, laps_ms in times_ms.items():
-        parts = {part: [[ms] for ms in column] for part, column in zip(PARTS, zip(*laps_ms, strict=True), strict=True)}
-        spreads = {f"{part}_ms": spread_of(parts[part]) for part in PARTS}
+        parts = {part: [[lap_ms[i]] for lap_ms in laps_ms] for i, part in enumerate(PARTS)}
+        spreads = {f"{part}_ms": spread_of(laps) for part, laps in parts.items()}
         rows.append({"variant": name} | spreads | {"speedup": ratio(parts["prefill"], parts["load"])} | found[name])
     settings = {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens}
     return {"kind": "prefix", "settings": settings, "rows": rows}
@@ -102,6 +98,11 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, cache: KVCache, new_tok
     return out
 
 
+NOTES = (
+    "A prefix of {context} tokens, computed, saved, and loaded from the page cache: medians (p20 to p80) of {rounds} "
+    "rounds; how many times faster loading is than computing, of medians, then paired within each round. Tokens: "
+    "{new_tokens} greedy ones after the prefix, with the loaded cache and with the one that was saved.\n"
+)
 COLUMNS: list[Column] = [
     ("cache", "variant", str),
     *((f"{part} ms", f"{part}_ms", show_spread) for part in PARTS),
@@ -112,14 +113,7 @@ COLUMNS: list[Column] = [
 
 
 def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    notes = (
-        f"A prefix of {settings['context']} tokens, computed, saved, and loaded from the page cache: medians (p20 to "
-        f"p80) of {settings['rounds']} rounds; how many times faster loading is than computing, of medians, then "
-        f"paired within each round. Tokens: {settings['new_tokens']} greedy ones after the prefix, with the loaded "
-        "cache and with the one that was saved.\n"
-    )
-    return joined(notes, table_of(COLUMNS, results["rows"]))
+    return joined(NOTES.format(**results["settings"]), table_of(COLUMNS, results["rows"]))
 
 
 def _draw(results: dict[str, Any]) -> Any:

@@ -13,9 +13,10 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,14 +74,7 @@ class Plan:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, token_ids: torch.Tensor, plan: Plan, *, progress: bool = False) -> dict[str, Any]:
-    """Runs the streams and times the rest; a dict that JSON can hold.
-
-    Args:
-        model: enabled while this runs.
-        token_ids: the text, 1-D, at least `plan.tokens + 1`.
-        plan: what to measure.
-        progress: show a bar on stderr.
-    """
+    """Runs the streams, enabled, and times the rest; a dict that JSON can hold. `token_ids` is the text, 1-D."""
     if len(token_ids) <= plan.tokens:
         raise ValueError(f"a stream of {plan.tokens} needs {plan.tokens + 1} tokens, the text has {len(token_ids)}")
     ids = token_ids[None, : plan.tokens + 1].to(model.device)
@@ -88,16 +82,14 @@ def measure(model: PreTrainedModel, token_ids: torch.Tensor, plan: Plan, *, prog
     with hf_kvattn.enabled(model):
         found, copies = _streams(model, ids, plan, show)
         recomputed = _recompute(model, ids[0], plan, show)
-        steps = _time_steps(model, ids[:, :1], copies, plan, show)
-        prompts = _time_prompts(model, ids, plan, show)
+        times = _times(model, ids, copies, plan, show)
     return {
         "kind": "stream",
         "settings": {name: list(value) if isinstance(value, tuple) else value for name, value in vars(plan).items()}
         | {"trained_positions": model.config.get_text_config(decoder=True).max_position_embeddings},
         "rows": [_row(name, nll, sizes, recomputed, plan) for name, (nll, sizes) in found.items()],
         "recomputed_perplexity": math.exp(recomputed),
-        "steps": steps,
-        "prompts": prompts,
+        **times,
     }
 
 
@@ -110,7 +102,7 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
 def _streams(
     model: PreTrainedModel, ids: torch.Tensor, plan: Plan, show: Callable[..., tqdm]
 ) -> tuple[dict[str, tuple[list[float], list[int]]], dict[int, KVCache]]:
-    """By stream: -log p of each token, and the cache's bytes after each chunk. The first one's cache at `steps_at`."""
+    """For each stream, -log p of each token and the cache's bytes after each chunk; the first cache at `steps_at`."""
     config, named, sliding = model.config, f"window {plan.window} + {plan.sinks} sinks", SlidingWindowKVCache
     # Name to cache and position of the first token.
     caches: dict[str, tuple[KVCache, int]] = {named: (sliding(config, plan.window, plan.sinks), 0)}
@@ -165,56 +157,46 @@ def _row(name: str, nll: list[float], sizes: list[int], recomputed: float, plan:
     }
 
 
-def _ms(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-    start_s = time.perf_counter()
-    function(*args, **kwargs)
-    return (time.perf_counter() - start_s) * 1e3
+def _in_turns(runs: Mapping[Any, Callable[[], Any]], times: int, rounds: Iterable[int]) -> dict[Any, list[list[float]]]:
+    """The milliseconds of each run by round: `times` in a row, then the next one's."""
+    found: dict[Any, list[list[float]]] = {name: [] for name in runs}
+    for _ in rounds:
+        for name, run in runs.items():
+            marks_s = [time.perf_counter()]
+            for _ in range(times):
+                run()
+                marks_s.append(time.perf_counter())
+            found[name].append([(end - start) * 1e3 for start, end in pairwise(marks_s)])
+    return found
 
 
-def _time_steps(
-    model: PreTrainedModel, token: torch.Tensor, copies: dict[int, KVCache], plan: Plan, show: Callable[..., tqdm]
+def _times(
+    model: PreTrainedModel, ids: torch.Tensor, copies: dict[int, KVCache], plan: Plan, show: Callable[..., tqdm]
 ) -> dict[str, Any]:
-    """One-token steps at two places of the stream, in turns, after a round that warms up."""
-    times_ms: dict[int, list[list[float]]] = {at: [] for at in plan.steps_at}
-    for _ in show(range(plan.rounds + 1), desc="steps", unit="round"):
-        for at, laps in times_ms.items():
-            laps.append([_ms(model, token, past_key_values=copies[at]) for _ in range(plan.steps)])
-    times_ms = {at: laps[1:] for at, laps in times_ms.items()}
-    early, late = plan.steps_at
-    return {
-        "step_ms": {str(at): spread_of(laps) for at, laps in times_ms.items()},
-        "late_over_early": ratio(times_ms[late], times_ms[early]),
-    }
+    """One-token steps at two places of the stream; then a whole prompt at once, in the window and in full."""
 
+    def prefill(tokens: int, make: Callable[[], KVCache]) -> None:
+        model(ids[:, :tokens], past_key_values=make(), logits_to_keep=1)
 
-def _time_prompts(
-    model: PreTrainedModel, ids: torch.Tensor, plan: Plan, show: Callable[..., tqdm]
-) -> list[dict[str, Any]]:
-    """A whole prompt at once, in a window and in full, in turns."""
-    makes: dict[str, Callable[[int], KVCache]] = {
-        "windowed": lambda tokens: SlidingWindowKVCache(model.config, plan.window, plan.sinks),
-        "full": lambda tokens: StaticKVCache(model.config, tokens),
-    }
-
-    def prefill(name: str, tokens: int) -> None:
-        model(ids[:, :tokens], past_key_values=makes[name](tokens), logits_to_keep=1)
-
-    times_ms: dict[str, dict[float, list[list[float]]]] = {name: {n: [] for n in plan.prompts} for name in makes}
-    for _ in show(range(plan.rounds), desc="prompts", unit="round"):
-        for tokens in plan.prompts:
-            for name in makes:
-                times_ms[name][tokens].append([_ms(prefill, name, tokens)])
-    windowed, full = times_ms.values()
-    return [
-        {
-            "tokens": tokens,
-            "windowed_ms": spread_of(windowed[tokens]),
-            "full_ms": spread_of(full[tokens]),
-            "windowed_faster": ratio(full[tokens], windowed[tokens]),
-            "windowed_over_half": ratio(windowed[tokens], windowed[tokens / 2]) if tokens / 2 in windowed else None,
-        }
-        for tokens in windowed
-    ]
+    steps = {at: partial(model, ids[:, :1], past_key_values=copies[at]) for at in plan.steps_at}
+    step_ms = _in_turns(steps, plan.steps, show(range(plan.rounds + 1), desc="steps", unit="round"))
+    step_ms = {at: laps[1:] for at, laps in step_ms.items()}  # the first round warms up
+    early, late = step_ms.values()
+    window = partial(SlidingWindowKVCache, model.config, plan.window, plan.sinks)
+    prompts = {}
+    for tokens in plan.prompts:
+        prompts[tokens, "windowed"] = partial(prefill, tokens, window)
+        prompts[tokens, "full"] = partial(prefill, tokens, partial(StaticKVCache, model.config, tokens))
+    prompt_ms = _in_turns(prompts, 1, show(range(plan.rounds), desc="prompts", unit="round"))
+    rows = []
+    for tokens in dict.fromkeys(plan.prompts):
+        windowed, full = prompt_ms[tokens, "windowed"], prompt_ms[tokens, "full"]
+        half = prompt_ms.get((tokens / 2, "windowed"))
+        row = {"tokens": tokens, "windowed_ms": spread_of(windowed), "full_ms": spread_of(full)}
+        row |= {"windowed_faster": ratio(full, windowed)}
+        rows.append(row | {"windowed_over_half": None if half is None else ratio(windowed, half)})
+    spreads = {str(at): spread_of(laps) for at, laps in step_ms.items()}
+    return {"steps": {"step_ms": spreads, "late_over_early": ratio(late, early)}, "prompts": rows}
 
 
 STEP_COLUMNS: list[Column] = [
