@@ -8,6 +8,7 @@ together exceed the CPU's caches, as the layers of a model do; with more query t
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -53,31 +54,29 @@ def measure(
 ) -> dict[str, Any]:
     """Times one layer's attention over stored tokens against reading memory; a dict that JSON can hold.
 
-    Args:
-        q_heads: query heads, a multiple of `kv_heads`.
-        kv_heads: KV heads.
-        head_dim: numbers of a head, a multiple of 16.
-        context: stored tokens, those of the queries included.
-        dtype: of queries, keys and values.
-        rounds: turns, in each of which the bandwidth and every row are measured once; medians are reported.
-        queries: query tokens, the last of the stored ones.
+    `context` tokens are stored, and the last `queries` of them attend; `dtype` is that of queries, keys and values.
+    `head_dim` is a multiple of 16. In each of `rounds` turns the bandwidth and every row are measured once; medians
+    are reported.
     """
     if min(q_heads, kv_heads, head_dim, context, rounds, queries) < 1 or q_heads % kv_heads or queries > context:
         raise ValueError(f"impossible sizes: {q_heads=}, {kv_heads=}, {head_dim=}, {context=}, {rounds=}, {queries=}")
     if head_dim % 16:
         raise ValueError(f"quantized caches need a head_dim that is a multiple of 16, got {head_dim}")
     layer_bytes = 2 * kv_heads * context * head_dim * dtype.itemsize
-    config = LlamaConfig(
-        num_hidden_layers=LAYERS_BYTES // layer_bytes + 1,
-        num_attention_heads=q_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_size=q_heads * head_dim,
-    )
+    layers = LAYERS_BYTES // layer_bytes + 1
+    heads: dict[str, Any] = {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=q_heads * head_dim, **heads)
     q = torch.randn(1, q_heads, queries, head_dim).to(dtype)
-    shape = (1, kv_heads, context, head_dim)
-    filled = {bits: _filled(config, bits, shape, dtype) for bits in {bits for _, bits in ROWS.values()}}
-    calls = {bits: [_call(q, layer) for layer in cache.layers] for bits, cache in filled.items()}
+    kept: dict[int | None, KVCache] = {None: StaticKVCache(config, max_cache_len=context)}
+    group_size = math.gcd(head_dim, 64)
+    kept |= {bits: QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=context) for bits in (8, 4, 2)}
+    calls: dict[int | None, list[AttendCall]] = {bits: [] for bits in kept}
+    for bits, cache in kept.items():
+        for layer in cache.layers:
+            layer.append(*torch.randn(2, 1, kv_heads, context, head_dim).to(dtype))
+            layer.finish_attention()
+            k, v, packed, *_ = layer.stored_kv()
+            calls[bits].append(AttendCall(q, k, v, head_dim**-0.5, packed=packed))
     buffer = torch.ones(READ_BYTES // 4)
     read_bytes_s: list[float] = []
     times_ms: dict[str, list[list[float]]] = {name: [] for name in ROWS}
@@ -88,11 +87,11 @@ def measure(
             start_s = time.perf_counter()
             for call in calls[bits]:
                 module.attend(call)
-            times_ms[name].append([(time.perf_counter() - start_s) * 1e3 / len(calls[bits])])
+            times_ms[name].append([(time.perf_counter() - start_s) * 1e3 / layers])
     bandwidth = torch.tensor(read_bytes_s).median().item()
     rows = {}
     for name, (_, bits) in ROWS.items():
-        row_bytes, ms = filled[bits].nbytes / config.num_hidden_layers, spread_of(times_ms[name])
+        row_bytes, ms = kept[bits].nbytes / layers, spread_of(times_ms[name])
         moved = row_bytes / ms["median"] * 1e3
         rows[name] = {f"{key}_ms": value for key, value in ms.items()} | {
             "bytes": row_bytes,
@@ -102,24 +101,6 @@ def measure(
         }
     sizes = {"context": context, "queries": queries, "layer_bytes": layer_bytes, "read_bytes_s": bandwidth}
     return {"kind": "bandwidth"} | sizes | {"base": BASE, "backends": rows}
-
-
-def _filled(config: LlamaConfig, bits: int | None, shape: tuple[int, ...], dtype: torch.dtype) -> KVCache:
-    """A cache whose layers hold random numbers of `shape`, each its own."""
-    if bits is None:
-        cache: KVCache = StaticKVCache(config, max_cache_len=shape[2])
-    else:
-        group_size = next(size for size in (64, 32, 16) if shape[3] % size == 0)
-        cache = QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=shape[2])
-    for layer in cache.layers:
-        layer.append(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype))
-        layer.finish_attention()
-    return cache
-
-
-def _call(q: torch.Tensor, layer: Any) -> AttendCall:
-    k, v, packed, *_ = layer.stored_kv()
-    return AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed)
 
 
 def _tables(results: dict[str, Any]) -> str:
@@ -147,9 +128,7 @@ def _draw(results: dict[str, Any]) -> Any:
     axes = figure.subplots()
     rows, limit = results["backends"], results["read_bytes_s"] / 1e9
     axes.barh(list(rows), [row["bytes_s"] / 1e9 for row in rows.values()], color=drawing.OURS[0], height=0.5)
-    axes.axvline(limit, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(limit, 1.0, "reading memory ", fontsize=8, ha="right", va="top", color=drawing.INK,
-              transform=axes.get_xaxis_transform())  # fmt: skip
+    drawing.mark(axes, limit, "reading memory ", (4, 3), ha="right")
     drawing.caption(axes, x="GB/s")
     axes.invert_yaxis()
     drawing.plain(axes)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_kvattn.evaluation.common import drawing
 from hf_kvattn.evaluation.common import variants as caches
@@ -21,29 +23,33 @@ from hf_kvattn.evaluation.common.variants import BASELINE, Variant
 from hf_kvattn.tools.command_line import positive_int
 from hf_kvattn.tools.tables import Column, digits, joined, same, show_spread, speedup, table_of
 
+Call = Callable[[], None]
+
 
 class WrittenBytes(TorchDispatchMode):
     """Counts, in `total`, the bytes that PyTorch operations write to memory: results and temporaries, not views."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.index_put_:  # `x[rows] = values`: the rows only
+        out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        if name == "index_put_":  # `x[rows] = values`: the rows only
             self.total += args[2].nbytes
-        elif (
-            isinstance(out, torch.Tensor) and not func.is_view and not func.overloadpacket.__name__.startswith("empty")
-        ):
+        elif isinstance(out, torch.Tensor) and not func.is_view and not name.startswith("empty"):
             self.total += out.nbytes
         return out
 
 
-def _watch(cache: Cache, watcher: Callable[[Callable[[], None]], None]) -> None:
-    """Has every `reorder_cache` of this cache run through `watcher`."""
-    reorder = cache.reorder_cache
-    cache.__dict__["reorder_cache"] = lambda beam_idx: watcher(lambda: reorder(beam_idx))
+def _written_bytes(reorder: Call) -> float:
+    with WrittenBytes() as counter:
+        reorder()
+    return counter.total
+
+
+def _ms(reorder: Call) -> float:
+    start_s = time.perf_counter()
+    reorder()
+    return 1e3 * (time.perf_counter() - start_s)
 
 
 @torch.no_grad()
@@ -61,21 +67,12 @@ def measure(
 ) -> dict[str, Any]:
     """Beam search with each cache in turns; a dict that JSON can hold.
 
-    Args:
-        model: any decoder-only model.
-        token_ids: the text, 1-D: `batch_size` prompts of `context` tokens.
-        variants: caches to compare, generate()'s default (`stock-dynamic`) among them.
-        beams: for each prompt, 2 at least.
-        new_tokens: steps, and reorderings.
-        rounds: of timing, in turns, after one in which bytes are counted.
-        progress: show a bar on stderr.
-
-    Returns:
-        `settings`, and `rows` with `written_bytes` a reordering (mean), `fewer_bytes` (times fewer than the default),
-        `reorder_ms` (spread over all reorderings), `faster` (times faster than the default) and `same_tokens` as it.
+    `token_ids`, 1-D, are `batch_size` prompts of `context` tokens. generate()'s default is one of `variants`. Each of
+    `new_tokens` steps reorders the beams. One round counts the bytes of that, `rounds` more are timed.
     """
-    if BASELINE not in [variant.name for variant in variants]:
-        raise ValueError(f"{BASELINE} must be among the variants, got {[variant.name for variant in variants]}")
+    names = [variant.name for variant in variants]
+    if BASELINE not in names:
+        raise ValueError(f"{BASELINE} must be among the variants, got {names}")
     if len(token_ids) < batch_size * context or min(batch_size, context, new_tokens, rounds) < 1 or beams < 2:
         raise ValueError(
             f"impossible sizes: {len(token_ids)} tokens, {context=}, {batch_size=}, {beams=}, {new_tokens=}, {rounds=}"
@@ -84,39 +81,27 @@ def measure(
     # A row that is done before the others keeps its beams as they are: without an end, all go on.
     config = GenerationConfig(num_beams=beams, max_new_tokens=new_tokens, eos_token_id=None, pad_token_id=0)
 
-    def generate(variant: Variant, watcher: Callable[[Callable[[], None]], None]) -> torch.Tensor:
-        cache = variant.make(model.config, context + new_tokens)
+    def generate(variant: Variant, figure_of: Callable[[Call], float]) -> tuple[torch.Tensor, list[float]]:
+        """The tokens, and the figure of each reordering."""
+        cache, figures = variant.make(model.config, context + new_tokens), []
         if cache is None:
             raise ValueError(f"{variant.name} is no cache: there is nothing to reorder")
-        _watch(cache, watcher)
+        reorder = cache.reorder_cache
+        cache.__dict__["reorder_cache"] = lambda rows: figures.append(figure_of(lambda: reorder(rows)))
         generator: Any = caches.generator(model, variant)  # a model; its methods are typed as tensors
         with caches.running(model, variant):
-            return generator.generate(prompt, config, attention_mask=torch.ones_like(prompt), past_key_values=cache)
+            mask = torch.ones_like(prompt)
+            return generator.generate(prompt, config, attention_mask=mask, past_key_values=cache), figures
 
-    def count(reorder: Callable[[], None]) -> None:
-        calls.append(1)
-        with counter:
-            reorder()
-
-    def clock(reorder: Callable[[], None]) -> None:
-        start_s = time.perf_counter()
-        reorder()
-        lap_ms.append(1e3 * (time.perf_counter() - start_s))
-
-    written: dict[str, float] = {}
-    tokens: dict[str, torch.Tensor] = {}
-    times_ms: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}
-    for turn in tqdm(range(rounds + 1), desc="beams", unit="round", disable=not progress):
+    show = partial(tqdm, disable=not progress)
+    counted = {}
+    for variant in show(variants, desc="bytes"):
+        counted[variant.name] = generate(variant, _written_bytes)
+    times_ms: dict[str, list[list[float]]] = {name: [] for name in names}
+    for _ in show(range(rounds), desc="beams", unit="round"):
         for variant in variants:
-            if turn == 0:
-                calls: list[int] = []
-                counter = WrittenBytes()
-                tokens[variant.name] = generate(variant, count)
-                written[variant.name] = counter.total / len(calls)
-            else:
-                lap_ms: list[float] = []
-                generate(variant, clock)
-                times_ms[variant.name].append(lap_ms)
+            times_ms[variant.name].append(generate(variant, _ms)[1])
+    written_bytes = {name: statistics.fmean(sizes) for name, (_, sizes) in counted.items()}
     return {
         "kind": "beams",
         "settings": {"context": context, "batch": batch_size, "beams": beams, "new_tokens": new_tokens}
@@ -125,17 +110,23 @@ def measure(
             {
                 "variant": variant.name,
                 "hooked": variant.hooked,
-                "written_bytes": written[variant.name],
-                "fewer_bytes": written[BASELINE] / written[variant.name],
+                "written_bytes": written_bytes[variant.name],
+                "fewer_bytes": written_bytes[BASELINE] / written_bytes[variant.name],
                 "reorder_ms": spread_of(times_ms[variant.name]),
                 "faster": ratio(times_ms[BASELINE], times_ms[variant.name]),
-                "same_tokens": torch.equal(tokens[variant.name], tokens[BASELINE]) if variant.exact else None,
+                "same_tokens": torch.equal(counted[variant.name][0], counted[BASELINE][0]) if variant.exact else None,
             }
             for variant in variants
         ],
     }
 
 
+NOTES = (
+    "{batch} prompts of {context} tokens, {beams} beams, {new_tokens} steps. Bytes are those that a step's "
+    "`reorder_cache` writes, temporaries included, mean; times are medians (p20 to p80) over {rounds} rounds; how many "
+    f"times less than {BASELINE}: bytes; times, of medians, then paired within each round. "
+    f"Tokens: against {BASELINE}.\n"
+)
 COLUMNS: list[Column] = [
     ("cache", "variant", str),
     ("MiB a step", "written_bytes", lambda value: f"{value / 2**20:.2f}"),
@@ -147,14 +138,7 @@ COLUMNS: list[Column] = [
 
 
 def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    notes = (
-        f"{settings['batch']} prompts of {settings['context']} tokens, {settings['beams']} beams, "
-        f"{settings['new_tokens']} steps. Bytes are those that a step's `reorder_cache` writes, temporaries included, "
-        f"mean; times are medians (p20 to p80) over {settings['rounds']} rounds; how many times less than "
-        f"{BASELINE}: bytes; times, of medians, then paired within each round. Tokens: against {BASELINE}.\n"
-    )
-    return joined(notes, table_of(COLUMNS, results["rows"]))
+    return joined(NOTES.format(**results["settings"]), table_of(COLUMNS, results["rows"]))
 
 
 def _draw(results: dict[str, Any]) -> Any:
@@ -201,10 +185,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive_int, default=3, help="of timing, in turns")
 
 
-COMMAND = model_command(
-    HELP,
-    [BASELINE, "kvattn-static-fit", "kvattn-int8", "kvattn-int4"],
-    _add_options,
-    measure,
-    lambda args: args.batch_size * args.context,
-)
+CACHES = [BASELINE, "kvattn-static-fit", "kvattn-int8", "kvattn-int4"]
+COMMAND = model_command(HELP, CACHES, _add_options, measure, lambda args: args.batch_size * args.context)

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_kvattn.evaluation import MEASUREMENTS
 from hf_kvattn.evaluation.common import report
-from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, measurement
+from hf_kvattn.evaluation.common.measurement import Measurement, Results, measurement
 from hf_kvattn.tools.command_line import Command
 from hf_kvattn.tools.files import replace_text
 from hf_kvattn.tools.inputs import SMOLLM2
@@ -41,12 +41,13 @@ def render(folder: str | Path) -> str:
     sections = report.read(folder)
     if not sections:
         raise ValueError(f"{folder / 'results.json'}: there are no results to make a card of")
-    missing = [name for name in (measurement(kind).plot for kind in sections) if not (folder / name).is_file()]
+    measured = [(measurement(kind), sections[kind]) for kind in MEASUREMENTS if kind in sections]
+    missing = [kind.plot for kind, _ in measured if not (folder / kind.plot).is_file()]
     if missing:
         raise ValueError(f"{folder}: the plots {missing} of these results are missing")
     try:
         _check(sections)
-        data, body = _metadata(sections), _body(sections)
+        data, body = _metadata(measured), _body(measured)
         text = f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{body}"
         read_back = ModelCard(text).data  # what the Hub will see; raises where the model-index is not valid
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError) as error:
@@ -83,79 +84,65 @@ def _name(results: Results) -> str:
     return f"{name} with {results['settings']['kv_heads_after']} KV heads" if results["kind"] == "conversion" else name
 
 
-def _measured(sections: dict[str, Results]) -> list[tuple[Measurement, Results]]:
-    return [(measurement(kind), sections[kind]) for kind in MEASUREMENTS if kind in sections]
-
-
-def _metadata(sections: dict[str, Results]) -> ModelCardData:
-    of_models = [results for kind, results in _measured(sections) if kind.kind != "bandwidth"]
-    names = list(dict.fromkeys(_name(results) for results in of_models))
+def _metadata(measured: list[tuple[Measurement, Results]]) -> ModelCardData:
+    """What the Hub reads. It puts results together by the dataset's type and config: the part keeps them apart."""
+    of_models = [results for kind, results in measured if kind.kind != "bandwidth"]
+    names = dict.fromkeys(_name(results) for results in of_models)
     models = dict.fromkeys(results["conditions"]["model"] for results in of_models)
     known = [HUB_IDS.get(model, model) for model in models if model in HUB_IDS or "/" in model]  # no local folder
     return ModelCardData(
         base_model=known or None,
         library_name="transformers",
         pipeline_tag="text-generation" if names else None,
-        tags=["kv-cache", "attention", "hf_kvattn", *sorted(sections)],
+        tags=["kv-cache", "attention", "hf_kvattn", *sorted(kind.kind for kind, _ in measured)],
         model_name=", ".join(names) or "one attention layer",
         eval_results=[
-            _result(results["conditions"]["text"], figure)
-            for kind, results in _measured(sections)
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=DATASETS.get(results["conditions"]["text"], "text"),
+                dataset_name=f"{results['conditions']['text']}, {figure.part}",
+                dataset_config=figure.part,
+                dataset_args=figure.settings,
+                metric_type=figure.metric,
+                metric_name=figure.name,
+                metric_value=float(f"{figure.value:.6g}"),
+            )
+            for kind, results in measured
             for figure in kind.figures(results)
         ],
     )
 
 
-def _result(dataset: str, figure: Figure) -> EvalResult:
-    """One figure. A model-index puts results together by the dataset's type and config: the part keeps them apart."""
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=DATASETS.get(dataset, "text"),
-        dataset_name=f"{dataset}, {figure.part}",
-        dataset_config=figure.part,
-        dataset_args=figure.settings,
-        metric_type=figure.metric,
-        metric_name=figure.name,
-        metric_value=float(f"{figure.value:.6g}"),
+def _body(measured: list[tuple[Measurement, Results]]) -> str:
+    for kind, results in measured:
+        if results["kind"] != kind.kind:
+            raise ValueError(f"section {kind.kind!r} holds {results['kind']!r}")
+    found = [results["conditions"] for _, results in measured]
+    # One column for each kind of measurement: they may have been taken on different days and commits.
+    keys = ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
+    conditions = [[key, *(f"`{each[key]}`" for each in found)] for key in keys]
+    machines = {tuple(str(each[key]) for key in HARDWARE) for each in found}
+    limits = [line for kind, results in measured for line in kind.limits(results)]
+    limits.append(
+        f"Taken on {len(machines)} machine{'s' * (len(machines) > 1)}; others give other times, and other ratios."
     )
-
-
-def _body(sections: dict[str, Results]) -> str:
-    measured = _measured(sections)
+    dirty = [kind.kind for kind, results in measured if str(results["conditions"]["commit"]).endswith("-dirty")]
+    if dirty:
+        limits.append(f"The code had changes that are in no commit when these were taken: {', '.join(dirty)}.")
     subjects = dict.fromkeys(f"{_name(results)}, {results['conditions']['dtype']}" for _, results in measured)
     parts = [
         f"# hf_kvattn: {'; '.join(subjects)}\n",
         "KV caches and attention of hf_kvattn, measured against what transformers brings. Every number comes from "
         "the JSON in this folder, and can be taken again with the commands below.\n",
         "## Measured on\n",
-        _conditions(measured),
+        markdown_table(["", *(kind.title for kind, _ in measured)], conditions),
         "## Commands\n",
-        "```\n" + "\n".join(results["conditions"]["command"] for _, results in measured) + "\n```\n",
+        "```\n" + "\n".join(each["command"] for each in found) + "\n```\n",
+        *(report.section(results) for _, results in measured),
+        "## Limits and negative results\n",
+        "\n".join(f"- {line}" for line in limits) + "\n",
     ]
-    for kind, results in measured:
-        if results["kind"] != kind.kind:
-            raise ValueError(f"section {kind.kind!r} holds {results['kind']!r}")
-        parts.append(report.section(results))
-    lines = [line for kind, results in measured for line in kind.limits(results)] + _limits(sections)
-    return "\n".join([*parts, "## Limits and negative results\n", "\n".join(f"- {line}" for line in lines) + "\n"])
-
-
-def _conditions(measured: list[tuple[Measurement, Results]]) -> str:
-    """One column for each kind of measurement: they may have been taken on different days and commits."""
-    keys = ("model", "dtype", "text", "backend", *HARDWARE, *SOFTWARE, "date")
-    rows = [[key, *(f"`{results['conditions'][key]}`" for _, results in measured)] for key in keys]
-    return markdown_table(["", *(kind.title for kind, _ in measured)], rows)
-
-
-def _limits(sections: dict[str, Results]) -> list[str]:
-    """What holds for all of them."""
-    found = [results["conditions"] for results in sections.values()]
-    machines = {tuple(str(conditions[key]) for key in HARDWARE) for conditions in found}
-    lines = [f"Taken on {len(machines)} machine{'s' * (len(machines) > 1)}; others give other times, and other ratios."]
-    dirty = [kind for kind, results in sections.items() if str(results["conditions"]["commit"]).endswith("-dirty")]
-    if dirty:
-        lines.append(f"The code had changes that are in no commit when these were taken: {', '.join(dirty)}.")
-    return lines
+    return "\n".join(parts)
 
 
 def check(folder: str | Path) -> bool:
@@ -165,11 +152,7 @@ def check(folder: str | Path) -> bool:
 
 
 def write(folder: str | Path, output: str | Path | None = None) -> Path:
-    """Writes the card of a folder to its README.md, or to `output`; replaces only what was made here before.
-
-    Raises:
-        ValueError: a file is in the way that somebody else wrote; it stays.
-    """
+    """Writes the card of a folder to its README.md, or to `output`, unless somebody else wrote the file there."""
     text = render(folder)
     path = Path(folder) / "README.md" if output is None else Path(output)
     if path.exists() and MARK.encode() not in path.read_bytes():

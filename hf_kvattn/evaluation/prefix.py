@@ -6,6 +6,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,48 +40,37 @@ def measure(
 ) -> dict[str, Any]:
     """Computes, saves and loads a prefix with each cache in turns; a dict that JSON can hold.
 
-    Args:
-        model: on the CPU, where files are loaded to.
-        token_ids: the prefix and one token more, 1-D.
-        variants: caches of this package.
-        rounds: turns of each cache, after one that is not measured. Files are loaded from the page cache.
-        new_tokens: decoded greedily after the prefix with the loaded cache and with the one that was saved.
-        progress: show a bar on stderr.
+    `token_ids`, 1-D, are the prefix and one token more. The model is on the CPU, where files are loaded to, from the
+    page cache. A round that is not measured comes first. In each, the cache that was saved and the loaded one decode
+    `new_tokens` greedily after the prefix.
     """
     foreign = [variant.name for variant in variants if not variant.hooked]
     if foreign or not variants:
         raise ValueError(f"only caches of hf_kvattn can be saved, got {foreign}")
     if len(token_ids) < 2 or rounds < 1 or new_tokens < 1:
         raise ValueError(f"impossible sizes: {len(token_ids)} tokens, {rounds=}, {new_tokens=}")
-    times_ms: dict[str, dict[str, list[list[float]]]] = {
-        variant.name: {part: [] for part in PARTS} for variant in variants
-    }
+    times_ms: dict[str, list[list[float]]] = {variant.name: [] for variant in variants}
     found: dict[str, dict[str, Any]] = {}
     prompt = token_ids[None].to(model.device)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cache"
         for turn in tqdm(range(rounds + 1), desc="prefix", unit="round", disable=not progress):
             for variant in variants:
                 with caches.running(model, variant):
-                    lap_ms, found[variant.name] = _round(model, prompt, variant, path, new_tokens)
-                for part, part_ms in lap_ms.items() if turn else ():
-                    times_ms[variant.name][part].append([part_ms])
-    return {
-        "kind": "prefix",
-        "settings": {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens},
-        "rows": [
-            {"variant": name}
-            | {f"{part}_ms": spread_of(values) for part, values in parts.items()}
-            | {"speedup": ratio(parts["prefill"], parts["load"])}
-            | found[name]
-            for name, parts in times_ms.items()
-        ],
-    }
+                    lap_ms, found[variant.name] = _round(model, prompt, variant, Path(folder) / "cache", new_tokens)
+                if turn:
+                    times_ms[variant.name].append(lap_ms)
+    rows = []
+    for name, laps_ms in times_ms.items():
+        parts = {part: [[lap_ms[i]] for lap_ms in laps_ms] for i, part in enumerate(PARTS)}
+        spreads = {f"{part}_ms": spread_of(laps) for part, laps in parts.items()}
+        rows.append({"variant": name} | spreads | {"speedup": ratio(parts["prefill"], parts["load"])} | found[name])
+    settings = {"context": prompt.shape[1] - 1, "rounds": rounds, "new_tokens": new_tokens}
+    return {"kind": "prefix", "settings": settings, "rows": rows}
 
 
 def _round(
     model: PreTrainedModel, prompt: torch.Tensor, variant: Variant, path: Path, new_tokens: int
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[list[float], dict[str, Any]]:
     """The milliseconds of each part, and what does not depend on time."""
     prefix, last = prompt[:, :-1], prompt[:, -1:]
     cache: Any = variant.make(model.config, prompt.shape[1] + new_tokens)
@@ -91,13 +81,12 @@ def _round(
     marks_s.append(time.perf_counter())
     loaded = load_cache(path, model.config, prefix)
     marks_s.append(time.perf_counter())
-    lap_ms = [(end - start) * 1e3 for start, end in zip(marks_s, marks_s[1:], strict=False)]
-    ids = [_continue(model, last, each, new_tokens) for each in (cache, loaded)]
-    return dict(zip(PARTS, lap_ms, strict=True)), {
+    found = {
         "file_bytes": path.stat().st_size,
         "cache_bytes": cache.nbytes,
-        "same_tokens": ids[0] == ids[1],
+        "same_tokens": _continue(model, last, cache, new_tokens) == _continue(model, last, loaded, new_tokens),
     }
+    return [(end - start) * 1e3 for start, end in pairwise(marks_s)], found
 
 
 def _continue(model: PreTrainedModel, ids: torch.Tensor, cache: KVCache, new_tokens: int) -> list[int]:
@@ -109,6 +98,11 @@ def _continue(model: PreTrainedModel, ids: torch.Tensor, cache: KVCache, new_tok
     return out
 
 
+NOTES = (
+    "A prefix of {context} tokens, computed, saved, and loaded from the page cache: medians (p20 to p80) of {rounds} "
+    "rounds; how many times faster loading is than computing, of medians, then paired within each round. Tokens: "
+    "{new_tokens} greedy ones after the prefix, with the loaded cache and with the one that was saved.\n"
+)
 COLUMNS: list[Column] = [
     ("cache", "variant", str),
     *((f"{part} ms", f"{part}_ms", show_spread) for part in PARTS),
@@ -119,14 +113,7 @@ COLUMNS: list[Column] = [
 
 
 def _tables(results: dict[str, Any]) -> str:
-    settings = results["settings"]
-    notes = (
-        f"A prefix of {settings['context']} tokens, computed, saved, and loaded from the page cache: medians (p20 to "
-        f"p80) of {settings['rounds']} rounds; how many times faster loading is than computing, of medians, then "
-        f"paired within each round. Tokens: {settings['new_tokens']} greedy ones after the prefix, with the loaded "
-        "cache and with the one that was saved.\n"
-    )
-    return joined(notes, table_of(COLUMNS, results["rows"]))
+    return joined(NOTES.format(**results["settings"]), table_of(COLUMNS, results["rows"]))
 
 
 def _draw(results: dict[str, Any]) -> Any:

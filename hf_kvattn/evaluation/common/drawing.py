@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from itertools import product
+from functools import partial
+from itertools import cycle, product
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hf_kvattn.evaluation.common.variants import BASELINE
@@ -34,16 +36,13 @@ def new_figure(width: float, height: float, title: str, found: dict[str, Any]) -
     FigureCanvasAgg(figure)
     place = f"{found['cpu']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    below_title = 1 - 0.345 / height
-    figure.text(
-        0.01, below_title, f"{found['model']}, {found['dtype']}, {place}", ha="left", fontsize=8, color="#666666"
-    )
+    subtitle = f"{found['model']}, {found['dtype']}, {place}"
+    figure.text(0.01, 1 - 0.345 / height, subtitle, ha="left", fontsize=8, color="#666666")
     return figure
 
 
 def plain(axes: Axes) -> None:
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e8e8e8", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors="#555555", labelsize=8)
@@ -51,13 +50,15 @@ def plain(axes: Axes) -> None:
 
 def caption(axes: Axes, x: str | None = None, y: str | None = None, title: str | None = None) -> None:
     """Names of the axes, and of the panel above its left end."""
-    style: dict[str, Any] = {"fontsize": 9, "color": INK}
-    if x is not None:
-        axes.set_xlabel(x, **style)
-    if y is not None:
-        axes.set_ylabel(y, **style)
-    if title is not None:
-        axes.set_title(title, loc="left", **style)
+    for put, text in ((axes.set_xlabel, x), (axes.set_ylabel, y), (partial(axes.set_title, loc="left"), title)):
+        if text is not None:
+            put(text, fontsize=9, color=INK)
+
+
+def mark(axes: Axes, x: float, text: str, dashes: tuple[int, int], **style: Any) -> None:
+    """A dashed line across the panel at `x`, with its name at the top."""
+    axes.axvline(x, color=INK, linewidth=1, linestyle=(0, dashes))
+    axes.text(x, 1.0, text, fontsize=8, va="top", color=INK, transform=axes.get_xaxis_transform(), **style)
 
 
 def label_bars(axes: Axes, bars: BarContainer, labels: list[str]) -> None:
@@ -76,38 +77,36 @@ def name_rows(axes: Axes, rows: list[dict[str, Any]], x: str) -> None:
 
 
 def colors_of(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """A colour for each variant by name: strong ones for ours, greys for the stock ones."""
-    names = {row["variant"]: row["hooked"] for row in rows}
-    ours = [name for name, hooked in names.items() if hooked]
-    stock = sorted((name for name, hooked in names.items() if not hooked), key=lambda name: name != BASELINE)
-    return {name: OURS[i % len(OURS)] for i, name in enumerate(ours)} | {
-        name: STOCK[i % len(STOCK)] for i, name in enumerate(stock)
-    }
+    """A colour for each variant by name: strong ones for ours, greys for the stock ones, the baseline's first."""
+    hooked = {row["variant"]: row["hooked"] for row in rows}
+    stock = sorted((name for name in hooked if not hooked[name]), key=lambda name: name != BASELINE)
+    return dict(zip(filter(hooked.get, hooked), cycle(OURS), strict=False)) | dict(
+        zip(stock, cycle(STOCK), strict=False)
+    )
 
 
 def apart(values: list[float], gap: float, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """The values moved until neighbours are at least `gap` apart and, if they fit, within low and high."""
+    """The values moved, as little as can be, until neighbours are `gap` apart and, if they fit, within low and high.
+
+    Less a gap for each value below, this is isotonic regression, here by its max-min formula.
+    """
     order = sorted(range(len(values)), key=values.__getitem__)
-    groups: list[list[int]] = []
-    for i in order:  # merged with the group below while they would touch
-        groups.append([i])
-        while len(groups) > 1 and (
-            _bottom(values, groups[-1], gap, low, high) - _bottom(values, groups[-2], gap, low, high)
-            < gap * len(groups[-2])
-        ):
-            groups[-2:] = [groups[-2] + groups[-1]]
+    levels = [values[i] - gap * rank for rank, i in enumerate(order)]
     moved = list(values)
-    for group in groups:
-        for rank, i in enumerate(group):
-            moved[i] = _bottom(values, group, gap, low, high) + rank * gap
+    for rank, i in enumerate(order):
+        ends = range(rank + 1, len(order) + 1)
+        level = max(min(fmean(levels[start:end]) for end in ends) for start in range(rank + 1))
+        moved[i] = max(low, min(level, high - gap * (len(order) - 1))) + gap * rank
     return moved
 
 
-def _bottom(values: list[float], group: list[int], gap: float, low: float, high: float) -> float:
-    """Where the lowest of a group goes: the group is centred on its mean, and kept within low and high."""
-    length = gap * (len(group) - 1)
-    centred = sum(values[i] for i in group) / len(group) - length / 2
-    return max(low, min(centred, high - length))
+def _name(
+    axes: Axes, text: str, xy: tuple[float, float], color: str, bold: bool, line: dict[str, Any], **more: Any
+) -> Any:
+    """A name, and the line that leads to what it names."""
+    weight = "bold" if bold else "normal"
+    arrow = {"arrowstyle": "-", "color": color} | line
+    return axes.annotate(text, xy, va="center", fontsize=8, color=color, fontweight=weight, arrowprops=arrow, **more)
 
 
 def label_ends(
@@ -119,30 +118,12 @@ def label_ends(
     hooked: set[str],
 ) -> None:
     """Name every line beside its right end; lines that end early or leave the panel say their last value."""
-    texts = [f"{name}  {y:.0f}" + ("" if x == last_context else f" at {x:.0f}") + (" \u2191" if y > top else "")
-             for name, x, y in ends]  # fmt: skip
     heights = apart([min(y, top) for _, _, y in ends], gap=0.047 * top, low=0.0, high=top)
-    for (name, _, y), text, height in zip(ends, texts, heights, strict=True):
-        axes.annotate(
-            text,
-            xy=(last_context * 1.03, min(y, top)),
-            xytext=(1.05, height / top),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=8,
-            color=colors[name],
-            fontweight="bold" if name in hooked else "normal",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colors[name],
-                "linewidth": 0.6,
-                "alpha": 0.7 if y <= top else 0.0,
-                "relpos": (0, 0.5),
-                "shrinkA": 1,
-                "shrinkB": 0,
-            },
-        )
+    for (name, x, y), height in zip(ends, heights, strict=True):
+        text = f"{name}  {y:.0f}" + ("" if x == last_context else f" at {x:.0f}") + (" \u2191" if y > top else "")
+        line = {"linewidth": 0.6, "alpha": 0.7 if y <= top else 0.0, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 0}
+        place = {"xytext": (1.05, height / top), "textcoords": "axes fraction", "annotation_clip": False}
+        _name(axes, text, (last_context * 1.03, min(y, top)), colors[name], name in hooked, line, **place)
 
 
 def label_points(axes: Axes, points: list[dict[str, Any]], colors: dict[str, str]) -> None:
@@ -152,32 +133,22 @@ def label_points(axes: Axes, points: list[dict[str, Any]], colors: dict[str, str
 
     canvas: Any = axes.figure.canvas
     canvas.draw()  # fixes the layout, so that data can be turned into pixels
-    taken: list[Bbox] = []
-    for row in points:
-        x, y = axes.transData.transform((row["bits_per_element"], max(row["kld_mean"], LOWEST_KLD)))
-        taken.append(Bbox.from_bounds(x - 9, y - 9, 18, 18))
+    at = {row["variant"]: (row["bits_per_element"], max(row["kld_mean"], LOWEST_KLD)) for row in points}
+    taken = [Bbox.from_bounds(x - 9, y - 9, 18, 18) for x, y in map(axes.transData.transform, at.values())]
     inside = axes.get_window_extent()
     places = sorted(product(range(-12, 13), (1, -1)), key=lambda place: (abs(place[0]), -place[1], place[0]))
+    line = {"linewidth": 0.5, "shrinkA": 0}
     for row in sorted(points, key=lambda row: not row["hooked"]):
-        label: Any = axes.annotate(
-            row["variant"],
-            xy=(row["bits_per_element"], max(row["kld_mean"], LOWEST_KLD)),
-            xytext=(0, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=colors[row["variant"]],
-            fontweight="bold" if row["hooked"] else "normal",
-            arrowprops={"arrowstyle": "-", "color": colors[row["variant"]], "linewidth": 0.5, "shrinkA": 0},
+        name = row["variant"]
+        label = _name(
+            axes, name, at[name], colors[name], row["hooked"], line, xytext=(0, 0), textcoords="offset points"
         )
         label.set_in_layout(False)
         for lines, side in places:
-            label.set_position((9 * side, 10.5 * lines))
-            label.set_horizontalalignment("left" if side > 0 else "right")
+            label.set(position=(9 * side, 10.5 * lines), horizontalalignment="left" if side > 0 else "right")
             label.update_positions(canvas.get_renderer())
             box = Text.get_window_extent(label, canvas.get_renderer())  # the annotation's own includes its line
-            within = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
-            if within and not any(box.overlaps(other) for other in taken):
+            if inside.count_contains(box.corners()) == 4 and not any(box.overlaps(other) for other in taken):
                 break
         taken.append(box)
         label.arrow_patch.set_visible(lines != 0)
