@@ -30,7 +30,7 @@ from hf_kvattn.plugin import attention_modules
 from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
-from hf_kvattn.tools.files import read_json
+from hf_kvattn.tools.files import read_json, replace_text
 
 BITS = (2, 3, 4, 8)
 SINKS = 4  # exact in the cache unless it is told otherwise
@@ -280,3 +280,11 @@ def export_scales(
     lost = [name for name, scale in scales.items() if name not in written or not torch.equal(written[name], scale)]
     if lost:
         raise ValueError(f"{len(lost)} scales are not in the written checkpoint, {lost[0]} among them")
+
+
+def save(calibration: Calibration, path: str | Path) -> None:
+    """Writes a calibration file, whole or not at all; ValueError where there is one already."""
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise ValueError(f"{path} exists already: move it away or choose another output")
+    replace_text(path, json.dumps(calibration.as_json(), indent=1) + "\n")

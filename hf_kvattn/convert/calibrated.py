@@ -234,7 +234,7 @@ def _main(args: argparse.Namespace) -> int:
             calibrate.export_scales(model, tokenizer, found, folder, args.scales)
         if results is not None:
             report.write(results, args.report)
-        calibration.save(path)
+        calibrate.save(calibration, path)
     print("written: " + ", ".join(str(each) for each in (path, args.report, args.export_scales) if each))
     if args.json:
         print(json.dumps(results, allow_nan=False))

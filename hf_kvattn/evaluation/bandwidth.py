@@ -74,7 +74,7 @@ def measure(
     for bits, cache in kept.items():
         for layer in cache.layers:
             layer.append(*torch.randn(2, 1, kv_heads, context, head_dim).to(dtype))
-            layer.finish_attention()
+            layer.finish_attention(dispatch.quantize_blocks)
             k, v, packed, *_ = layer.stored_kv()
             calls[bits].append(AttendCall(q, k, v, head_dim**-0.5, packed=packed))
     buffer = torch.ones(READ_BYTES // 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,24 +91,8 @@ class Calibration:
         if other:
             raise ValueError(f"the calibration was made for another model, one of {' and '.join(other)}")
 
-    def save(self, path: str | Path) -> None:
-        """Writes the JSON file, whole or not at all.
-
-        Raises:
-            ValueError: the file exists.
-        """
-        path = Path(path)
-        if path.exists() or path.is_symlink():
-            raise ValueError(f"{path} exists already: move it away or choose another output")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
     def as_json(self) -> dict[str, Any]:
-        """What `save` writes."""
+        """What a calibration file holds."""
         return {"version": VERSION, **{name: list(x) if type(x) is tuple else x for name, x in asdict(self).items()}}
 
     @classmethod
@@ -126,7 +109,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Reads what `save` wrote.
+        """Reads a file that holds `as_json`.
 
         Raises:
             ValueError: a broken file, with its name and what is wrong.

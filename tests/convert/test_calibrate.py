@@ -43,11 +43,11 @@ def windows(count: int = 2, length: int = 100) -> torch.Tensor:
 def test_a_file_gives_back_what_was_saved_and_replaces_nothing(tmp_path):
     path = tmp_path / "calibration.json"
     made = replace(GIVEN, skip_layers=(1,))
-    made.save(path)
+    calibrate.save(made, path)
     assert Calibration.load(path) == made and list(tmp_path.iterdir()) == [path]
     before = path.read_bytes()
     with pytest.raises(ValueError, match="exists already"):
-        GIVEN.save(path)
+        calibrate.save(GIVEN, path)
     assert path.read_bytes() == before
 
 
@@ -72,7 +72,7 @@ def test_a_file_gives_back_what_was_saved_and_replaces_nothing(tmp_path):
 )
 def test_broken_files_are_named_with_what_is_wrong(tmp_path, change, message):
     path = tmp_path / "calibration.json"
-    GIVEN.save(path)
+    calibrate.save(GIVEN, path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"calibration.json is not a calibration file: .*{message}"):
         Calibration.load(path)
@@ -104,7 +104,7 @@ def test_bits_count_codes_scales_and_exact_layers():
 def test_a_calibrated_cache_has_its_layers_bits_and_reads_them(tmp_path):
     path = tmp_path / "calibration.json"
     made = replace(GIVEN, skip_layers=(1,))
-    made.save(path)
+    calibrate.save(made, path)
     model, inputs = tiny_model("llama"), prompt(75)
     logits = []
     for calibration in (made, path, str(path)):
@@ -172,7 +172,7 @@ def load(folder: Path):
 
 
 def test_enable_takes_the_calibration_beside_the_model_and_says_so_once(saved, caplog):
-    GIVEN.save(saved / file_name("int4"))
+    calibrate.save(GIVEN, saved / file_name("int4"))
     model, inputs = load(saved), prompt(75)
     caplog.set_level(logging.INFO, logger="hf_kvattn")
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_enable_refuses_a_broken_or_foreign_calibration_and_changes_nothing(save
     with pytest.raises(ValueError, match="kvattn_calibration_int4.json is not a calibration file"):
         hf_kvattn.enable(model, cache="int4")
     path.unlink()
-    replace(GIVEN, kv_heads=1).save(path)
+    calibrate.save(replace(GIVEN, kv_heads=1), path)
     hf_kvattn.enable(model, cache="int8")
     with pytest.raises(ValueError, match="kv_heads 1, not 2"):
         hf_kvattn.enable(model, cache="int4")
@@ -464,7 +464,7 @@ def test_a_quantized_model_is_not_exported(saved, tmp_path):
 
 def test_a_saved_calibrated_cache_comes_back_with_the_bits_of_its_layers(tmp_path):
     path = tmp_path / "calibration.json"
-    GIVEN.save(path)
+    calibrate.save(GIVEN, path)
     model, ids = tiny_model(), prompt(75)["input_ids"]
     with torch.no_grad(), hf_kvattn.enabled(model):
         for calibration in (path, GIVEN, GIVEN.as_json()):

@@ -634,7 +634,9 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
         launched.append(launch(k.data_on_cpu, v.data_on_cpu, on_cpu, slot))
 
     monkeypatch.setattr(triton_quantize, "launch", launch_on_cpu)
-    settings = quantized_layer.QuantSettings(*bits, group_size=32, residual_length=0, sinks=0 if window else 4)
+    settings = quantized_layer.QuantSettings(
+        *map(codec_for, bits), group_size=32, residual_length=0, exact_first=0 if window else 4
+    )
     here, there = (quantized_layer.KVQuantizedLayer(settings, None, 0, 2, 64, window) for _ in "ab")
     with fake_cuda() as reads:
         for count in (150, 1, 40, 33, 100):
