@@ -43,14 +43,9 @@ EXAMPLES = """Caches and attention for long contexts: what works here, what fits
 
 def _overview() -> argparse.ArgumentParser:
     """The parser of everything before the command's own arguments."""
-    width = max(map(len, COMMANDS))
-    table = "\n".join(f"  {name:<{width}}  {row.help}" for name, row in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog=command_line.program(),
-        description=EXAMPLES,
-        epilog=f"commands:\n{table}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    table = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {row.help}" for name, row in COMMANDS.items())
+    parser = argparse.ArgumentParser(command_line.program(), description=EXAMPLES, epilog=f"commands:\n{table}")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--version", action="version", version=f"hf_kvattn {hf_kvattn.__version__}")
     parser.add_argument("command", nargs="?", choices=COMMANDS, default="describe", metavar="COMMAND", help="see below")
     return parser
@@ -59,9 +54,8 @@ def _overview() -> argparse.ArgumentParser:
 def run(name: str, arguments: list[str], prog: str) -> int:
     """The exit status of a command; usage errors end the process with 2, as bad input gives 2."""
     command: command_line.Command = importlib.import_module(COMMANDS[name].module).COMMAND
-    parser = argparse.ArgumentParser(
-        prog=prog, description=command.description, formatter_class=command_line.HelpFormatter
-    )
+    formatter = command_line.HelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=command.description, formatter_class=formatter)
     command.add_arguments(parser)
     args = parser.parse_args(arguments)
     return command_line.reported(lambda: command.main(args))

@@ -9,8 +9,9 @@ graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -68,9 +69,14 @@ class Rules:
             )
 
 
-class Handle(Protocol):
-    """One layer's cache, as the attention function meets it."""
+class Handle:
+    """One layer's cache, as the attention module and the attention function meet it."""
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """Called by the module as on a cache; returns the new tokens. Here `attend` stores them."""
+        return key_states, value_states
+
+    @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, the new `key` and `value` among them.
 
@@ -82,7 +88,7 @@ class Handle(Protocol):
         """
 
 
-class LayerHandle:
+class LayerHandle(Handle):
     """One layer of a cache during the forward of one attention module.
 
     It stands in for the cache there: `update` stores the new tokens and returns only those, so that the past is never
@@ -156,10 +162,9 @@ def kvattn_attention(
     rules = Rules(attention_mask, scaling, is_causal, sliding_window, softcap, s_aux, dropout)
     if kv_handle is not None:
         return kv_handle.attend(query, key, value, rules), None
-    if torch.compiler.is_dynamo_compiling() and not dropout:
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-        if not needs_grad:
-            return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if torch.compiler.is_dynamo_compiling() and not (dropout or needs_grad):
+        return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
     return attend_dense(query, key, value, rules), None
 
 

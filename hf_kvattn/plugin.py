@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_masks_for_generate
 
-from .attention import NAME, LayerHandle, kvattn_attention
+from .attention import NAME, Handle, LayerHandle, kvattn_attention
 from .caches.base import KVCache
 from .caches.configs import check_config
 from .caches.quantized import QuantizedKVCache
@@ -158,7 +158,7 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
-    handle: StepHandle | TracedHandle | LayerHandle
+    handle: Handle
     if isinstance(cache, DecodeSteps):
         handle = StepHandle(cache, index)
     elif torch.compiler.is_compiling():

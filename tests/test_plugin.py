@@ -252,8 +252,8 @@ def test_a_cache_of_another_models_shape_is_refused_and_unharmed():
 
 
 def test_arguments_that_would_change_the_result_are_refused():
+    module = hf_kvattn.enable(tiny_model()).model.layers[0].self_attn
     function = AttentionInterface()["kvattn"]
-    module = tiny_model().model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 5, 16)
     for name in ("position_bias", "cache"):
         with pytest.raises(ValueError, match=name):

@@ -171,9 +171,8 @@ class KVQuantizedLayer(KVLayer):
         first = (self.dropped + self.packed_tokens) // BLOCK  # the number of the first new block in the stream
         dropped = self._make_room(first, blocks)
         self.inconsistent = "quantization"  # from here on a ring's old blocks are overwritten
-        self.unchanged_prefix = min(
-            self.unchanged_prefix, self.dropped + self.settings.exact_first + self.packed_tokens
-        )
+        written = self.dropped + self.settings.exact_first + self.packed_tokens
+        self.unchanged_prefix = min(self.unchanged_prefix, written)
         self._write_blocks(first, max(0, dropped - first), blocks, quantize)
         self._move_exact_forward(blocks * BLOCK)
         self.packed_tokens = (first + blocks - dropped) * BLOCK

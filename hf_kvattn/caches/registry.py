@@ -48,5 +48,4 @@ CACHES: dict[str, CacheKind] = {
 
 # Complete without further arguments: what `enable(model, cache=NAME)` takes and `plan` lists.
 COMPLETE: tuple[str, ...] = tuple(name for name, kind in CACHES.items() if not kind.required)
-
 CLASSES: dict[str, type[KVCache]] = {kind.cls.__name__: kind.cls for kind in CACHES.values()}

@@ -114,17 +114,14 @@ _NEW = "Tensor q, Tensor k, Tensor v"
 OPS: dict[str, tuple[str, Callable, Callable]] = {
     "append_attend": (
         f"Tensor(a!) k_buffer, Tensor(b!) v_buffer, {_NEW}, Tensor lengths, Tensor leftpad, float scale, int? window, "
-        "bool wraps, float? softcap, Tensor? s_aux, str backend",
-        _append_attend,
-        _fake,
+        "bool wraps, float? softcap, Tensor? s_aux, str backend", _append_attend, _fake,
     ),
     "append_attend_packed": (
         f"Tensor(a!) k_exact, Tensor(b!) v_exact, {_NEW}, Tensor counts, Tensor leftpad, Tensor?[] packed, "
         "str[] codecs, int[] layout, float scale, float? softcap, Tensor? s_aux, str backend",
-        _append_attend_packed,
-        _fake,
+        _append_attend_packed, _fake,
     ),
-}
+}  # fmt: skip
 
 
 class ExactPart(NamedTuple):

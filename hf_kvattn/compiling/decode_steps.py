@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..attention import Rules
+from ..attention import Handle, Rules
 from ..caches.base import KVCache
 from ..caches.layer import KVLayer
 from ..caches.quantized_layer import KVQuantizedLayer
@@ -148,7 +148,7 @@ class DecodeSteps:
         return {**kwargs, "position_ids": positions, "attention_mask": masks}
 
 
-class StepHandle:
+class StepHandle(Handle):
     """The handle of one layer in a step that a CUDA graph holds: one op stores the new token and attends.
 
     Args:
@@ -158,9 +158,6 @@ class StepHandle:
 
     def __init__(self, steps: DecodeSteps, index: int):
         self._steps, self._index = steps, index
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        return key_states, value_states
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         """`rules.mask` is one that `DecodeSteps.inputs` made."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..attention import Rules, attend_dense, attend_layer
+from ..attention import Handle, Rules, attend_dense, attend_layer
 from ..caches.base import KVCache
 from ..caches.tickets import cache_of
 from ..masks import left_padding
@@ -90,7 +90,7 @@ def _append_and_attend(
     return attend_layer(layer, q, k, v, Rules(*rules))
 
 
-class TracedHandle:
+class TracedHandle(Handle):
     """The handle of a layer while a model is traced: the op in the graph stores and attends when the graph runs.
 
     Args:
@@ -100,9 +100,6 @@ class TracedHandle:
 
     def __init__(self, ticket: torch.Tensor, index: int):
         self._ticket, self._index = ticket, index
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        return key_states, value_states
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         rules.check_inference(query)

@@ -210,9 +210,7 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
         return f"native kernels quantize to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
     if k.dtype not in _DTYPES or k.shape[-1] > 512:
-        return (
-            f"native kernels quantize heads of up to 512 in float32, float16 or bfloat16, not {k.shape[-1]} {k.dtype}"
-        )
+        return f"native kernels quantize heads of up to 512 in 16 or 32-bit floats, not {k.shape[-1]} {k.dtype}"
     return None
 
 

@@ -56,11 +56,10 @@ def _pack(units: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
     """`(..., units, 64)` codes to bytes `(..., units * 8 * bits)`."""
     if planes == (8,):
         return units.flatten(-2)  # of any dtype of one byte
-    parts, shift = [], 0
-    for bits in planes:
-        part = _pack_plane(units >> shift & (2**bits - 1), bits)
-        parts.append(part.unflatten(-1, (-1, UNITS * 8 * bits)))
-        shift += bits
+    parts = []
+    for i, bits in enumerate(planes):
+        plane = units >> sum(planes[:i]) & (2**bits - 1)
+        parts.append(_pack_plane(plane, bits).unflatten(-1, (-1, UNITS * 8 * bits)))
     return torch.cat(parts, dim=-1).flatten(-2)
 
 
@@ -70,11 +69,9 @@ def _unpack(packed: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
         return packed.unflatten(-1, (-1, 64))
     sizes = [UNITS * 8 * bits for bits in planes]
     parts = packed.unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
-    codes = _unpack_plane(parts[0].flatten(-2), planes[0])
-    shift = planes[0]
-    for part, bits in zip(parts[1:], planes[1:], strict=True):
-        codes = codes | _unpack_plane(part.flatten(-2), bits) << shift
-        shift += bits
+    codes, *higher = (_unpack_plane(part.flatten(-2), bits) for part, bits in zip(parts, planes, strict=True))
+    for i, plane in enumerate(higher, 1):
+        codes = codes | plane << sum(planes[:i])
     return codes
 
 

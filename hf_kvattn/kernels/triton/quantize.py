@@ -106,15 +106,13 @@ def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     """
     batch, kv_heads, tokens, dim = k.shape
     slots, codecs = into.k_codes.shape[2], (into.k_codec, into.v_codec)
+    names = [codec.name for codec in codecs]
     if tokens % BLOCK or tokens // BLOCK > slots or not 0 <= slot < slots:
         raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
-    names = [codec.name for codec in codecs]
     if not set(names) <= set(WRITTEN_CODECS):
         raise ValueError("Triton quantizes to 8 and 4 bits, not keys to {} and values to {}".format(*names))
     if [codec.symmetric for codec in codecs] != [into.k_zero is None, into.v_zero is None]:
-        raise ValueError(
-            "{} keys and {} values: affine codes have zero points, symmetric ones have none".format(*names)
-        )
+        raise ValueError("{} keys and {} values: zero points go with affine codes, and only there".format(*names))
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
         k_ptr=k, v_ptr=v, k_mean=into.k_mean, k_codes=into.k_codes, k_scale=into.k_scale, k_zero=into.k_zero,

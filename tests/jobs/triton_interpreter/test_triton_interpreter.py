@@ -612,7 +612,7 @@ def made_of(kind: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         ({"slot": 5}, "from slot 5 on .* 5 slots"),
         ({"slot": -1}, "from slot -1"),
         ({"v_bits": 2}, "8 and 4 bits, not keys to int4 and values to int2"),
-        ({"v_bits": 8}, "int4 keys and int8 values: affine codes have zero points"),
+        ({"v_bits": 8}, "int4 keys and int8 values: zero points go with affine codes"),
     ],
 )
 def test_what_quantizing_refuses(changes, message):
