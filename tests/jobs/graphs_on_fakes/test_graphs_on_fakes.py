@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
 from hf_kvattn.compiling import append_attend
-from hf_kvattn.compiling.decode_steps import DecodeSteps
+from hf_kvattn.compiling.decode_steps import DecodeSteps, StepHandle
 from hf_kvattn.kernels import dispatch, flash
 from hf_kvattn.kernels.triton import backend as triton_backend
 
@@ -81,13 +81,13 @@ def test_nothing_is_read_back_in_a_step(family, bits, positions):
 @pytest.mark.parametrize("plant", [lambda n: n[0].item(), lambda n: bool((n > 3).all()), lambda n: n.nonzero()])
 def test_a_number_read_back_raises(plant, monkeypatch):
     model, steps, arguments = filled("llama")
-    attend = DecodeSteps.attend
+    attend = StepHandle.attend
 
     def planted(self, *args):
-        plant(self.lengths)
+        plant(steps.lengths)
         return attend(self, *args)
 
-    monkeypatch.setattr(DecodeSteps, "attend", planted)
+    monkeypatch.setattr(StepHandle, "attend", planted)
     with pytest.raises(Exception) as raised:
         steps.run(model, model, arguments)
     assert "DataDependent" in type(raised.value).__name__ or "DynamicOutputShape" in type(raised.value).__name__
@@ -216,7 +216,7 @@ def test_nor_for_a_quantized_cache():
 def test_and_would_find_those_of_steps_that_ask_the_host():
     model, steps, arguments = filled("llama")
     graph, _ = compiled_graph(model, steps, arguments, through_steps=False)
-    assert unsafe_ops(graph) == {"hf_kvattn::begin", "hf_kvattn::step"}
+    assert unsafe_ops(graph) == {"hf_kvattn::begin", "hf_kvattn::append_and_attend"}
     assert "cpu device" in reason_of_devices(graph)
 
 
