@@ -3,19 +3,26 @@
 # supported, the jobs (suites that need a process of their own, see tests/README.md), and the suite.
 #
 #   bash scripts/test.sh [pytest arguments]
+#   bash scripts/test.sh --slow
 #
 # Arguments go to the suite, and the jobs are left out. As many processes as there are cores run tests; `-n 0` is one.
+# `--slow` runs what the first command leaves out, and nothing else: builds, long sweeps, whole measurements.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment=$(bash scripts/environment.sh test test | tail -n 1)
 bin=$environment/bin
 bash scripts/flash_attn.sh "$environment"
+export OMP_NUM_THREADS=1
+parallel=(-n logical --dist worksteal)
+
+if [ "${1:-}" = --slow ]; then
+  shift
+  exec "$bin/pytest" "${parallel[@]}" -m slow "$@"
+fi
+
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-
-export OMP_NUM_THREADS=1
-parallel=(-n logical --dist worksteal)
 
 oldest=5.17.0
 if [ ! -d "$environment/oldest/transformers" ]; then

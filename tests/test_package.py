@@ -136,12 +136,14 @@ def build_wheel(sources: Path, out: Path, **environment: str) -> list[str]:
     return [wheel.name, *zipfile.ZipFile(wheel).namelist()]
 
 
+@pytest.mark.slow
 def test_one_wheel_serves_every_python(sources, tmp_path):
     name, *files = build_wheel(sources, tmp_path)
     assert "-py3-none-" in name and "hf_kvattn/kernels/libkvattn.so" in files
     assert not [f for f in files if f.endswith((".cpp", ".h"))]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_package_installs_and_sdpa_serves(sources, tmp_path):
     _, *files = build_wheel(sources, tmp_path / "wheel", CXX="/no/such/compiler", CC="/no/such/compiler")
     assert "hf_kvattn/plugin.py" in files and not [f for f in files if f.endswith(".so")]
@@ -164,6 +166,7 @@ def test_without_a_compiler_the_package_installs_and_sdpa_serves(sources, tmp_pa
     assert "'native' in set_backend cannot be used here" in out
 
 
+@pytest.mark.slow
 def test_simd_variants_share_no_code(sources, tmp_path):
     """A weak function compiled for AVX-512 could replace its portable twin at link time, and crash older CPUs."""
     if not all(map(shutil.which, ("g++", "nm"))):

@@ -327,6 +327,7 @@ class Caches(RuleBasedStateMachine):
                 torch.testing.assert_close(backend.attend(call).float(), expected, rtol=bound, atol=bound)
 
 
+@pytest.mark.slow
 def test_random_sequences():
     # In CI always the same ones; more of them are others each time.
     run_state_machine_as_test(

@@ -155,6 +155,7 @@ def test_other_ways_of_generating(kind, kwargs):
     assert torch.equal(*results)
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_and_second_turns():
     model, stock = hf_kvattn.enable(tiny_model(num_hidden_layers=1), compile=True), tiny_model(num_hidden_layers=1)
     for batch, padding in ((1, 0), (3, 2), (2, 0), (1, 0)):
@@ -311,6 +312,7 @@ def test_cuda_graphs_are_refused_where_they_would_be_recorded(mode, make, messag
         checked_config(CompileConfig(mode=None, options=options), torch.device("cuda"), cache)
 
 
+@pytest.mark.slow
 def test_disable_forgets_what_was_compiled():
     model = tiny_model(num_hidden_layers=1)
     before = sorted(model.__dict__), model.generation_config, model.generation_config.to_dict()

@@ -199,6 +199,7 @@ def arguments_of(folder: Path, texts: dict[str, Path], *more: object) -> list[ob
     return ["convert_gqa", *common, "--windows", 60, "--calibration-windows", 60, *more]
 
 
+@pytest.mark.slow
 def test_activation_merge_beats_the_mean_and_uptraining_lowers_the_loss(trained, texts, tmp_path, capsys):
     folder, losses = trained
     assert losses[-1] < 0.7 * losses[0]

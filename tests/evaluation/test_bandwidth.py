@@ -10,6 +10,7 @@ from hf_kvattn.evaluation import bandwidth
 from hf_kvattn.evaluation.common import report
 
 
+@pytest.mark.slow
 def test_bandwidth_reports_shares_of_what_was_read():
     found = bandwidth.measure(6, 2, 16, 4096, torch.float32, rounds=1)
     assert found["layer_bytes"] == 2 * 2 * 4096 * 16 * 4

@@ -177,6 +177,7 @@ def test_what_cannot_be_measured_is_refused(wrong, said):
         claims.measure(tiny_model(), CharTokenizer(), TOKENS, **(SETTINGS | wrong))
 
 
+@pytest.mark.slow
 def test_attention_claims_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(inputs, "load_model", lambda *arguments: (tiny_model(), tokenizer))
     tokenizer = CharTokenizer()
