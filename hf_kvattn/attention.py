@@ -78,13 +78,9 @@ class Handle:
 
     @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
-        """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, the new `key` and `value` among them.
+        """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, those of `key` and `value` among them.
 
-        Args:
-            key, value: `(B, Hkv, T, D)`, the new tokens.
-
-        Returns:
-            `(B, T, Hq, D)`, contiguous.
+        `key` and `value`, `(B, Hkv, T, D)`, are the new tokens. Returns `(B, T, Hq, D)`, contiguous.
         """
 
 

@@ -149,12 +149,7 @@ class DecodeSteps:
 
 
 class StepHandle(Handle):
-    """The handle of one layer in a step that a CUDA graph holds: one op stores the new token and attends.
-
-    Args:
-        steps: of the cache.
-        index: of the layer.
-    """
+    """The handle of layer `index` in a step that a CUDA graph holds: one op stores the new token and attends."""
 
     def __init__(self, steps: DecodeSteps, index: int):
         self._steps, self._index = steps, index

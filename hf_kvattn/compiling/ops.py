@@ -91,12 +91,7 @@ def _append_and_attend(
 
 
 class TracedHandle(Handle):
-    """The handle of a layer while a model is traced: the op in the graph stores and attends when the graph runs.
-
-    Args:
-        ticket: of the cache.
-        index: of the layer.
-    """
+    """The handle of layer `index` while a model is traced: an op stores and attends when the graph runs."""
 
     def __init__(self, ticket: torch.Tensor, index: int):
         self._ticket, self._index = ticket, index
