@@ -9,7 +9,6 @@ graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,12 +75,12 @@ class Handle:
         """Called by the module as on a cache; returns the new tokens. Here `attend` stores them."""
         return key_states, value_states
 
-    @abstractmethod
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, those of `key` and `value` among them.
 
         `key` and `value`, `(B, Hkv, T, D)`, are the new tokens. Returns `(B, T, Hq, D)`, contiguous.
         """
+        raise NotImplementedError
 
 
 class LayerHandle(Handle):
@@ -158,9 +157,9 @@ def kvattn_attention(
     rules = Rules(attention_mask, scaling, is_causal, sliding_window, softcap, s_aux, dropout)
     if kv_handle is not None:
         return kv_handle.attend(query, key, value, rules), None
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if torch.compiler.is_dynamo_compiling() and not (dropout or needs_grad):
-        return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
+    if torch.compiler.is_dynamo_compiling() and not dropout:
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
+            return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
     return attend_dense(query, key, value, rules), None
 
 
