@@ -35,7 +35,8 @@ class KVCache(Cache):
     """
 
     layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
-    is_compileable = False  # True during a `generate()` that compiles; elsewhere transformers would compile by itself
+    # True only during a `generate()` that compiles: transformers compiles by itself where it is True.
+    is_compileable = False
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     counts_positions = False  # whether `positions` answers with other positions than the model's
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
