@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
 from .autograd import cut_graph
 from .kernels import dispatch
@@ -86,9 +87,9 @@ class Handle:
 class LayerHandle(Handle):
     """One layer of a cache during the forward of one attention module.
 
-    It stands in for the cache there: `update` stores the new tokens and returns only those, so that the past is never
-    gathered; `attend` then reads the layer's own storage. Anything else that a module asks of its cache is the cache's
-    own answer.
+    It stands in for the cache there: `update` returns only the new tokens, so that the past is never gathered; `attend`
+    stores them and reads the layer's own storage. Anything else that a module asks of its cache is the cache's own
+    answer.
 
     Raises:
         ValueError: the cache has no such layer, or an interrupted forward left its layers inconsistent.
@@ -102,7 +103,6 @@ class LayerHandle(Handle):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         if layer_idx != self._layer.layer_idx:
             raise ValueError(f"layer {self._layer.layer_idx} of the cache was asked to store layer {layer_idx}")
-        self._layer.append(key_states, value_states)
         return key_states, value_states
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
@@ -165,6 +165,7 @@ def kvattn_attention(
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
+    _check_mask(rules.mask, query, key.shape[2])
     call = AttendCall(query, key, value, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     _apply_mask(call, rules)
     return dispatch.attend(call).contiguous()
@@ -173,15 +174,21 @@ def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ru
 def attend_layer(
     layer: KVLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> torch.Tensor:
-    """Attention over what `layer` holds; the new tokens `key` and `value` are stored there already.
+    """Stores the new tokens `key` and `value`, `(B, Hkv, Tq, D)`, in `layer`; attention over what it then holds.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous. A backward pass through it raises: a cache holds no autograd graph.
+
+    Raises:
+        ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
+    visible, _ = layer.get_mask_sizes(query.shape[2])
+    _check_mask(rules.mask, query, visible)
+    layer.append(key, value)
     k, v, packed, tokens, slot = layer.stored_kv()
     call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     call.packed, call.tokens, call.slot = packed, tokens, slot
-    _apply_mask(call, rules)
+    _apply_mask(call, rules, call.kv_len - visible)
     _apply_layer_window(call, layer)
     out = dispatch.attend(call)
     layer.finish_attention(dispatch.quantize_blocks)
@@ -192,19 +199,38 @@ def _scale(query: torch.Tensor, rules: Rules) -> float:
     return query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
 
 
-def _apply_mask(call: AttendCall, rules: Rules) -> None:
-    """Writes dropout, and what is visible, into `call`."""
+def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
+    """Refuses a mask that does not fit `query`, `(B, Hq, Tq, D)`, and a range of `kv_len` keys."""
+    if mask is None:
+        return
+    batch, q_heads, q_len, _ = query.shape
+    if is_compact(mask):
+        fits = mask.shape[0] == batch
+    else:
+        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, q_heads) and mask.shape[2:] == (q_len, kv_len)
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"a mask of attention scores is bool or floating-point, got {mask.dtype}")
+    if not fits:
+        raise ValueError(
+            f"mask {tuple(mask.shape)} does not fit {batch} rows of {q_heads} heads, {q_len} queries and {kv_len} keys"
+        )
+
+
+def _apply_mask(call: AttendCall, rules: Rules, unseen: int = 0) -> None:
+    """Writes dropout, and what is visible, into `call`.
+
+    Args:
+        unseen: keys that lie before the mask's range; no query sees them.
+    """
     call.dropout, mask = rules.dropout, rules.mask
     if mask is None:
         call.causal = rules.is_causal
         call.window = rules.window if call.causal else None
     elif is_compact(mask):
-        call.leftpad, call.window = read_compact_mask(mask)
+        leftpad, call.window = read_compact_mask(mask)
+        call.leftpad = leftpad + unseen if unseen and leftpad is not None else leftpad
     else:
-        q_len, kv_len = call.q.shape[2], call.kv_len
-        if mask.shape[-2:] != (q_len, kv_len):
-            raise ValueError(f"mask {tuple(mask.shape)} does not fit {q_len} queries and {kv_len} keys")
-        call.mask = mask
+        call.mask = pad(mask, (unseen, 0), value=False if mask.dtype == torch.bool else -torch.inf) if unseen else mask
 
 
 def _apply_layer_window(call: AttendCall, layer: KVLayer) -> None:
@@ -214,7 +240,10 @@ def _apply_layer_window(call: AttendCall, layer: KVLayer) -> None:
             raise ValueError(f"a window of {layer.sliding_window} is forced on causal attention only")
         if call.mask is None:
             call.window = layer.sliding_window
-        elif (visible := replace(call, mask=None, leftpad=None, window=layer.sliding_window).visible()) is not None:
+        elif (
+            # the mask says what is causal: it may show an image's tokens, or a prefix, to one another
+            visible := replace(call, mask=None, leftpad=None, causal=False, window=layer.sliding_window).visible()
+        ) is not None:
             is_bool = call.mask.dtype == torch.bool
             call.mask = call.mask & visible if is_bool else call.mask.masked_fill(~visible, -torch.inf)
     sinks = layer.sink_inputs(call.q, call.leftpad)

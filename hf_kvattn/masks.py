@@ -3,11 +3,11 @@
 transformers calls it once per forward and pattern, and hands the result to every layer. There are three results:
 
 - None: causal, no padding.
-- A compact mask, int32 `(B, 1, 1 + window, 1 or 2)`: causal with a left-padded batch, a sliding window, or both. Its
-  numbers are the first visible key of each row (`leftpad`), counted from the first key that the layer sees. The third
-  dimension tells the window; 1 means none. The fourth is 2 if no row is padded. It is an expanded view and takes no
-  memory. It has four dimensions because transformers passes 4-D masks on unchanged. The window is a shape because
-  reading a number back from a GPU would stall it.
+- A compact mask, uint32 `(B, 1, 1 + window, 2 or 3)`: causal with a left-padded batch, a sliding window, or both. Its
+  numbers are the first visible key of each row (`leftpad`), counted from the first key of the forward's range. The
+  third dimension tells the window; 1 means none. The fourth is 3 if no row is padded. It is an expanded view and takes
+  no memory. It has four dimensions because transformers passes 4-D masks on unchanged, and a dtype that no mask of a
+  caller's has. The window is a shape because reading a number back from a GPU would stall it.
 - A dense bool mask `(B, 1, Tq, Tk)`, as for `sdpa`: everything else (packed sequences, bidirectional, chunked or custom
   masks, right padding, caches whose tail is not filled yet).
 """
@@ -30,7 +30,13 @@ def kvattn_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> torch.Tensor | None:
-    """The mask of one forward; see the module. Arguments as in `transformers.masking_utils.sdpa_mask`."""
+    """The mask of one forward; see the module. Arguments as in `transformers.masking_utils.sdpa_mask`.
+
+    Raises:
+        ValueError: an `attention_mask` of another number of rows than the batch.
+    """
+    if attention_mask is not None and attention_mask.shape[0] != batch_size:
+        raise ValueError(f"attention_mask {tuple(attention_mask.shape)} does not fit a batch of {batch_size}")
     window = _window_of(mask_function)
     # A cache with an unfilled tail (StaticCache) is not bottom-right aligned. Its q_offset is a tensor: comparing it is
     # impossible in a trace and stalls a GPU, and another kind of mask once it is full would be another graph.
@@ -58,20 +64,21 @@ def kvattn_mask(
 def compact_mask(
     leftpad: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Packs `leftpad` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 1 or 2)`."""
+    """Packs `leftpad` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 2 or 3)`."""
     unpadded = leftpad is None
     if leftpad is None:
         leftpad = torch.zeros(batch_size, dtype=torch.int32, device=device)
-    return leftpad.to(torch.int32)[:, None, None, None].expand(-1, 1, 1 + window, 1 + unpadded)
+    numbers = leftpad.to(torch.int32).view(torch.uint32)
+    return numbers[:, None, None, None].expand(-1, 1, 1 + window, 2 + unpadded)
 
 
 def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
     """`leftpad` `(B,)` int32 (None: all 0) and the window (None: none) of a compact mask."""
-    return None if mask.shape[3] == 2 else mask[:, 0, 0, 0], mask.shape[2] - 1 or None
+    return None if mask.shape[3] == 3 else mask[:, 0, 0, 0].view(torch.int32), mask.shape[2] - 1 or None
 
 
 def is_compact(mask: torch.Tensor) -> bool:
-    return mask.dtype == torch.int32
+    return mask.dtype == torch.uint32 and mask.shape[1] == 1 and mask.shape[3] <= 3
 
 
 def _window_of(mask_function) -> int | None:

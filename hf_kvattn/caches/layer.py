@@ -176,8 +176,9 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """For a model that is not enabled: appends, and returns dense keys and values of all tokens."""
+        visible, _ = self.get_mask_sizes(key_states.shape[2])
         self.append(key_states, value_states)
-        k, v = self.dense()
+        k, v = (tensor[:, :, -visible:] for tensor in self.dense())
         self.finish_attention()
         return cut_graph(k, key_states), cut_graph(v, value_states)
 
@@ -254,8 +255,12 @@ class KVLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and first position of the keys that `query_length` new tokens will see."""
-        return self.stored + query_length, self.seen - self.stored
+        """Length and first position of the range of keys that `query_length` new tokens see.
+
+        It follows from the window alone: masks are made for all layers of one window, in whatever way they store.
+        """
+        past = self.seen if self.sliding_window is None else min(self.seen, self.sliding_window - 1)
+        return past + query_length, self.seen - past
 
 
 def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str, torch.Tensor]:

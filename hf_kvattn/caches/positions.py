@@ -41,11 +41,13 @@ class StreamPosition(NamedTuple):
 
     Attributes:
         start: the position of an unpadded row's first token; None before the first tokens.
-        end: the greatest of the rows' last positions; None where it is not known.
+        end: the greatest position of the newest tokens; None where it is not known.
+        seen: tokens of the stream up to there.
     """
 
     start: int | None = None
     end: int | None = None
+    seen: int = 0
 
     def advance(self, asked: torch.Tensor, seen: int, padded: bool) -> StreamPosition:
         """The stream after new tokens at the positions `asked`, `(B or 1, T)`.
@@ -59,16 +61,19 @@ class StreamPosition(NamedTuple):
         Raises:
             ValueError: positions that run backwards or jump ahead.
         """
+        now = seen + asked.shape[1]
         if seen and self.start is not None and asked.device.type != "cpu":
-            return self
-        backwards = (asked[:, 1:] < asked[:, :-1]) & (asked[:, :-1] > 1)  # padding is 0 or 1
+            return StreamPosition(self.start, None, now)
+        # Padding is 0 or 1, wherever it is.
+        backwards = (asked[:, 1:] < asked[:, :-1]) & (asked[:, :-1] > 1) & (asked[:, 1:] > 1)
         if bool(backwards.any()):
             raise ValueError(f"position_ids run backwards: {asked[backwards.any(1)][0].tolist()}")
-        end, last = int(asked[:, -1].max()), seen + asked.shape[1] - 1
+        end = int(asked.max())
         if not seen or self.start is None:
-            return StreamPosition(end - last, end)
-        if end > self.start + last:
-            raise ValueError(f"position_ids end at {end}, a jump ahead of {self.start + last}, where the stream stands")
+            return StreamPosition(max(0, end - now + 1), end, now)
+        if end >= self.start + now:
+            last = self.start + now - 1
+            raise ValueError(f"position_ids end at {end}, a jump ahead of {last}, where the stream stands")
         if self.end is not None and end <= self.end and not padded:
             raise ValueError(f"position_ids run backwards: they end at {end}, and ended at {self.end} before")
-        return StreamPosition(self.start, end)
+        return StreamPosition(self.start, end, now)

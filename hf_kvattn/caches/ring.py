@@ -76,10 +76,6 @@ class KVSlidingLayer(KVLayer):
     def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         self._k, self._v, self._sink_k, self._sink_v = (buffers[name] for name in ("k", "v", "sink_k", "sink_v"))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        past = min(self.seen, self.sliding_window - 1)
-        return past + query_length, self.seen - past
-
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.make_ready(k, v)
         k, v = k.detach(), v.detach()

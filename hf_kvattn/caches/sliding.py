@@ -63,7 +63,7 @@ class SlidingWindowKVCache(KVCache):
 
         super().__init__(config, make_layer)
         self.settings = {"window": window, "sinks": sinks}
-        self._stream_position = StreamPosition()
+        self._stream_position = self._next_position = StreamPosition()
 
     def positions(
         self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
@@ -82,6 +82,8 @@ class SlidingWindowKVCache(KVCache):
         if self._limit is None:
             return asked
         seen = self.get_seq_length()
+        if self._next_position.seen == seen:  # else the forward that asked for it was refused
+            self._stream_position = self._next_position
         if asked is None:
             start = self._stream_position.start or 0
             asked = torch.arange(start + seen, start + seen + new, device=device)[None]
@@ -102,7 +104,7 @@ class SlidingWindowKVCache(KVCache):
                 for ring in rings:
                     ring.rebase(by)
             rebased += by
-        self._stream_position = position
+        self._next_position = position
         offset = (position.start or 0) + rebased
         return asked if offset == 0 else asked - offset
 
@@ -112,11 +114,11 @@ class SlidingWindowKVCache(KVCache):
 
     def reset(self) -> None:
         super().reset()
-        self._stream_position = StreamPosition()
+        self._stream_position = self._next_position = StreamPosition()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self._forget_end()  # the row that was ahead may be gone
 
     def _forget_end(self) -> None:
-        self._stream_position = StreamPosition(self._stream_position.start)
+        self._next_position = StreamPosition(self._next_position.start, None, self.get_seq_length())

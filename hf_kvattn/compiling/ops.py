@@ -85,9 +85,7 @@ def _append_and_attend(
     ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
 ) -> torch.Tensor:
     """Stores `k` and `v` `(B, Hkv, T, D)` in layer `layer_idx`, and gives the attention of `q`."""
-    layer = cache_of(ticket).layers[layer_idx]
-    layer.append(k, v)
-    return attend_layer(layer, q, k, v, Rules(*rules))
+    return attend_layer(cache_of(ticket).layers[layer_idx], q, k, v, Rules(*rules))
 
 
 class TracedHandle(Handle):

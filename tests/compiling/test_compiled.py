@@ -382,11 +382,11 @@ def test_the_ops_do_what_they_declare():
     checks = ("test_schema", "test_faketensor")
     q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16)
     past = torch.randn(2, 2, 9, 24)[..., :16]
-    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 5, 2, dtype=torch.int32)):
+    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 5, 2, dtype=torch.uint32)):
         torch.library.opcheck(ops.attend.default, (q, past, past, mask, None, True, None, None, None))
     for kind, make in CACHES.items():
         cache = make(tiny_model().config)
-        mask = torch.zeros(2, 1, 1, 2, dtype=torch.int32)
+        mask = torch.zeros(2, 1, 1, 2, dtype=torch.uint32)
         for layer in range(3):
             arguments = (cache.ticket, layer, q, k, k, mask, 0.25, True, None, None, None)
             torch.library.opcheck(ops.append_and_attend.default, arguments, test_utils=checks)

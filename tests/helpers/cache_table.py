@@ -5,8 +5,7 @@ import functools
 import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.attention import LayerHandle
-from hf_kvattn.kernels import dispatch
+from hf_kvattn.attention import LayerHandle, Rules
 
 # What they hold is what they were given, as long as the tests need it: stock's tokens are due.
 EXACT = {
@@ -45,9 +44,8 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def forward(cache, new) -> None:
-    """As on an enabled model: the layer's writer, what attention reads, and the compression after it."""
+    """As on an enabled model: through the layers' handles, with the keys as queries."""
     cache.get_mask_sizes(new[0][0].shape[2], 0)
     for index, (k, v) in enumerate(new):
-        LayerHandle(cache, index).update(k, v, index)
-        cache.layers[index].stored_kv()
-        cache.layers[index].finish_attention(dispatch.quantize_blocks)
+        handle = LayerHandle(cache, index)
+        handle.attend(k, *handle.update(k, v, index), Rules(None, None, True, None, None, None))
