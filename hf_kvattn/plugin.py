@@ -45,6 +45,12 @@ logger = logging.getLogger("hf_kvattn")
 
 _STATE = "_hf_kvattn"
 
+# What the forward of an attention module may take. Others, such as keys from elsewhere, are not known to be served.
+_ARGUMENTS = frozenset(
+    "hidden_states attention_mask position_embeddings position_ids past_key_values cache_position use_cache "
+    "output_attentions key_value_states encoder_hidden_states encoder_attention_mask kwargs".split()
+)
+
 
 @dataclass
 class _Enabled:
@@ -90,8 +96,9 @@ def enable(
     state = getattr(model, _STATE, None)
     if state is not None and state.request == request:
         return model
-    if isinstance(cache, str) and CACHES[cache].calibrated:
-        make_cache = _calibrated(model, cache)
+    if isinstance(cache, str):
+        make_cache = _named(model, cache)
+        make_cache(model.config)  # refuses what does not fit the model now, rather than in generate()
     disable(model)
     # Both together: a name with an attention function but no mask function would get no masks at all.
     AttentionInterface.register(NAME, kvattn_attention)
@@ -248,17 +255,15 @@ def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
     return CACHES[cache]
 
 
-def _calibrated(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfig], object]:
-    """The maker of a quantized cache, with its calibration if the model's folder holds one."""
+def _named(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfig], object]:
+    """The maker of a named cache, with its calibration if the model's folder holds one."""
     folder = model.name_or_path
     path = Path(folder or "", file_name(cache))
-    if not folder or not path.is_file():
+    if not CACHES[cache].calibrated or not folder or not path.is_file():
         return CACHES[cache]
     calibration = Calibration.load(path)
-    make_cache = functools.partial(QuantizedKVCache, calibration=calibration)
-    make_cache(model.config)  # refuses another model's, now rather than in generate()
     logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
-    return make_cache
+    return functools.partial(QuantizedKVCache, calibration=calibration)
 
 
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -275,6 +280,11 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
             f"{type(model).__name__}: expected one cached attention module for each of {n_layers} layers, found "
             f"{[f'{type(m).__name__} {m.layer_idx}' for m in modules]}"
         )
+    unknown = {name for m in modules for name in inspect.signature(m.forward).parameters} - _ARGUMENTS
+    if unknown:
+        raise ValueError(f"{type(model).__name__}: its attention takes {sorted(unknown)}, which is not known here")
+    if len({(getattr(m, "head_dim", None), getattr(m, "num_key_value_groups", None)) for m in modules}) > 1:
+        raise ValueError(f"{type(model).__name__}: layers of different shapes are not supported")
     return modules
 
 

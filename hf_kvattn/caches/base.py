@@ -190,6 +190,11 @@ class KVCache(Cache):
         return self.layers[layer_idx]
 
     @property
+    def max_cache_len(self) -> int:
+        """Tokens that fit; -1 for a cache that grows. Other libraries ask for it by this name."""
+        return self.get_max_length()
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for all keys and values, capacity that is not filled yet included."""
         return sum(layer.nbytes for layer in self.layers)

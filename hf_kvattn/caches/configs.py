@@ -39,6 +39,8 @@ def check_config(config: PreTrainedConfig) -> None:
     """Raises ValueError, with the reason, for models whose attention keeps other things than plain keys and values."""
     name = getattr(config, "model_type", type(config).__name__)
     decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "is_heterogeneous", False):  # first: what differs by layer cannot be read below
+        raise ValueError(f"{name}: layers whose shapes differ (config.per_layer_config) are not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported (cross-attention has a cache of its own)")
     if getattr(decoder, "kv_lora_rank", None):
@@ -46,6 +48,9 @@ def check_config(config: PreTrainedConfig) -> None:
             f"{name}: multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}) is not supported: it caches "
             "latents, not keys and values"
         )
+    width = getattr(decoder, "v_head_dim", None)
+    if width not in (None, kv_shape(decoder)[1]):
+        raise ValueError(f"{name}: values of another width than keys are not supported (v_head_dim={width})")
     shared = getattr(decoder, "num_kv_shared_layers", None)
     modes = getattr(decoder, "kv_sharing_modes", None) or ()
     if shared or any(mode == "reuse" for mode in modes):

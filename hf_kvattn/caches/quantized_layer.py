@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..quant.blocks import Quantize, quantize_blocks
+from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
@@ -140,9 +141,7 @@ class KVQuantizedLayer(KVLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        group_size = self.settings.group_size
-        if self.head_dim % group_size:
-            raise ValueError(f"layer {self.layer_idx}: {group_size=} does not divide head_dim={self.head_dim}")
+        check_group_size(self.settings.group_size, self.head_dim)  # of a model whose config does not say it
         blocks = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self._least_exact) // BLOCK
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it

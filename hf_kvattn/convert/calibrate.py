@@ -91,11 +91,6 @@ def group_sizes(head_dim: int) -> list[int]:
     return [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
 
 
-def default_group_size(head_dim: int) -> int:
-    """That of a `QuantizedKVCache` which is told nothing, or the next smaller one that divides head_dim."""
-    return 32 if head_dim % 32 == 0 else 16
-
-
 def budget_of(bits: int, group_size: int) -> float:
     """Bits a number, scales included, of an uncalibrated cache."""
     return (bits_with_scales(bits, BLOCK) + bits_with_scales(bits, group_size)) / 2

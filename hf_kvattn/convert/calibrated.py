@@ -18,7 +18,7 @@ from hf_kvattn.evaluation import perplexity
 from hf_kvattn.evaluation.common import drawing, report
 from hf_kvattn.evaluation.common.measurement import Measurement
 from hf_kvattn.evaluation.common.variants import BASELINE, MakeCache, Variant
-from hf_kvattn.quant.calibration import Calibration, file_name
+from hf_kvattn.quant.calibration import Calibration, default_group_size, file_name
 from hf_kvattn.tools import inputs
 from hf_kvattn.tools.command_line import Command, positive_int
 from hf_kvattn.tools.conditions import conditions, source_name
@@ -43,7 +43,7 @@ def compare(
         window: tokens of a window; its first half is one prefill.
         schedule: what else `perplexity.measure` takes.
     """
-    sizes = list(dict.fromkeys([calibrate.default_group_size(calibration.head_dim), calibration.group_size]))
+    sizes = list(dict.fromkeys([default_group_size(calibration.head_dim), calibration.group_size]))
     caches: dict[str, tuple[MakeCache, float]] = {  # and the bits of their codes
         f"int{bits}, groups of {size}": (_make(bits=bits, group_size=size), calibrate.budget_of(bits, size))
         for size in sizes
@@ -209,7 +209,7 @@ def _main(args: argparse.Namespace) -> int:
         if not sizes or args.group_size not in (None, *sizes):
             raise ValueError(f"the group size of a head_dim of {head_dim} is one of {sizes}, not {args.group_size}")
         sizes = [args.group_size] if args.group_size else sizes
-        uncalibrated = calibrate.budget_of(args.bits, args.group_size or calibrate.default_group_size(head_dim))
+        uncalibrated = calibrate.budget_of(args.bits, args.group_size or default_group_size(head_dim))
         budget = uncalibrated if args.budget is None else args.budget
         calibrate.check_budget(budget, sizes)
         heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window) if args.report else None

@@ -14,9 +14,16 @@ VERSION = 1
 EXACT_BITS = 16  # counted for a number of a skipped layer
 
 
-def check_group_size(group_size: int) -> None:
+def check_group_size(group_size: int, head_dim: int | None = None) -> None:
     if type(group_size) is not int or group_size < 16 or group_size % 16:
         raise ValueError(f"group_size must be a multiple of 16, got {group_size!r}")
+    if head_dim is not None and head_dim % group_size:
+        raise ValueError(f"{group_size=} does not divide head_dim={head_dim}")
+
+
+def default_group_size(head_dim: int | None) -> int:
+    """That of a cache which is told nothing: 32, or 16 where 32 does not divide head_dim."""
+    return 32 if head_dim is None or head_dim % 32 == 0 else 16
 
 
 def bits_with_scales(bits: int, group: int) -> float:

@@ -320,7 +320,7 @@ def test_impossible_settings(kwargs, message):
 
 def test_groups_that_do_not_divide_and_full_caches():
     with pytest.raises(ValueError, match="group_size=32 does not divide head_dim=16"):
-        fill(QuantizedKVCache(tiny_config()), 3, 3)
+        QuantizedKVCache(tiny_config(), group_size=32)
     cache = QuantizedKVCache(tiny_config(), group_size=16, max_cache_len=50)
     fill(cache, 50, 50)
     with pytest.raises(ValueError, match="50 stored tokens and 1 new ones exceed max_cache_len=50"):

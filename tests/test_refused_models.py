@@ -1,0 +1,78 @@
+"""What can be known of a model is known when a cache is made or `enable` is called, not in the first step."""
+
+import pytest
+import torch
+from models import SMALL, generate, prompt, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, StaticCache
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+
+import hf_kvattn
+from hf_kvattn import QuantizedKVCache, StaticKVCache
+
+GEMMA4 = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "head_dim": 16, "num_hidden_layers": 6}
+MIMO = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
+MIMO |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize("make", [StaticKVCache, QuantizedKVCache])
+def test_layers_of_different_shapes_are_a_valueerror(make):
+    config = AutoConfig.for_model("gemma4_text", **{**SMALL, **GEMMA4})
+    with pytest.raises(ValueError, match="gemma4_text: layers whose shapes differ"):
+        make(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "extra", "message"),
+    [
+        ("mimo_v2_flash", {**MIMO, "v_head_dim": 8}, r"values of another width .*v_head_dim=8"),
+        ("mimo_v2_flash", {**MIMO, "v_head_dim": 16}, "layers of different shapes"),
+    ],
+    ids=["widths", "heads"],
+)
+def test_models_that_would_fail_in_a_step_are_refused_by_enable(model_type, extra, message):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **extra}))
+    with pytest.raises(ValueError, match=message):
+        hf_kvattn.enable(model)
+    assert not hf_kvattn.is_enabled(model)
+
+
+def test_cross_attention_to_images_is_refused_by_enable():
+    model = MllamaForCausalLM(MllamaTextConfig(**{**SMALL, "cross_attention_layers": [1]}))
+    with pytest.raises(ValueError, match="cross_attention_states.* not known here"):
+        hf_kvattn.enable(model)
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), [(16, 16), (32, 32), (64, 32), (80, 16), (96, 32)])
+def test_a_group_size_is_chosen_for_the_head(head_dim, group_size):
+    model, inputs = hf_kvattn.enable(tiny_model(head_dim=head_dim), cache="int8"), prompt(50)
+    cache = QuantizedKVCache(model.config, bits=8)
+    assert cache.settings["group_size"] == group_size
+    tokens, _ = generate(model, inputs, past_key_values=cache)
+    assert cache.layers[0].packed_tokens and torch.equal(generate(model, inputs)[0], tokens)
+
+
+def test_a_group_size_that_does_not_fit_is_refused_when_the_cache_is_made():
+    with pytest.raises(ValueError, match="group_size=32 does not divide head_dim=80"):
+        QuantizedKVCache(tiny_config(head_dim=80), group_size=32)
+    with pytest.raises(ValueError, match="group_size=16 does not divide head_dim=8"):
+        QuantizedKVCache(tiny_config("llama-g8"))
+    with pytest.raises(ValueError, match="group_size=16 does not divide head_dim=8"):
+        hf_kvattn.enable(tiny_model("llama-g8"), cache="int4")
+
+
+def test_a_tensor_parallel_process_stores_its_share_of_the_heads(monkeypatch):
+    one = torch.randn(2, 1, 5, 16)
+    with pytest.raises(ValueError, match="made for 2 KV heads of 16, got 1 of 16"):
+        StaticKVCache(tiny_config()).update(one, one, 0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert torch.equal(StaticKVCache(tiny_config()).update(one, one, 0)[0], one)
+    three = torch.randn(2, 3, 5, 16)
+    with pytest.raises(ValueError, match="made for 2 KV heads of 16, got 3 of 16"):
+        StaticKVCache(tiny_config()).update(three, three, 0)
+
+
+def test_other_libraries_read_the_capacity_as_of_transformers_caches():
+    config = tiny_config()
+    assert StaticKVCache(config, max_cache_len=40).max_cache_len == StaticCache(config, 40).get_max_length() == 40
+    assert StaticKVCache(config).max_cache_len == -1
+    assert QuantizedKVCache(config, max_cache_len=40).max_cache_len == 40
