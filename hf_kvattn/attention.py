@@ -83,6 +83,12 @@ class Handle:
         """
         raise NotImplementedError
 
+    def to(self, *args, **kwargs) -> Handle:
+        """Moves nothing. Libraries move and copy what they find among a module's arguments (accelerate's hooks)."""
+        return self
+
+    __copy__ = __deepcopy__ = to
+
 
 class LayerHandle(Handle):
     """One layer of a cache during the forward of one attention module.
