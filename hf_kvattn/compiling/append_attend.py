@@ -15,7 +15,7 @@ import torch
 from ..kernels import dispatch
 from ..kernels.call import AttendCall
 from ..quant.codecs import CODECS
-from ..quant.packed import PackedKV
+from ..quant.packed import PackedKV, check_tensor
 
 
 def _append_attend(
@@ -35,7 +35,7 @@ def _append_attend(
         wraps: whether the buffers are rings: token `t` lies in slot `t % slots`.
         backend: `dispatch.chosen_backend()` at the time of the step.
     """
-    _check(k_buffer, k, lengths)
+    _check(k_buffer, k, v, lengths, leftpad)
     slots = k_buffer.shape[2]
     slot = lengths % slots if wraps else lengths
     reach = (lengths - leftpad).clamp(0, None if window is None else window - 1)
@@ -51,19 +51,19 @@ def _append_attend(
         return dispatch.attend(call).contiguous()
 
 
-def _check(k_buffer: torch.Tensor, k: torch.Tensor, lengths: torch.Tensor) -> None:
-    """What the host has not seen before the step."""
-    shape = (*k_buffer.shape[:2], 1, k_buffer.shape[3])
-    if (k.shape, k.dtype, k.device) != (shape, k_buffer.dtype, k_buffer.device) or lengths.device != k.device:
-        raise ValueError(
-            f"a step stores keys {shape} of {k_buffer.dtype} on {k_buffer.device}, got {tuple(k.shape)} of {k.dtype} "
-            f"on {k.device}, and lengths on {lengths.device}"
-        )
+def _check(
+    k_buffer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, numbers: torch.Tensor, leftpad: torch.Tensor
+) -> None:
+    """What the host has not seen before the step; `numbers` are the lengths or the counts."""
+    batch, heads, _, dim = k_buffer.shape
+    for name, new in (("k", k), ("v", v)):
+        check_tensor(name, new, (batch, heads, 1, dim), (k_buffer.dtype,), k_buffer.device)
+    check_tensor("leftpad", leftpad, (batch,), (torch.int32,), k_buffer.device)
+    check_tensor("lengths", numbers, numbers.shape[:1], (torch.int32,), k_buffer.device)
 
 
-def _fake(k_buffer, v_buffer, q, k, v, numbers, *rest) -> torch.Tensor:
-    """Of both ops: `numbers` are the lengths or the counts."""
-    _check(k_buffer, k, numbers)
+def _fake(k_buffer, v_buffer, q, k, v, numbers, leftpad, *rest) -> torch.Tensor:
+    _check(k_buffer, k, v, numbers, leftpad)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
@@ -81,16 +81,16 @@ def _append_attend_packed(
         codecs: names in `CODECS` of its keys and values.
         layout: its `start` and `tokens` (as many as there is room for).
     """
-    _check(k_exact, k, counts)
-    slot = counts[1:].long() - 1
-    k_exact.index_copy_(2, slot, k)
-    v_exact.index_copy_(2, slot, v)
+    _check(k_exact, k, v, counts, leftpad)
     call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, leftpad=leftpad)
     k_codec, v_codec = (CODECS[name] for name in codecs)
     start, tokens = layout
     call.packed = PackedKV(start, tokens, k_codec, v_codec, *packed)  # type: ignore[arg-type]  # zero points may be None
     with dispatch.backend(backend):
         serving = dispatch.serving(call)
+        slot = counts[1:].long() - 1
+        k_exact.index_copy_(2, slot, k)
+        v_exact.index_copy_(2, slot, v)
         if hasattr(serving, "attend_lengths"):
             return serving.attend_lengths(call, counts)
         call.mask = _present(call, counts)

@@ -256,7 +256,7 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     if packed is not None:
         exact -= packed.tokens
         scale, zero = packed.v_scale.shape[3] * BLOCK * 2, (packed.k_zero is not None, packed.v_zero is not None)
-        block = 4 * (packed.k_bits + packed.v_bits) * dim + (1 + zero[0]) * dim * 2 + (1 + zero[1]) * scale
+        block = 4 * (packed.k_codec.bits + packed.v_codec.bits) * dim + (1 + zero[0]) * dim * 2 + (1 + zero[1]) * scale
         of_blocks, of_mean = (packed.tokens // BLOCK - splits.block_begin) * block, dim * 4
     keys = of_blocks + (exact - splits.exact_begin) * 2 * dim * item
     queries, n_splits = rows * dim * item, max(1, splits.packed + splits.exact)

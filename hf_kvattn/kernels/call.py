@@ -9,7 +9,7 @@ from enum import IntFlag, auto
 import torch
 
 from ..quant.layout import BLOCK
-from ..quant.packed import PackedKV
+from ..quant.packed import PackedKV, check_tensor
 
 
 class Feature(IntFlag):
@@ -38,6 +38,10 @@ QUANTIZED = int(Feature.QUANTIZED_TOKENS)
 MASKS = int(Feature.DENSE_MASK)
 TRAINING = int(Feature.DROPOUT | Feature.GRADIENTS)
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of queries, keys and values
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels hold numbers in fp32
+_MAX_SINKS = 64
+
 
 @dataclass(slots=True)
 class SinkKV:
@@ -63,7 +67,7 @@ class SinkKV:
         device = self.q.device
         left = self.evicted + torch.arange(self.q.shape[2], device=device)[:, None]
         if self.leftpad is not None:
-            left = left - self.leftpad.to(device)[:, None, None, None]
+            left = left - self.leftpad[:, None, None, None]
         seen = torch.arange(self.k.shape[2], device=device) < left
         return seen if seen.ndim == 4 else seen[None, None]
 
@@ -85,7 +89,7 @@ class AttendCall:
     A query that sees nothing gets zeros.
 
     Attributes:
-        q: `(B, Hq, Tq, D)`, float32, float16 or bfloat16.
+        q: `(B, Hq, Tq, D)` of one of `FLOATS`; no size is 0. All other tensors are on its device.
         k: `(B, Hkv, Tk, D)`, the dtype of `q`; any strides with a contiguous last dimension. For a ring buffer, where
             `tokens` says how many tokens there are, Tk is the number of slots.
         v: the same shape as `k`.
@@ -96,15 +100,15 @@ class AttendCall:
         leftpad: `(B,)` int32, first visible key of each row (left padding), or None for 0.
         mask: replaces `causal`, `window` and `leftpad`: `(B or 1, Hq or 1, Tq, Tk)`, bool (True is visible) or float
             (added to the scores after the softcap), or None.
-        dropout: probability of dropping a weight, for training.
+        dropout: probability of dropping a weight, for training; below 1.
         packed: quantized keys and values, or None. The first `packed.start` tokens of `k` and `v` come before them,
             the others after. Tk counts all.
         tokens: of a ring buffer without `packed`: how many tokens it holds. Token `t` lies in slot
             `(slot + t) % slots`; if `slot` is not 0, all slots have been written.
         slot: the slot of a ring buffer's first token.
         sinks: tokens visible beside the window, with a mask of their own, or None. Tk does not count them.
-        s_aux: learned sinks, `(Hq,)`: a score for each query head that takes part in the softmax and has no value
-            (gpt-oss; the name is transformers'), or None. It is neither scaled nor capped.
+        s_aux: learned sinks, `(Hq,)` of one of `FLOATS`: a score for each query head that takes part in the softmax and
+            has no value (gpt-oss; the name is transformers'), or None. It is neither scaled nor capped.
     """
 
     q: torch.Tensor
@@ -123,6 +127,52 @@ class AttendCall:
     sinks: SinkKV | None = None
     s_aux: torch.Tensor | None = None
 
+    def check(self) -> None:
+        """Raises ValueError, saying what differs, unless all is as described above: backends rely on it.
+
+        Numbers in tensors are not read: backends serve every `leftpad`.
+        """
+        q, k, v, packed, tokens, slot = self.q, self.k, self.v, self.packed, self.tokens, self.slot
+        q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+        fits = len(q_shape) == len(k_shape) == 4 and k_shape == v.shape and 0 not in q_shape and k_shape[1] > 0
+        fits = fits and q_shape[0] == k_shape[0] and q_shape[1] % k_shape[1] == 0 and q_shape[3] == k_shape[3]
+        if not (fits and dtype == k.dtype == v.dtype and dtype in FLOATS and device == k.device == v.device):
+            given = ", ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (q, k, v))
+            raise ValueError(f"q, k, v are {given}: they do not fit each other, or are not floating point")
+        batch, heads, q_len, dim = q_shape
+        kv_heads, slots = k_shape[1:3]
+        if not -_LARGEST <= self.scale <= _LARGEST:
+            raise ValueError(f"scale must be finite in float32, got {self.scale!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 on and below 1, got {self.dropout!r}")
+        if self.softcap is not None and not _SMALLEST <= self.softcap <= _LARGEST:
+            raise ValueError(f"softcap must be positive and finite in float32, got {self.softcap!r}")
+        if self.window is not None and (type(self.window) is not int or not 0 < self.window < 2**63):
+            raise ValueError(f"window must be an int of at least 1, got {self.window!r}")
+        if packed is not None:
+            check_tensor("k_mean", packed.k_mean, (batch, kv_heads, dim), (torch.float32,), device)
+        if tokens is None:
+            fits = not slot and (slots > 0 if packed is None else slots >= packed.start and self.kv_len > 0)
+        else:
+            fits = packed is None and type(tokens) is type(slot) is int and 0 < tokens <= slots and 0 <= slot < slots
+        if not fits:
+            start = packed and packed.start
+            raise ValueError(f"k {tuple(k_shape)} does not hold {tokens=} from {slot=} on, or {start=} before blocks")
+        if self.leftpad is not None:
+            check_tensor("leftpad", self.leftpad, (batch,), (torch.int32,), device)
+        if self.s_aux is not None:
+            check_tensor("s_aux", self.s_aux, (heads,), FLOATS, device)
+        if (mask := self.mask) is not None:
+            lead = [1 if found == 1 else full for found, full in zip(mask.shape, (batch, heads), strict=False)]
+            check_tensor("mask", mask, (*lead, q_len, self.kv_len), (torch.bool, *FLOATS), device)
+        if (sinks := self.sinks) is not None:
+            count = sinks.k.shape[2:3].numel()
+            AttendCall(sinks.q, sinks.k, sinks.v, self.scale, leftpad=sinks.leftpad).check()
+            check_tensor("sinks' q", sinks.q, q_shape, (dtype,), device)
+            check_tensor("sinks' k", sinks.k, (batch, kv_heads, min(count, _MAX_SINKS), dim), (dtype,), device)
+            if type(sinks.evicted) is not int or abs(sinks.evicted) > 2**60:
+                raise ValueError(f"evicted must be an int, got {sinks.evicted!r}")
+
     @property
     def kv_len(self) -> int:
         """Tk: all keys, packed ones included."""
@@ -132,6 +182,7 @@ class AttendCall:
 
     def features(self) -> int:
         """What this call asks for beyond causal attention over dense keys: bits of `Feature`, in its order."""
+        tensors = (self.q, self.k, self.v, self.s_aux)
         return (
             (not self.causal)
             | (self.window is not None) << 1
@@ -143,7 +194,7 @@ class AttendCall:
             | (self.tokens is not None) << 7
             | (self.sinks is not None) << 8
             | (self.s_aux is not None) << 9
-            | self.needs_grad << 10
+            | (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) << 10
         )
 
     def beyond(self, served: int) -> str | None:
@@ -153,12 +204,6 @@ class AttendCall:
             return None
         names = [str(feature.name).lower().replace("_", " ") for feature in Feature if feature & missing]
         return ", ".join(f"no {name}" for name in names)
-
-    @property
-    def needs_grad(self) -> bool:
-        """Whether autograd must be able to differentiate the result."""
-        tensors = (self.q, self.k, self.v, self.s_aux)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def after_s_aux(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`out` `(B, Tq, Hq, D)` and `lse` `(B, Hq, Tq)` of the keys alone, once `s_aux` has taken its share."""
@@ -197,7 +242,7 @@ class AttendCall:
         if self.window is not None and self.window < kv_len:
             rules.append(key > position - self.window)
         if self.leftpad is not None:
-            rules.append(key >= self.leftpad.to(device)[:, None, None, None])
+            rules.append(key >= self.leftpad[:, None, None, None])
         if not rules:
             return None
         allowed = rules[0]

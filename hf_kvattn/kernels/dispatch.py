@@ -113,7 +113,8 @@ def attend(call: AttendCall) -> torch.Tensor:
 
 
 def serving(call: AttendCall) -> Any:
-    """The `Backend` that `call` is computed with; ValueError where the chosen one cannot serve it."""
+    """The `Backend` that `call` is computed with; ValueError where it is wrong, or the chosen one cannot serve it."""
+    call.check()
     name = chosen_backend()
     if name == "auto":
         return BACKENDS[auto_choice(call)[0]]
@@ -168,6 +169,7 @@ def quantizer(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> Quantize:
 
 def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     """`quant.blocks.quantize_blocks`, bit for bit, by the fastest function that serves these blocks."""
+    into.check_blocks(k, v, slot)
     quantizer(k, into.k_codec, into.v_codec)(k, v, into, slot)
 
 

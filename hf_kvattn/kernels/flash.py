@@ -68,8 +68,6 @@ def unsupported(call: AttendCall) -> str | None:
         return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {q.dtype}"
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        return f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype is needed"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
         return f"flash-attn takes a head_dim of up to 256 in steps of 8 (it pads others, copying), not {q.shape[-1]}"
     if k.stride(-1) != 1 or v.stride(-1) != 1:
@@ -110,7 +108,7 @@ def attend(call: AttendCall) -> torch.Tensor:
         if call.leftpad is not None:
             # The length is passed too: without it the kernels read all tiles, as if nothing were padded.
             length = slots.stop - slots.start
-            leftpad = (call.leftpad.to(q.device, torch.int32) - start).clamp(0, length)
+            leftpad = (call.leftpad - start).clamp(0, length)
             padding = {"cache_leftpad": leftpad, "cache_seqlens": length}
         k, v = (t[:, :, slots].transpose(1, 2) for t in (call.k, call.v))
         parts.append(launch(q, k, v, causal=call.causal, window_size=sides, **padding))

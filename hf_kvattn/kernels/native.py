@@ -29,7 +29,6 @@ SERVED = RULES | PIECES | QUANTIZED
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
 _ABI_VERSION = 6
-MAX_SINKS = 64
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
@@ -119,10 +118,6 @@ def unsupported(call: AttendCall) -> str | None:
         return f"native kernels run on the CPU, the tensors are on {call.q.device}"
     if call.q.dtype not in _DTYPES:
         return f"native kernels take float32, float16 and bfloat16, not {call.q.dtype}"
-    if call.k.dtype != call.q.dtype or call.v.dtype != call.q.dtype:
-        return f"q is {call.q.dtype}, k {call.k.dtype}, v {call.v.dtype}: one dtype is needed"
-    if call.v.shape != call.k.shape:
-        return f"k is {tuple(call.k.shape)} but v {tuple(call.v.shape)}"
     if (packed := call.packed) is not None:
         for codec in (packed.k_codec, packed.v_codec):
             if codec.name not in READ_CODECS:
@@ -131,8 +126,10 @@ def unsupported(call: AttendCall) -> str | None:
             return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if beyond := call.beyond(SERVED):
         return f"native kernels serve {beyond}"
-    if call.sinks is not None and not (call.causal and call.sinks.k.shape[2] <= MAX_SINKS):
-        return f"native kernels take up to {MAX_SINKS} sinks of causal attention"
+    if (sinks := call.sinks) is not None:
+        side_by_side = sinks.q.stride(-1) == sinks.k.stride(-1) == 1 and sinks.k.stride() == sinks.v.stride()
+        if not (call.causal and side_by_side):
+            return "native kernels take sinks of causal attention, with channels side by side, as caches allocate them"
     return None
 
 
@@ -140,7 +137,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`, with PyTorch's number of threads.
 
     Args:
-        call: float32, float16 or bfloat16 tensors on the CPU, without mask or dropout.
+        call: one that `dispatch.serving` has checked and `unsupported` has not refused.
         lse: `(B, Hq, Tq)` float32, contiguous; filled with each query's log-sum-exp when given.
     """
     if call.s_aux is not None:
@@ -152,9 +149,9 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
-    leftpad = None if call.leftpad is None else call.leftpad.to(torch.int32).contiguous()
+    leftpad = None if call.leftpad is None else call.leftpad.contiguous()
     sinks = call.sinks
-    sink_leftpad = None if sinks is None or sinks.leftpad is None else sinks.leftpad.to(torch.int32).contiguous()
+    sink_leftpad = None if sinks is None or sinks.leftpad is None else sinks.leftpad.contiguous()
     # In the order of the struct, a line for each of its lines.
     args = _ARGS.pack(
         _DTYPES[q.dtype], call.causal, torch.get_num_threads(), 0,
@@ -185,7 +182,6 @@ def _side_by_side(t: torch.Tensor) -> torch.Tensor:
 def _sink_args(sinks: SinkKV, leftpad: torch.Tensor | None) -> tuple[int, ...]:
     """The fields of the struct from `sinks` to `sink_kv_stride`; `leftpad` must live as long as the call."""
     q, k, v = sinks.q, sinks.k, sinks.v
-    assert q.stride(-1) == k.stride(-1) == 1 and k.stride() == v.stride()  # as caches allocate them
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr())
     return k.shape[2], sinks.evicted, *pointers, *q.stride()[:3], *k.stride()[:3]
 
@@ -195,7 +191,7 @@ def _packed_args(packed: PackedKV) -> bytes:
     dim = packed.k_scale.shape[-1]
     packed.as_arguments = _PACKED_ARGS.pack(
         packed.start, packed.tokens, packed.k_codes.shape[2], packed.slot,
-        dim // packed.v_scale.shape[3], rotation.size_for(dim), packed.k_bits, packed.v_bits,
+        dim // packed.v_scale.shape[3], rotation.size_for(dim), packed.k_codec.bits, packed.v_codec.bits,
         *_addresses(packed),
     )  # fmt: skip
     return packed.as_arguments
@@ -219,7 +215,7 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
     k, v = _side_by_side(k), _side_by_side(v)
     dim = k.shape[3]
     args = _QUANTIZE_ARGS.pack(
-        _DTYPES[k.dtype], torch.get_num_threads(), into.k_bits, into.v_bits,
+        _DTYPES[k.dtype], torch.get_num_threads(), into.k_codec.bits, into.v_codec.bits,
         *k.shape[:2], k.shape[2] // BLOCK, dim, dim // into.v_scale.shape[3], rotation.size_for(dim),
         into.k_codes.shape[2], slot,
         k.data_ptr(), v.data_ptr(), *k.stride()[:3], *v.stride()[:3],

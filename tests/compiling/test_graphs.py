@@ -437,19 +437,41 @@ def test_the_backend_is_the_one_chosen(recordings):
             torch.ops.hf_kvattn.append_attend(*step_problem(5)[0][:-1], "sdpa")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [lambda t: t.double(), lambda t: t[:, :1], lambda t: t.expand(-1, -1, 2, -1), lambda t: t.to("meta")],
-    ids=["dtype", "heads", "tokens", "device"],
-)
-def test_tokens_that_do_not_fit_are_refused_before_anything_is_written(change):
-    hf_kvattn.enable(tiny_model())
-    arguments, _ = step_problem(30)
+Q, K, V, LENGTHS, LEFTPAD, PACKED = range(2, 8)  # arguments of the ops after the buffers; the last of one only
+WRONG_TOKENS = {
+    "dtype": lambda t: t.double(),
+    "heads": lambda t: t[:, :1],
+    "tokens": lambda t: t.expand(-1, -1, 2, -1),
+    "rows": lambda t: t[:2],
+    "device": lambda t: t.to("meta"),
+}
+WRONG_NUMBERS = {"dtype": lambda t: t.long(), "2d": lambda t: t[:, None], "device": lambda t: t.to("meta")}
+WRONG = [(i, kind, change) for i in (K, V) for kind, change in WRONG_TOKENS.items()]
+WRONG += [(i, kind, change) for i in (LENGTHS, LEFTPAD) for kind, change in WRONG_NUMBERS.items()]
+WRONG += [(LEFTPAD, "rows", lambda t: t[:2]), (Q, "rows", lambda t: t[:2]), (Q, "head_dim", lambda t: t[..., 1:])]
+
+
+def assert_refused(op, arguments, change, index):
+    """Before anything is written."""
     before = [t.clone() for t in arguments[:2]]
-    arguments[3] = change(arguments[3])
+    arguments[index] = change(arguments[index])
     with pytest.raises((ValueError, NotImplementedError)):
-        torch.ops.hf_kvattn.append_attend(*arguments)
+        op(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(arguments[:2], before, strict=True))
+
+
+@pytest.mark.parametrize(("index", "kind", "change"), WRONG)
+def test_tokens_that_do_not_fit_are_refused_before_anything_is_written(index, kind, change):
+    hf_kvattn.enable(tiny_model())
+    assert_refused(torch.ops.hf_kvattn.append_attend, step_problem(30)[0], change, index)
+    assert_refused(torch.ops.hf_kvattn.append_attend_packed, packed_step("padded", 4)[0], change, index)
+
+
+@pytest.mark.parametrize("array", range(7))
+def test_blocks_that_do_not_fit_are_refused_before_anything_is_written(array):
+    hf_kvattn.enable(tiny_model())
+    op = torch.ops.hf_kvattn.append_attend_packed
+    assert_refused(op, packed_step("padded", 4)[0], lambda t: [*t[:array], t[array][:2], *t[array + 1 :]], PACKED)
 
 
 def packed_step(name, bits, start=4):

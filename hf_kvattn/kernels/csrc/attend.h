@@ -229,6 +229,7 @@ class Attend {
       : a(args),
         group(static_cast<int>(a.q_heads / a.kv_heads)),
         rows(group * a.q_len),
+        window(min(a.window, a.kv_len)),
         chunks((rows + kChunk - 1) / kChunk),
         d(static_cast<int>(a.head_dim)),
         d_pad(round_up(d, 64)),
@@ -300,9 +301,9 @@ class Attend {
     return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
   int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
-  int64_t leftpad(int64_t b) const { return a.leftpad ? max<int64_t>(0, a.leftpad[b]) : 0; }
+  int64_t leftpad(int64_t b) const { return a.leftpad ? min(a.kv_len, max<int64_t>(0, a.leftpad[b])) : 0; }
   int64_t first_visible(int64_t b, int64_t row) const {
-    return max(leftpad(b), a.window > 0 ? position(row) + 1 - a.window : 0);
+    return max(leftpad(b), window > 0 ? position(row) + 1 - window : 0);
   }
   int64_t visible_end(int64_t row) const { return a.causal ? min(a.kv_len, position(row) + 1) : a.kv_len; }
 
@@ -368,8 +369,7 @@ class Attend {
     if (a.sinks > 0 && lo == 0) attend_sinks(job, n_rows, scratch, partial);
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
-    const T *k = static_cast<const T *>(a.k) + job.b * a.k_stride[0] + job.h * a.k_stride[1];
-    const T *v = static_cast<const T *>(a.v) + job.b * a.v_stride[0] + job.h * a.v_stride[1];
+    const T *k = head(a.k, a.k_stride, job), *v = head(a.v, a.v_stride, job);
     const PackedKeys keys = packed_keys(job);
     const PackedValues values = packed_values_of(job);
     if (a.packed_len > 0) score_means(job, n_rows, scratch);
@@ -444,12 +444,18 @@ class Attend {
   }
   int64_t ring_slot(int64_t t) const { return t < to_wrap ? a.ring_slot + t : t - to_wrap; }
 
+  // Keys or values of the job's head; null where all are packed.
+  static const T *head(const void *all, const int64_t *stride, const Job &job) {
+    return all ? static_cast<const T *>(all) + job.b * stride[0] + job.h * stride[1] : nullptr;
+  }
+
   static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
 
   int64_t head_blocks(const Job &job) const { return (job.b * a.kv_heads + job.h) * a.packed_blocks; }
 
   PackedKeys packed_keys(const Job &job) const {
-    return PackedKeys{a.k_codes, as_bf16(a.k_scale), as_bf16(a.k_zero), a.k_bits, d}.at(head_blocks(job));
+    PackedKeys all{a.k_codes, as_bf16(a.k_scale), as_bf16(a.k_zero), a.k_bits, d};
+    return a.packed_len > 0 ? all.at(head_blocks(job)) : all;
   }
 
   PackedValues packed_values_of(const Job &job) const {
@@ -574,7 +580,9 @@ class Attend {
 
   const kvattn_attend_args &a;
   int group;
-  int64_t rows, chunks;
+  int64_t rows;
+  int64_t window;  // at most kv_len, which hides nothing either; 0 = all
+  int64_t chunks;
   int d;
   int64_t d_pad, tile;
   int64_t to_wrap;       // tokens before the ring wraps

@@ -1,8 +1,11 @@
 // Entry points: checks, and the choice of a SIMD variant.
 #include "kvattn.h"
 
+#include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "parallel.h"
@@ -60,56 +63,109 @@ const Variant &variant() {
   return *current;
 }
 
+// No array is larger than what a process can address, and no loop longer than what a machine can count. Within these
+// bounds no sum or product of sizes, strides, slots and threads overflows.
+constexpr int64_t kMaxBytes = int64_t{1} << 47, kMaxSteps = int64_t{1} << 60;
+constexpr int64_t kMaxThreads = 1 << 16, kMaxHeads = 1 << 24, kMaxDim = 1 << 24;
 constexpr int64_t kMaxPackedDim = 512, kMaxSinks = 64, kPackedTokens = 32;
 
-bool valid_dtype(int dtype) { return dtype >= KVATTN_F32 && dtype <= KVATTN_BF16; }
-bool readable_bits(int bits) { return bits == 8 || bits == 4 || bits == 3 || bits == 2; }
-// Codes of 8 bits are written without zero points, codes of 4 bits with them.
-bool writable_bits(int bits, const uint16_t *zero) { return bits == 8 ? !zero : bits == 4 && zero; }
+bool in(int64_t x, int64_t least, int64_t most) { return least <= x && x <= most; }
+
+// Whether all sizes are at least 1, and their product at most `most`.
+bool fits(std::initializer_list<int64_t> sizes, int64_t most) {
+  for (int64_t size : sizes) {
+    if (!in(size, 1, most)) return false;
+    most /= size;
+  }
+  return true;
+}
+
+bool valid_dtype(int dtype) { return in(dtype, KVATTN_F32, KVATTN_BF16); }
+int64_t bytes_of(int dtype) { return dtype == KVATTN_F32 ? 4 : 2; }
+
+bool aligned(const void *p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+bool readable(const void *p, int64_t bytes) { return p && aligned(p, bytes); }
+
+// Whether rows of `head_dim` numbers, as many as the sizes say, lie at strides that stay within the memory.
+bool valid_strides(const int64_t *stride, std::initializer_list<int64_t> sizes, int64_t head_dim, int dtype) {
+  int64_t left = kMaxBytes / bytes_of(dtype) - head_dim;
+  for (int64_t size : sizes) {
+    if (*stride < 0 || (size > 1 && *stride > left / (size - 1))) return false;
+    if (size > 1) left -= *stride * (size - 1);
+    ++stride;
+  }
+  return left >= 0;
+}
+
+// Codes of 8 bits have no zero points, all others have them.
+bool valid_codes(int bits, const uint8_t *codes, const uint16_t *scale, const uint16_t *zero) {
+  return in(bits, 2, 8) && (bits <= 4 || bits == 8) && codes && readable(scale, 2) &&
+         (bits == 8 ? !zero : readable(zero, 2));
+}
 
 bool valid_groups(int64_t head_dim, int64_t v_group, int64_t v_rotation) {
-  return head_dim <= kMaxPackedDim && v_group >= 16 && v_group % 16 == 0 && head_dim % v_group == 0 &&
-         v_rotation >= 1 && (v_rotation & (v_rotation - 1)) == 0 && head_dim % v_rotation == 0;
+  return in(head_dim, 16, kMaxPackedDim) && in(v_group, 16, head_dim) && v_group % 16 == 0 && head_dim % v_group == 0 &&
+         in(v_rotation, 1, head_dim) && (v_rotation & (v_rotation - 1)) == 0 && head_dim % v_rotation == 0;
+}
+
+// The fields that both structs have for blocks.
+template <typename Args>
+bool valid_blocks(const Args &a) {
+  return fits({a.batch, a.kv_heads, a.packed_blocks, 4 * 8 * kMaxPackedDim}, kMaxBytes) &&
+         valid_codes(a.k_bits, a.k_codes, a.k_scale, a.k_zero) &&
+         valid_codes(a.v_bits, a.v_codes, a.v_scale, a.v_zero) && valid_groups(a.head_dim, a.v_group, a.v_rotation) &&
+         readable(a.k_mean, 4);
 }
 
 bool valid_shapes(const kvattn_attend_args &a) {
-  return valid_dtype(a.dtype) && a.threads >= 1 && a.batch >= 1 && a.kv_heads >= 1 && a.q_heads >= 1 &&
-         a.q_heads % a.kv_heads == 0 && a.q_len >= 1 && a.kv_len >= a.q_len && a.head_dim >= 1 && a.window >= 0;
-}
-
-bool valid_tensors(const kvattn_attend_args &a) {
-  const bool all_packed = a.packed_len > 0 && a.packed_len == a.kv_len;  // then k and v are empty
-  return a.q && a.out && ((a.k && a.v) || all_packed);
+  return valid_dtype(a.dtype) && in(a.causal, 0, 1) && in(a.threads, 1, kMaxThreads) && a.reserved == 0 &&
+         in(a.head_dim, 1, kMaxDim) && fits({a.batch, a.q_heads, a.q_len, a.head_dim, 4}, kMaxBytes) &&
+         fits({a.batch, a.q_heads, a.q_len, a.kv_len, a.threads}, kMaxSteps) && in(a.kv_heads, 1, a.q_heads) &&
+         a.q_heads <= kMaxHeads && a.q_heads % a.kv_heads == 0 && a.window >= 0 && std::isfinite(a.scale) &&
+         std::isfinite(a.softcap) && a.softcap >= 0;
 }
 
 bool valid_packed(const kvattn_attend_args &a) {
   if (a.packed_len == 0) return true;
-  const bool tokens = a.packed_len > 0 && a.packed_len % kPackedTokens == 0 && a.packed_start >= 0 &&
-                      a.packed_start <= kPackedTokens && a.packed_start + a.packed_len <= a.kv_len &&
-                      a.packed_blocks * kPackedTokens >= a.packed_len;
-  const bool slot = a.packed_slot >= 0 && a.packed_slot < a.packed_blocks && a.packed_slot % 2 == 0 &&
-                    (a.packed_slot == 0 || a.packed_blocks % 2 == 0);
-  const bool codes =
-      readable_bits(a.k_bits) && readable_bits(a.v_bits) && valid_groups(a.head_dim, a.v_group, a.v_rotation);
-  return tokens && slot && codes && a.k_codes && a.k_scale && a.k_mean && a.v_codes && a.v_scale;
+  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 &&
+         in(a.packed_start, 0, std::min(kPackedTokens, a.kv_len - a.packed_len)) && valid_blocks(a) &&
+         a.packed_len / kPackedTokens <= a.packed_blocks && in(a.packed_slot, 0, a.packed_blocks - 1) &&
+         a.packed_slot % 2 == 0 && (a.packed_slot == 0 || a.packed_blocks % 2 == 0);
 }
 
 bool valid_ring(const kvattn_attend_args &a) {
   if (a.ring_slots == 0) return true;
-  return a.packed_len == 0 && a.ring_slots >= a.kv_len && a.ring_slot >= 0 && a.ring_slot < a.ring_slots;
+  return a.packed_len == 0 && a.ring_slots >= a.kv_len && in(a.ring_slot, 0, a.ring_slots - 1);
+}
+
+// After the others.
+bool valid_tensors(const kvattn_attend_args &a) {
+  const int64_t bytes = bytes_of(a.dtype), exact = a.ring_slots > 0 ? a.ring_slots : a.kv_len - a.packed_len;
+  const bool all_packed = exact == 0;  // then k and v are empty
+  return readable(a.q, bytes) && readable(a.out, bytes) && aligned(a.lse, 4) && aligned(a.leftpad, 4) &&
+         valid_strides(a.q_stride, {a.batch, a.q_heads, a.q_len}, a.head_dim, a.dtype) &&
+         (all_packed || (readable(a.k, bytes) && readable(a.v, bytes) &&
+                         valid_strides(a.k_stride, {a.batch, a.kv_heads, exact}, a.head_dim, a.dtype) &&
+                         valid_strides(a.v_stride, {a.batch, a.kv_heads, exact}, a.head_dim, a.dtype)));
 }
 
 bool valid_sinks(const kvattn_attend_args &a) {
   if (a.sinks == 0) return true;
-  return a.sinks > 0 && a.sinks <= kMaxSinks && a.causal && a.sink_q && a.sink_k && a.sink_v;
+  const int64_t bytes = bytes_of(a.dtype);
+  return in(a.sinks, 1, kMaxSinks) && a.causal && in(a.sink_evicted, -kMaxSteps, kMaxSteps) &&
+         readable(a.sink_q, bytes) && readable(a.sink_k, bytes) && readable(a.sink_v, bytes) &&
+         aligned(a.sink_leftpad, 4) &&
+         valid_strides(a.sink_q_stride, {a.batch, a.q_heads, a.q_len}, a.head_dim, a.dtype) &&
+         valid_strides(a.sink_kv_stride, {a.batch, a.kv_heads, a.sinks}, a.head_dim, a.dtype);
 }
 
 bool valid_quantize(const kvattn_quantize_args &a) {
-  const bool shapes = valid_dtype(a.dtype) && a.threads >= 1 && a.batch >= 1 && a.kv_heads >= 1 && a.blocks >= 1 &&
-                      a.head_dim >= 16 && a.head_dim % 16 == 0 && a.slot >= 0 && a.slot + a.blocks <= a.packed_blocks;
-  const bool codes = writable_bits(a.k_bits, a.k_zero) && writable_bits(a.v_bits, a.v_zero) &&
-                     valid_groups(a.head_dim, a.v_group, a.v_rotation);
-  return shapes && codes && a.k && a.v && a.k_codes && a.k_scale && a.k_mean && a.v_codes && a.v_scale;
+  return valid_dtype(a.dtype) && in(a.threads, 1, kMaxThreads) && valid_blocks(a) && (a.k_bits == 8 || a.k_bits == 4) &&
+         (a.v_bits == 8 || a.v_bits == 4) && in(a.blocks, 1, a.packed_blocks) &&
+         in(a.slot, 0, a.packed_blocks - a.blocks) && readable(a.k, bytes_of(a.dtype)) &&
+         readable(a.v, bytes_of(a.dtype)) &&
+         valid_strides(a.k_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype) &&
+         valid_strides(a.v_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype);
 }
 
 }  // namespace
@@ -123,6 +179,7 @@ int64_t kvattn_sizeof_quantize_args(void) { return sizeof(kvattn_quantize_args);
 const char *kvattn_variant(void) { return variant().name; }
 
 int kvattn_select(const char *name) {
+  if (!name) return 1;
   for (const Variant &candidate : kVariants) {
     if (*name && std::strcmp(name, candidate.name) != 0) continue;
     if (!candidate.runs_here()) continue;
@@ -142,7 +199,7 @@ int kvattn_has_openmp(void) {
 
 int kvattn_attend(const kvattn_attend_args *a) {
   const bool valid =
-      a && valid_shapes(*a) && valid_tensors(*a) && valid_packed(*a) && valid_ring(*a) && valid_sinks(*a);
+      a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_tensors(*a) && valid_sinks(*a);
   if (!valid) return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);
@@ -159,6 +216,7 @@ int kvattn_quantize(const kvattn_quantize_args *a) {
 }
 
 uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads) {
+  if (!readable(data, 8) || !in(bytes, 0, kMaxBytes) || !in(threads, 1, kMaxThreads)) return 0;
   const uint64_t *words = static_cast<const uint64_t *>(data);
   int64_t count = bytes / 8;
   std::atomic<uint64_t> total{0};

@@ -14,10 +14,12 @@ extern "C" {
 
 enum { KVATTN_ABI_VERSION = 6 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
+// Arguments are checked before anything is read or written: sizes, slots and strides from both sides, null and
+// misaligned pointers. Whether the memory behind a pointer is as large as the sizes say, nobody can check here.
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
 
 // Attention of Tq query tokens over Tk stored tokens. Query i has key position Tk - Tq + i. Key j is visible to it when
-// leftpad[b] <= j, j <= position (causal) and j > position - window (window > 0).
+// leftpad[b] <= j, j <= position (causal) and j > position - window (window > 0). A query that sees nothing gets zeros.
 //
 // Quantized tokens: packed_len tokens from packed_start on are stored in blocks of 32 (layout: quant/layout.py). k and
 // v hold the tokens before and after them, and Tk counts all. Packed arrays are contiguous, with room for packed_blocks
@@ -28,12 +30,12 @@ enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMOR
 // Sinks: up to 64 tokens beside the keys, which Tk does not count, with queries of their own. Query i of row b sees the
 // first sink_evicted + i - sink_leftpad[b] of them.
 //
-// Strides are in elements; the last dimension is contiguous. Slots at and beyond Tk are never read.
+// Strides are in elements and not negative; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
-  int32_t dtype;    // of q, k, v and out
-  int32_t causal;   // 0 or 1
-  int32_t threads;  // at most this many
-  int32_t reserved;
+  int32_t dtype;     // of q, k, v and out
+  int32_t causal;    // 0 or 1
+  int32_t threads;   // at most this many
+  int32_t reserved;  // 0
   int64_t batch, q_heads, kv_heads, q_len, kv_len, head_dim;
   int64_t window;  // visible keys including the query's own; 0 = all
   float scale;
@@ -41,7 +43,7 @@ typedef struct {
   const void *q;           // (B, Hq, Tq, D)
   const void *k;           // (B, Hkv, Tk, D)
   const void *v;           // (B, Hkv, Tk, D)
-  const int32_t *leftpad;  // (B), first visible key of each row; null = 0
+  const int32_t *leftpad;  // (B), first visible key of each row, any number; null = 0
   void *out;               // (B, Tq, Hq, D), contiguous
   float *lse;              // (B, Hq, Tq), natural log-sum-exp of the scores, -inf for an empty row; may be null
   int64_t q_stride[3];     // batch, head, token
@@ -61,7 +63,7 @@ typedef struct {
   int64_t v_rotation;                // packed values are rotated by a Hadamard matrix of this size; 1 = not rotated
   int32_t k_bits, v_bits;            // 8, 4, 3 or 2
   const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
-  const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero: codes are signed, with 128 added
+  const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero for 8 bits: signed, with 128 added
   const float *k_mean;               // (B, Hkv, D), added to every packed key
   const uint8_t *v_codes;            // (B, Hkv, blocks, 4 * v_bits * D)
   const uint16_t *v_scale, *v_zero;  // (B, Hkv, blocks, D / v_group, 32), bf16; v_zero as k_zero
@@ -97,7 +99,7 @@ KVATTN_API int kvattn_select(const char *name);
 KVATTN_API int kvattn_has_openmp(void);
 KVATTN_API int kvattn_attend(const kvattn_attend_args *args);
 KVATTN_API int kvattn_quantize(const kvattn_quantize_args *args);
-// Reads all bytes with `threads` threads and sums them, to measure the read bandwidth.
+// Reads all bytes with `threads` threads and sums them, to measure the read bandwidth; 0 for bad arguments.
 KVATTN_API uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads);
 
 #ifdef __cplusplus

@@ -15,7 +15,7 @@ import triton
 
 from ...quant import rotation
 from ...quant.layout import BLOCK
-from ...quant.packed import PackedKV
+from ...quant.packed import PackedKV, check_tensor
 from ..call import AttendCall
 from .attention_kernels import decode_attention_kernel, merge_splits_kernel
 
@@ -78,7 +78,7 @@ def splits_for(
     exact_blocks = -(-(exact - exact_begin) // BLOCK)
     wanted = max(1, multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs)
     wanted = min(wanted, MAX_SPLITS - 2 - (call.sinks is not None))  # both kinds round up; sinks are one more split
-    bits = 16 if call.packed is None else (call.packed.k_bits + call.packed.v_bits) / 2
+    bits = 16 if call.packed is None else (call.packed.k_codec.bits + call.packed.v_codec.bits) / 2
     rows = call.q.shape[2] * call.q.shape[1] // call.k.shape[1]
     low, high = _SPLIT_BLOCKS
     # Of each channel: a partial result in float32, written and read, against the keys and values of a block.
@@ -109,7 +109,7 @@ def launch(
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads, heads_per_kv = call.k.shape[1], q_heads // call.k.shape[1]
     rows, padded = heads_per_kv * q_len, max(16, triton.next_power_of_2(dim))
-    three_bits = call.packed is not None and 3 in (call.packed.k_bits, call.packed.v_bits)
+    three_bits = call.packed is not None and 3 in (call.packed.k_codec.bits, call.packed.v_codec.bits)
     tile = tile_for(rows, padded, three_bits, bool(torch.version.hip))
     programs = batch * kv_heads * triton.cdiv(rows, tile.rows)
     splits = splits_for(call, programs, multiprocessors, tile.blocks, lengths is not None)
@@ -155,17 +155,21 @@ def _queue_decode(
     row_tiles = triton.cdiv(heads_per_kv * q_len, tile.rows)
     decode_attention_kernel[(row_tiles * max(1, splits.packed + splits.exact), kv_heads, batch)](
         q_ptr=q, k_ptr=k, v_ptr=v, lengths_ptr=lengths,
-        leftpad_ptr=None if call.leftpad is None else call.leftpad.to(q.device, torch.int32),
+        leftpad_ptr=None if call.leftpad is None else call.leftpad.contiguous(),
         partial_ptr=partial, lse_ptr=partial_lse, scale=call.scale, softcap=call.softcap or 0.0,
         **_packed_arguments(call.packed, dim),
-        **_split_arguments(splits, partial.shape[2] if n_splits is None else n_splits),
+        block_begin=splits.block_begin, exact_begin=splits.exact_begin, split_blocks=splits.blocks,
+        packed_splits=splits.packed, splits=partial.shape[2] if n_splits is None else n_splits,
         exact=k.shape[2] if call.tokens is None else call.tokens, exact_slot=call.slot, ring=k.shape[2],
         kv_len=kv_len, window=2**31 - 1 if call.window is None else call.window, q_len=q_len,
         **strides(q=q, k=k, v=v),
         KV_HEADS=kv_heads, HEADS_PER_KV=heads_per_kv, D=dim, PADDED=max(16, triton.next_power_of_2(dim)),
         ROWS=tile.rows, BLOCKS=tile.blocks,
         CAUSAL=call.causal, SOFTCAP=call.softcap is not None, SINKS=n_splits is not None,
-        num_warps=tile.warps, num_stages=tile.stages, **_registers(),
+        num_warps=tile.warps, num_stages=tile.stages,
+        # With 255 registers a thread two programs of 4 warps fit a multiprocessor. Without this option, which Triton
+        # has for NVIDIA only, the assembler spills a few bytes to make room for a third.
+        **({} if torch.version.hip else {"maxnreg": 255}),
     )  # fmt: skip
 
 
@@ -180,13 +184,8 @@ def _packed_arguments(packed: PackedKV | None, dim: int) -> dict[str, Any]:
     group, slots = dim // packed.v_scale.shape[3], packed.k_codes.shape[2]
     arrays = {name: getattr(packed, name) for name in _ARRAYS}
     lengths = {"start": packed.start, "packed_tokens": packed.tokens, "blocks": packed.tokens // BLOCK}
-    widths = {"K_BITS": packed.k_bits, "V_BITS": packed.v_bits, "GROUP": group, "SPAN": group & -group}
+    widths = {"K_BITS": packed.k_codec.bits, "V_BITS": packed.v_codec.bits, "GROUP": group, "SPAN": group & -group}
     return {**arrays, **lengths, "slot": packed.slot, "slots": slots, **widths}
-
-
-def _split_arguments(splits: Splits, n_splits: int) -> dict[str, int]:
-    begins = {"block_begin": splits.block_begin, "exact_begin": splits.exact_begin}
-    return {**begins, "split_blocks": splits.blocks, "packed_splits": splits.packed, "splits": n_splits}
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:
@@ -195,18 +194,11 @@ def strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
-    found, expected = (lengths.shape, lengths.dtype, lengths.device), ((2,), torch.int32, call.q.device)
-    if found != expected or not lengths.is_contiguous():
-        shape, dtype, device = found
-        raise ValueError(f"lengths are {tuple(shape)} {dtype} on {device}, expected (2,) torch.int32 on {expected[2]}")
+    check_tensor("lengths", lengths, (2,), (torch.int32,), call.q.device)
+    if not lengths.is_contiguous():
+        raise ValueError(f"lengths are not side by side, their stride is {lengths.stride()}")
     if call.sinks is not None:
         raise ValueError("lengths in a tensor are not served beside sinks: what is seen of those is the host's number")
     slots = (call.slot, 0 if call.packed is None else call.packed.slot)
     if slots != (0, 0):
         raise ValueError(f"lengths in a tensor are for tokens in order, not for a ring from slots {slots} on")
-
-
-def _registers() -> dict[str, int]:
-    """Allows a thread 255 registers, with which two programs of 4 warps fit a multiprocessor. Without this option the
-    assembler spills a few bytes to make room for a third. Triton has it for NVIDIA only."""
-    return {} if torch.version.hip else {"maxnreg": 255}

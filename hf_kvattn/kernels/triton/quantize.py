@@ -16,7 +16,6 @@ import triton.language as tl
 from ...quant import rotation
 from ...quant.layout import BLOCK
 from ...quant.packed import PackedKV
-from . import WRITTEN_CODECS
 from .attention import strides
 from .attention_kernels import rotate
 
@@ -105,21 +104,13 @@ def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
         slot: of the first block. The others follow, and wrap at the end of the arrays.
     """
     batch, kv_heads, tokens, dim = k.shape
-    slots, codecs = into.k_codes.shape[2], (into.k_codec, into.v_codec)
-    names = [codec.name for codec in codecs]
-    if tokens % BLOCK or tokens // BLOCK > slots or not 0 <= slot < slots:
-        raise ValueError(f"{tokens} tokens from slot {slot} on are not whole blocks of {BLOCK} for {slots} slots")
-    if not set(names) <= set(WRITTEN_CODECS):
-        raise ValueError("Triton quantizes to 8 and 4 bits, not keys to {} and values to {}".format(*names))
-    if [codec.symmetric for codec in codecs] != [into.k_zero is None, into.v_zero is None]:
-        raise ValueError("{} keys and {} values: zero points go with affine codes, and only there".format(*names))
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
         k_ptr=k, v_ptr=v, k_mean=into.k_mean, k_codes=into.k_codes, k_scale=into.k_scale, k_zero=into.k_zero,
-        v_codes=into.v_codes, v_scale=into.v_scale, v_zero=into.v_zero, slot=slot, slots=slots,
+        v_codes=into.v_codes, v_scale=into.v_scale, v_zero=into.v_zero, slot=slot, slots=into.k_codes.shape[2],
         **strides(k=k, v=v),
         KV_HEADS=kv_heads, D=dim, PADDED=triton.next_power_of_2(dim), GROUP=dim // into.v_scale.shape[3],
-        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, K_BITS=into.k_bits, V_BITS=into.v_bits,
+        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, K_BITS=into.k_codec.bits, V_BITS=into.v_codec.bits,
         num_warps=4 if dim <= 128 else 8 if torch.version.hip else 16,  # of 64 and of 32 threads; none spills
         enable_fp_fusion=False,
     )  # fmt: skip
