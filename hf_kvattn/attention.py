@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from .autograd import cut_graph
 from .kernels import dispatch
-from .kernels.call import AttendCall, SinkKV
+from .kernels.call import AttendCall, SinkKV, check_mask
 from .masks import is_compact, read_compact_mask
 
 if TYPE_CHECKING:
@@ -171,7 +171,6 @@ def kvattn_attention(
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
-    _check_mask(rules.mask, query, key.shape[2])
     call = AttendCall(query, key, value, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     _apply_mask(call, rules)
     return dispatch.attend(call).contiguous()
@@ -189,7 +188,8 @@ def attend_layer(
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
     visible, _ = layer.get_mask_sizes(query.shape[2])
-    _check_mask(rules.mask, query, visible)
+    if rules.mask is not None and not is_compact(rules.mask):
+        check_mask(rules.mask, query, visible)
     layer.append(key, value)
     k, v, packed, tokens, slot = layer.stored_kv()
     call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
@@ -203,23 +203,6 @@ def attend_layer(
 
 def _scale(query: torch.Tensor, rules: Rules) -> float:
     return query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
-
-
-def _check_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
-    """Refuses a mask that does not fit `query`, `(B, Hq, Tq, D)`, and a range of `kv_len` keys."""
-    if mask is None:
-        return
-    batch, q_heads, q_len, _ = query.shape
-    if is_compact(mask):
-        fits = mask.shape[0] == batch
-    else:
-        fits = mask.shape[0] in (1, batch) and mask.shape[1] in (1, q_heads) and mask.shape[2:] == (q_len, kv_len)
-        if mask.dtype != torch.bool and not mask.is_floating_point():
-            raise ValueError(f"a mask of attention scores is bool or floating-point, got {mask.dtype}")
-    if not fits:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} does not fit {batch} rows of {q_heads} heads, {q_len} queries and {kv_len} keys"
-        )
 
 
 def _apply_mask(call: AttendCall, rules: Rules, unseen: int = 0) -> None:

@@ -50,7 +50,7 @@ def test_a_4d_mask_of_integers_is_refused_and_nothing_is_stored(kind, dtype):
     cache = CACHES[kind](model.config)
     for length in (12, 3, 2):  # a compact mask has 2 or 3 columns
         mask = torch.ones(2, 1, length, length, dtype=dtype).tril()
-        with pytest.raises(ValueError, match=f"bool or floating-point, got {dtype}"):
+        with pytest.raises(ValueError, match=rf"mask is .* {dtype} on cpu, not .* torch.bool or"):
             forward(model, ids[:, :length], cache, attention_mask=mask)
     assert cache is None or cache.get_seq_length() == 0
     assert torch.equal(forward(model, ids, cache), forward(model, ids, CACHES[kind](model.config)))
@@ -67,7 +67,7 @@ def test_a_4d_mask_of_another_shape_is_refused_and_nothing_is_stored(kind, shape
     else:
         forward(model, ids[:, :8], cache)
         begin = 8
-    with pytest.raises(ValueError, match=r"mask .* does not fit 2 rows of 4 heads"):
+    with pytest.raises(ValueError, match=r"mask is .*, not "):
         forward(model, ids[:, begin:], cache, attention_mask=torch.ones(shape, dtype=torch.bool))
     if cache is not None:
         assert [layer.seen for layer in cache.layers] == [8, 8, 8]
@@ -150,7 +150,7 @@ def test_a_stream_goes_on_after_forwards_that_were_refused_or_interrupted(sinks,
     for cut in (10, 11, 12, 30, 31):
         part = ids[:, cache.get_seq_length() : cut]
         for _ in range(2):
-            with pytest.raises(ValueError, match="does not fit"):
+            with pytest.raises(ValueError, match=r"mask is .*, not "):
                 forward(model, part, cache, attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool).expand(2, 1, 1, 99))
         with monkeypatch.context() as patched:
             patched.setattr(model.model.layers[0].self_attn.q_proj, "forward", interrupt)

@@ -43,6 +43,12 @@ _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32
 _MAX_SINKS = 64
 
 
+def check_mask(mask: torch.Tensor, q: torch.Tensor, kv_len: int) -> None:
+    """Raises ValueError unless `mask` is `(B or 1, Hq or 1, Tq, kv_len)`, bool or float, for `q` `(B, Hq, Tq, D)`."""
+    lead = [1 if found == 1 else full for found, full in zip(mask.shape[:2], q.shape, strict=False)]
+    check_tensor("mask", mask, (*lead, q.shape[2], kv_len), (torch.bool, *FLOATS), q.device)
+
+
 @dataclass(slots=True)
 class SinkKV:
     """First tokens that stay visible after a sliding window has passed them (StreamingLLM, arXiv:2309.17453).
@@ -162,9 +168,8 @@ class AttendCall:
             check_tensor("leftpad", self.leftpad, (batch,), (torch.int32,), device)
         if self.s_aux is not None:
             check_tensor("s_aux", self.s_aux, (heads,), FLOATS, device)
-        if (mask := self.mask) is not None:
-            lead = [1 if found == 1 else full for found, full in zip(mask.shape, (batch, heads), strict=False)]
-            check_tensor("mask", mask, (*lead, q_len, self.kv_len), (torch.bool, *FLOATS), device)
+        if self.mask is not None:
+            check_mask(self.mask, q, self.kv_len)
         if (sinks := self.sinks) is not None:
             count = sinks.k.shape[2:3].numel()
             AttendCall(sinks.q, sinks.k, sinks.v, self.scale, leftpad=sinks.leftpad).check()
