@@ -223,8 +223,8 @@ class KVLayer(CacheLayerMixin):
         self.inconsistent = None
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        if not -self.seen <= tokens_to_remove <= 0:
-            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        if type(tokens_to_remove) is not int or not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes an int from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove!r}")
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:

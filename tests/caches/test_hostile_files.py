@@ -169,7 +169,7 @@ def rename(old: str, new: str):
         ("fp8-k", write_numbers("layers.1.k_codes", 255, torch.uint8), "layer 1: k_codes holds NaN"),
         ("int8", say("settings", "group_size", 32), "group_size=32 does not divide head_dim=16"),
         ("int8", say("settings", "skip_layers", [0]), "missing or not known|layer 0"),
-        ("int8", say("settings", "skip_layers", 5), "is not iterable"),
+        ("int8", say("settings", "skip_layers", 5), "skip_layers must be ints, .* got 5"),
         ("int8", say("settings", "skip_layers", [2, 2]), "which mean"),
         ("int8", say("settings", "sinks", 33), "sinks must be"),
         ("calibrated", say("settings", "calibration", "/dev/zero"), "numbers are 0 to"),

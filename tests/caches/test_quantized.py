@@ -310,7 +310,7 @@ def test_a_bad_block_is_found_behind_good_ones(without_triton):
         ({"sinks": 33}, "sinks .* got 33"),
         ({"sinks": True}, "sinks .* got True"),
         ({"max_cache_len": 0}, "max_cache_len .* got 0"),
-        ({"skip_layers": (3,)}, r"skip_layers \[3\] do not exist in a model of 3 layers"),
+        ({"skip_layers": (3,)}, r"skip_layers must be ints, layers of a model of 3, got \(3,\)"),
     ],
 )
 def test_impossible_settings(kwargs, message):
