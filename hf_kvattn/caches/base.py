@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -138,11 +139,18 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.replace_buffers({name: next(views) for name in layer.buffers()})
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shared": None}
+    def __deepcopy__(self, memo: dict) -> KVCache:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared": None}, memo))
+        copied.ticket = issue_ticket(copied)
+        return copied
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+    def __getstate__(self) -> bytes:
+        """Not tensors: those `multiprocessing` moves to memory that the other process would see and change."""
+        return pickle.dumps(copy.deepcopy(self).__dict__)
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(state))
         self.ticket = issue_ticket(self)
 
     def to(

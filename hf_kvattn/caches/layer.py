@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -156,9 +155,6 @@ class KVLayer(CacheLayerMixin):
         copied = shallow_copy(self)
         copied.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
         return copied
-
-    def __getstate__(self) -> dict:
-        return copy.deepcopy(self).__dict__
 
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
