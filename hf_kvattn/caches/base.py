@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from .configs import check_config, fingerprint, kv_shape, native_windows
 from .consistency import changing_all, check_consistent_layers, crop
-from .fork import SharedTensors, can_share
+from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
 from .reorder import reorder_rows
 from .tickets import issue_ticket
@@ -117,20 +117,24 @@ class KVCache(Cache):
 
         On Linux and a CPU the memory of the common prefix is shared by pages of 4 KiB. A page is copied when one of the
         caches writes to it. A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. On
-        other systems and devices, a fork is a deep copy.
+        other systems and devices, and where the system allows no more open files, a fork is a deep copy.
         """
         self.check_consistent_layers()
         tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
         if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
             return copy.deepcopy(self)
         same = self._shared is not None and self._shared.fits([tensor for tensor, _ in tensors])
-        if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
-            self._note_changes()
-            self._shared = SharedTensors(tensors)
-            self._replace_buffers(self._shared)
-        forked = shallow_copy(self)
-        forked.layers = [shallow_copy(layer) for layer in self.layers]
-        forked._replace_buffers(self._shared)
+        try:
+            if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
+                self._note_changes()
+                self._shared = SharedTensors(tensors)
+                self._replace_buffers(self._shared)
+            forked = shallow_copy(self)
+            forked.layers = [shallow_copy(layer) for layer in self.layers]
+            forked._replace_buffers(self._shared)
+        except OSError as error:
+            log_copy(str(error))
+            return copy.deepcopy(self)
         forked.ticket = issue_ticket(forked)
         return forked
 
