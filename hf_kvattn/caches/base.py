@@ -15,6 +15,7 @@ from .configs import check_config, fingerprint, kv_shape, native_windows
 from .consistency import changing_all, check_consistent_layers, crop
 from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
+from .prefix import KnownPrefix, hash_ids
 from .reorder import reorder_rows
 from .tickets import issue_ticket
 
@@ -53,6 +54,25 @@ class KVCache(Cache):
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
         self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged
         self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
+        self.known_prefix: KnownPrefix | None = None  # what a loaded cache knows of the tokens in it
+
+    def counts(self) -> dict[str, int | None]:
+        """Numbers of the whole cache on which its next token depends, beside those of its layers; files hold them."""
+        return {}
+
+    def set_counts(self, counts: dict[str, int | None]) -> None:
+        """Sets what `counts` returned; ValueError where no cache with these layers has such numbers."""
+
+    def check_prompt(self, input_ids: torch.Tensor) -> None:
+        """Raises ValueError if the cache is known to hold other tokens than the first ones of `input_ids` `(B, T)`."""
+        if self.known_prefix is None:
+            return
+        begin = input_ids[:, : self.known_prefix.length]
+        if hash_ids(begin, *begin.shape) != self.known_prefix.sha256:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} do not begin with the {self.known_prefix.length} tokens that the "
+                "cache was loaded with: pass those and then the new ones, or load the cache of this prompt"
+            )
 
     def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
@@ -81,6 +101,13 @@ class KVCache(Cache):
             ValueError: a number of tokens that not all layers hold; nothing has changed then.
         """
         crop(self.layers, tokens_to_remove)
+        if self.known_prefix is not None and self.layers[0].seen < self.known_prefix.length:
+            self.known_prefix = None
+
+    def reset(self) -> None:
+        """Removes all tokens."""
+        super().reset()
+        self.known_prefix = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """For beam search: row i becomes what row `beam_idx[i]` was. Only tokens that differ between rows are moved."""
@@ -108,6 +135,7 @@ class KVCache(Cache):
         if torch.equal(rows, torch.arange(batch_size)):
             return
         self._note_changes()
+        self.known_prefix = None
         with changing_all(self.layers, "reordering of the batch"):
             self._common_prefix = reorder_rows(self.layers, rows, self._common_prefix)
 
