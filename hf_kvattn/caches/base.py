@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers.cache_utils import Cache
 
 from .configs import check_config, fingerprint, kv_shape, native_windows
 from .consistency import changing_all, check_consistent_layers, crop
-from .fork import SharedTensors, can_share
+from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
+from .prefix import KnownPrefix, hash_ids
 from .reorder import reorder_rows
 from .tickets import issue_ticket
 
@@ -52,6 +54,25 @@ class KVCache(Cache):
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
         self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged
         self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
+        self.known_prefix: KnownPrefix | None = None  # what a loaded cache knows of the tokens in it
+
+    def counts(self) -> dict[str, int | None]:
+        """Numbers of the whole cache on which its next token depends, beside those of its layers; files hold them."""
+        return {}
+
+    def set_counts(self, counts: dict[str, int | None]) -> None:
+        """Sets what `counts` returned; ValueError where no cache with these layers has such numbers."""
+
+    def check_prompt(self, input_ids: torch.Tensor) -> None:
+        """Raises ValueError if the cache is known to hold other tokens than the first ones of `input_ids` `(B, T)`."""
+        if self.known_prefix is None:
+            return
+        begin = input_ids[:, : self.known_prefix.length]
+        if hash_ids(begin, *begin.shape) != self.known_prefix.sha256:
+            raise ValueError(
+                f"input_ids {tuple(input_ids.shape)} do not begin with the {self.known_prefix.length} tokens that the "
+                "cache was loaded with: pass those and then the new ones, or load the cache of this prompt"
+            )
 
     def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
@@ -80,6 +101,13 @@ class KVCache(Cache):
             ValueError: a number of tokens that not all layers hold; nothing has changed then.
         """
         crop(self.layers, tokens_to_remove)
+        if self.known_prefix is not None and self.layers[0].seen < self.known_prefix.length:
+            self.known_prefix = None
+
+    def reset(self) -> None:
+        """Removes all tokens."""
+        super().reset()
+        self.known_prefix = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """For beam search: row i becomes what row `beam_idx[i]` was. Only tokens that differ between rows are moved."""
@@ -107,6 +135,7 @@ class KVCache(Cache):
         if torch.equal(rows, torch.arange(batch_size)):
             return
         self._note_changes()
+        self.known_prefix = None
         with changing_all(self.layers, "reordering of the batch"):
             self._common_prefix = reorder_rows(self.layers, rows, self._common_prefix)
 
@@ -116,20 +145,24 @@ class KVCache(Cache):
 
         On Linux and a CPU the memory of the common prefix is shared by pages of 4 KiB. A page is copied when one of the
         caches writes to it. A cache that outgrows its capacity moves to memory of its own: give `max_cache_len`. On
-        other systems and devices, a fork is a deep copy.
+        other systems and devices, and where the system allows no more open files, a fork is a deep copy.
         """
         self.check_consistent_layers()
         tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
         if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
             return copy.deepcopy(self)
         same = self._shared is not None and self._shared.fits([tensor for tensor, _ in tensors])
-        if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
-            self._note_changes()
-            self._shared = SharedTensors(tensors)
-            self._replace_buffers(self._shared)
-        forked = shallow_copy(self)
-        forked.layers = [shallow_copy(layer) for layer in self.layers]
-        forked._replace_buffers(self._shared)
+        try:
+            if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
+                self._note_changes()
+                self._shared = SharedTensors(tensors)
+                self._replace_buffers(self._shared)
+            forked = shallow_copy(self)
+            forked.layers = [shallow_copy(layer) for layer in self.layers]
+            forked._replace_buffers(self._shared)
+        except OSError as error:
+            log_copy(str(error))
+            return copy.deepcopy(self)
         forked.ticket = issue_ticket(forked)
         return forked
 
@@ -138,11 +171,18 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.replace_buffers({name: next(views) for name in layer.buffers()})
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shared": None}
+    def __deepcopy__(self, memo: dict) -> KVCache:
+        memo[id(self)] = copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared": None}, memo))
+        copied.ticket = issue_ticket(copied)
+        return copied
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+    def __getstate__(self) -> bytes:
+        """Not tensors: those `multiprocessing` moves to memory that the other process would see and change."""
+        return pickle.dumps(copy.deepcopy(self).__dict__)
+
+    def __setstate__(self, state: bytes) -> None:
+        self.__dict__.update(pickle.loads(state))
         self.ticket = issue_ticket(self)
 
     def to(

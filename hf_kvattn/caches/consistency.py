@@ -9,6 +9,7 @@ An exception or an interrupt may come between any two lines. Two things can be w
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 
 from .layer import KVLayer
@@ -41,14 +42,18 @@ def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
         ValueError: a length that not all layers hold, or that one of them cannot go back to; nothing has changed then.
     """
     complete, longest = _lengths(layers)
-    kept = longest + tokens_to_remove
-    if tokens_to_remove > 0 or not 0 <= kept <= complete:
+    try:
+        number = operator.index(tokens_to_remove)  # transformers 5.17 gives a tensor
+    except TypeError:
+        number = 1
+    kept = longest + number
+    if isinstance(tokens_to_remove, bool) or number > 0 or not 0 <= kept <= complete:
         raise ValueError(
-            f"crop takes a number from {-longest} (all stored tokens) to {complete - longest}, got {tokens_to_remove}"
+            f"crop takes an int from {-longest} (all stored tokens) to {complete - longest}, got {tokens_to_remove!r}"
         )
     for layer in layers:
         layer.check_crop(kept - layer.seen)
-    if tokens_to_remove:
+    if number:
         with changing_all(layers, "crop"):
             for layer in layers:
                 layer.crop(kept - layer.seen)

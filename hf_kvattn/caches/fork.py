@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import weakref
 
 import torch
+
+logger = logging.getLogger("hf_kvattn")
 
 _ALIGN = 64  # bytes
 
@@ -19,6 +23,9 @@ class SharedTensors:
     Args:
         tensors: contiguous CPU tensors, each with the number of entries of its dimension 2 that are filled. The others
             take no memory and are zeros in the views.
+
+    Raises:
+        OSError: here and from `views`: the system allows no more open files or mappings.
     """
 
     def __init__(self, tensors: list[tuple[torch.Tensor, int]]):
@@ -44,7 +51,10 @@ class SharedTensors:
 
     def _map(self, shared: bool) -> list[torch.Tensor]:
         path = f"/proc/self/fd/{self._fd}"
-        data = torch.from_file(path, shared=shared, size=self._nbytes, dtype=torch.uint8)
+        try:
+            data = torch.from_file(path, shared=shared, size=self._nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(str(error).rpartition(": ")[2]) from error
         return [
             data[start : start + like.nbytes].view(like.dtype).view(like.shape)
             for start, like in zip(self._offsets, self._like, strict=True)
@@ -58,3 +68,8 @@ def can_share(tensors: list[torch.Tensor]) -> bool:
         and os.path.exists("/proc/self/fd")
         and all(tensor.device.type == "cpu" for tensor in tensors)
     )
+
+
+@functools.lru_cache(maxsize=16)
+def log_copy(reason: str) -> None:
+    logger.warning("forks that share no memory, because of: %s", reason)

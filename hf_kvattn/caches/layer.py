@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from typing import Any, NamedTuple
 
@@ -157,9 +156,6 @@ class KVLayer(CacheLayerMixin):
         copied.replace_buffers({name: tensor.clone() for name, (tensor, _) in self.buffers().items()})
         return copied
 
-    def __getstate__(self) -> dict:
-        return copy.deepcopy(self).__dict__
-
     @abstractmethod
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores new tokens `(B, Hkv, T, D)`, after `make_ready`; nothing is written when it raises."""
@@ -231,8 +227,8 @@ class KVLayer(CacheLayerMixin):
         self.inconsistent = None
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        if not -self.seen <= tokens_to_remove <= 0:
-            raise ValueError(f"crop takes a number from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove}")
+        if type(tokens_to_remove) is not int or not -self.seen <= tokens_to_remove <= 0:
+            raise ValueError(f"crop takes an int from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove!r}")
 
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:

@@ -104,16 +104,12 @@ class KVOffloadedLayer(KVStaticLayer):
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    def __getstate__(self) -> dict:
-        """For copies and pickles: they hold the host's buffers alone."""
+    def __deepcopy__(self, memo: dict) -> KVOffloadedLayer:
+        """Copies the host's buffers alone, and the layer that follows it too, unless `memo` holds a copy of it."""
         if self.is_initialized:
             self._wait_for_writes()
-        return self.__dict__ | {"_here": None, "_coming": None}
-
-    def __deepcopy__(self, memo: dict) -> KVOffloadedLayer:
-        """Copies the layer that follows it too, unless `memo` holds a copy of it."""
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        copied.__dict__.update(copy.deepcopy(self.__dict__ | {"_here": None, "_coming": None}, memo))
         return copied
 
 

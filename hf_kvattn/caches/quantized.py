@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class QuantizedKVCache(KVCache):
         value_bits: int | str | None = None,
         group_size: int | None = None,
         residual_length: int | None = None,
-        skip_layers: Sequence[int] = (),
+        skip_layers: Collection[int] = (),
         max_cache_len: int | None = None,
         sinks: int = 4,
         calibration: Calibration | dict[str, Any] | str | Path | None = None,
@@ -69,6 +69,9 @@ class QuantizedKVCache(KVCache):
         decoder = config.get_text_config(decoder=True)
         n_layers = decoder.num_hidden_layers
         heads, dim = kv_shape(decoder)
+        are_layers = isinstance(skip_layers, Collection) and all(type(i) is int for i in skip_layers)
+        if not are_layers or any(not -n_layers <= i < n_layers for i in skip_layers):
+            raise ValueError(f"skip_layers must be ints, layers of a model of {n_layers}, got {skip_layers!r}")
         if calibration is None:
             k_bits = [bits if key_bits is None else key_bits] * n_layers
             v_bits = [bits if value_bits is None else value_bits] * n_layers
@@ -88,15 +91,12 @@ class QuantizedKVCache(KVCache):
             made.check_model(decoder.model_type, n_layers, heads, dim)
             k_bits, v_bits = list(made.key_bits), list(made.value_bits)
             group_size, skip_layers = made.group_size, made.skip_layers
-        residual = residual_length or 0
+        residual = 0 if residual_length is None else residual_length
         if type(residual) is not int or residual < 0:
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
         if type(sinks) is not int or not 0 <= sinks <= MAX_SINKS:
             raise ValueError(f"sinks must be an int from 0 to {MAX_SINKS}, got {sinks!r}")
         check_max_cache_len(max_cache_len)
-        wrong = [i for i in skip_layers if not -n_layers <= i < n_layers]
-        if wrong:
-            raise ValueError(f"skip_layers {wrong} do not exist in a model of {n_layers} layers")
         skipped = {i % n_layers for i in skip_layers}
 
         def make_layer(layer_idx: int, *shape: int | None) -> KVLayer:

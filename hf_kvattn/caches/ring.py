@@ -214,6 +214,7 @@ class KVSlidingLayer(KVLayer):
         self.seen += tokens_to_remove
         self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
         self._sinks_seen_until = min(self._sinks_seen_until, self.seen)
+        self._leftpad = None if self._leftpad is None else self._leftpad.clamp(max=self.seen)
         self.begin = max(self.oldest, min(self.begin, self.seen))
 
     def reset(self) -> None:
@@ -245,9 +246,11 @@ class KVSlidingLayer(KVLayer):
     def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         super().allocate_for(like, counts)
         window = self.sliding_window
-        if not max(0, self.seen - self._k.shape[2]) <= counts["oldest"] <= max(0, self.seen - window + 1):
+        outside = max(0, self.seen - window + 1)
+        if not max(counts["rebased"], self.seen - self._k.shape[2]) <= counts["oldest"] <= outside:
             raise ValueError(f"layer {self.layer_idx}: a window of {window} does not leave {counts}")
-        self.oldest, self.rebased, self.begin = counts["oldest"], counts["rebased"], self.seen
+        self.oldest, self.rebased = counts["oldest"], counts["rebased"]
+        self.begin = max(self.oldest, self.seen - window)  # as after a step of one token
         self._sinks_seen_until = self.seen
         if self.sinks:  # which may be incomplete, where rows begin that late
             self._leftpad = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)

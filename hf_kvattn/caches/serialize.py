@@ -5,7 +5,7 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 
 - `hf_kvattn`: JSON with the keys of `_KEYS`: the version of this format, the cache's class and settings (the codec:
   bits of keys and values and group size or a calibration, exact first tokens, skipped layers), the model's
-  fingerprint, the dtype, counts and sizes of each layer, and a hash of the token ids;
+  fingerprint, the dtype, the cache's counts, counts and sizes of each layer, and what is known of the token ids;
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
@@ -18,29 +18,31 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .base import KVCache
+from .prefix import KnownPrefix, TokenIds, hash_ids
 from .registry import CLASSES
 
-VERSION = 2
+VERSION = 3
 MAX_HEADER_BYTES = 4 << 20  # some 1 KiB a layer is written
 _MAX_MESSAGE = 2000  # characters: what a file says may be long
 
-_DTYPES = {str(dtype): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+# What safetensors calls the dtypes of stored tensors.
+_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+          torch.uint8: "U8", torch.int32: "I32"}  # fmt: skip
+_DTYPES = {str(dtype): dtype for dtype in _TYPES if dtype.is_floating_point}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
-_KEYS = {"version", "cache", "settings", "model", "dtype", "layers", "token_ids_sha256"}
+_KEYS = {"version", "cache", "settings", "model", "dtype", "counts", "layers", "prefix"}
 _LARGEST = 1 << 40
-
-TokenIds = torch.Tensor | Sequence[int] | Sequence[Sequence[int]]
 
 
 def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds | None = None) -> None:
@@ -52,13 +54,14 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds
     Args:
         cache: a `StaticKVCache`, `SlidingWindowKVCache` or `QuantizedKVCache` between two forwards.
         path: the file; a link, a folder or anything else than a regular file there is left alone.
-        token_ids: what the cache was filled with, `(B, seen)`, or `(seen,)` of a single row, padding included: its hash
-            is stored, for `load_cache` to compare. After `generate()`, which leaves the last token out of the cache,
-            these are `sequences[:, :-1]`.
+        token_ids: what the cache was filled with, `(B, seen)`, or `(seen,)` of a single row, padding included, or a
+            tokenizer's output that holds them: its hash is stored, for `load_cache` and `KVCache.check_prompt` to
+            compare. After `generate()`, which leaves the last token out of the cache, these are `sequences[:, :-1]`.
+            None stores what the cache knows of them (`known_prefix`).
 
     Raises:
-        ValueError: a cache that is empty, of another class, or whose layers hold different numbers of tokens (after an
-            interrupted forward; `crop` it first); `token_ids` of another shape; an impossible `path`.
+        ValueError: a cache that is empty, of another class, or left inconsistent by an interrupted forward (with the
+            way out); `token_ids` of another shape; an impossible `path`.
         OSError: the file cannot be written.
     """
     path = Path(path)
@@ -83,8 +86,9 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds
 def load_cache(path: str | os.PathLike[str], config: PreTrainedConfig, token_ids: TokenIds | None = None) -> KVCache:
     """The cache that `save_cache` wrote, on the CPU (`cache.to(device)` moves it), ready to be appended to.
 
-    Everything that the file says is checked, against itself, its size and `config`, before memory is allocated; the
-    tensors are mapped, and copied once. No code in the file is run: there is none in the format.
+    Everything that the file says is checked, against itself, its size and `config`, before memory is allocated; then it
+    is read once, which takes at most twice the memory of the cache. No code in the file is run: there is none in the
+    format.
 
     Args:
         path: a regular file, or a link to one.
@@ -92,17 +96,21 @@ def load_cache(path: str | os.PathLike[str], config: PreTrainedConfig, token_ids
             cache; weights are not known to a config, so another checkpoint of the same architecture is not noticed.
         token_ids: the prefix that the file should hold, as in `save_cache`.
 
+    Returns:
+        A cache whose `known_prefix` is what the file says of its token ids.
+
     Raises:
-        ValueError: no such file; a damaged one or one of another kind; another model, dtype or prefix than asked for,
-            with both. Nothing of it is returned.
+        ValueError: no such file; one that cannot be read, is damaged or of another kind; another model, dtype or prefix
+            than asked for, with both. Nothing of it is returned.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is no file" + (", but a folder or a device" if path.exists() else ""))
     try:
-        return _load(path, config, token_ids)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be loaded: {str(error)[:_MAX_MESSAGE]}") from error
+        with open(path, "rb") as file:
+            return _load(file, config, token_ids)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of memory that PyTorch does not get
+        raise ValueError(f"{path} cannot be loaded: {str(error)[:_MAX_MESSAGE] or type(error).__name__}") from error
 
 
 def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
@@ -112,21 +120,26 @@ def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
 def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     """The metadata of a cache's file, as JSON can hold it."""
     if CLASSES.get(type(cache).__name__) is not type(cache):
-        raise ValueError(f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}")
+        raise ValueError(
+            f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}: make one, like cache = "
+            "StaticKVCache(model.config), and fill it with model(ids, past_key_values=cache)"
+        )
     empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")
-    layers = [{name: getattr(layer, name) for name in (*_SIZES, *layer.counts)} for layer in cache.layers]
-    _check_alike(layers)
-    first = cache.layers[0]
+    cache.check_consistent_layers()
+    first, prefix = cache.layers[0], cache.known_prefix
+    if token_ids is not None:
+        prefix = KnownPrefix(hash_ids(token_ids, first.batch_size, first.seen), first.seen)
     return {
         "version": VERSION,
         "cache": type(cache).__name__,
         "settings": cache.settings,
         "model": _plain(cache.fingerprint),
         "dtype": str(first.dtype),
-        "layers": layers,
-        "token_ids_sha256": None if token_ids is None else _hash_ids(token_ids, first.batch_size, first.seen),
+        "counts": cache.counts(),
+        "layers": [{name: getattr(layer, name) for name in (*_SIZES, *layer.counts)} for layer in cache.layers],
+        "prefix": None if prefix is None else prefix._asdict(),
     }
 
 
@@ -135,28 +148,12 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _check_alike(layers: list[dict[str, int]]) -> None:
-    for name in ("seen", "batch_size"):
-        found = {layer[name] for layer in layers}
-        if len(found) > 1:
-            raise ValueError(f"the layers do not agree on {name}, which is {sorted(found)}: a forward was interrupted")
-
-
-def _hash_ids(token_ids: TokenIds, batch_size: int, seen: int) -> str:
-    """sha256 of the ids as little-endian int64, row after row."""
-    try:
-        ids = torch.as_tensor(token_ids).cpu().numpy()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"token_ids must be integers: {error}") from error
-    if ids.dtype.kind not in "iu":
-        raise ValueError(f"token_ids must be integers, got {ids.dtype}")
-    if ids.shape not in [(batch_size, seen), *([(seen,)] if batch_size == 1 else [])]:
-        raise ValueError(f"token_ids are {ids.shape}, the cache holds {(batch_size, seen)} tokens")
-    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).flatten().numpy().data
 
 
 def _sha256(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.view(torch.uint8).flatten().numpy().data).digest()
+    return hashlib.sha256(_bytes(tensor)).digest()
 
 
 def _digest(text: str, names: Iterable[str], hashes: Iterable[bytes]) -> str:
@@ -167,44 +164,47 @@ def _digest(text: str, names: Iterable[str], hashes: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def _load(path: Path, config: PreTrainedConfig, token_ids: TokenIds | None) -> KVCache:
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
-    with safe_open(path, "pt") as file:
-        strings = file.metadata() or {}
-        if set(strings) != {"hf_kvattn", "sha256"}:
-            raise ValueError(f"its metadata are {sorted(strings)}, not those of a cache")
-        said = _read_json(strings["hf_kvattn"])
-        cache, sketch = (_make(said, config) for _ in range(2))
-        _check_model(said, cache, config)
-        _check_ids(said, token_ids)
-        _prepare(sketch, said, "meta")
-        expected = _filled(sketch)
-        unknown = sorted(set(expected) ^ set(file.keys()))
-        if unknown:
-            raise ValueError(f"{len(unknown)} tensors are missing or not known, {unknown[0]!r} among them")
-        stored = {name: file.get_tensor(name) for name in expected}  # mapped, not read
-    _check_tensors(stored, expected)
+def _load(file: BinaryIO, config: PreTrainedConfig, token_ids: TokenIds | None) -> KVCache:
+    header, strings = _read_header(file)
+    said = _read_json(strings["hf_kvattn"])
+    cache, sketch = (_make(said, config) for _ in range(2))
+    _check_model(said, cache, config)
+    prefix = _check_prefix(said, token_ids)
+    _prepare(sketch, said, "meta")
+    order = _check_tensors(header, _filled(sketch), os.fstat(file.fileno()).st_size - file.tell())
     _prepare(cache, said, "cpu")
+    tensors, hashes = _filled(cache), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        hashes = pool.map(_sha256, stored.values())
-        for name, tensor in _filled(cache).items():
-            tensor.copy_(stored[name])
-        digest = _digest(strings["hf_kvattn"], stored, hashes)
+        for name in order:
+            read = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
+            if file.readinto(_bytes(read)) != read.nbytes:  # type: ignore[attr-defined]  # a BufferedReader has it
+                raise ValueError(f"it ended inside {name} while it was read")
+            hashes.append(pool.submit(_sha256, read))
+            tensors[name].copy_(read)
+        digest = _digest(strings["hf_kvattn"], order, [found.result() for found in hashes])
     if digest != strings["sha256"]:
         raise ValueError(f"it is damaged: its sha256 is {digest}, and was {strings['sha256']}")
     for layer in cache.layers:
         layer.check_loaded()
+    cache.set_counts(said["counts"])
+    cache.known_prefix = prefix
     return cache
 
 
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a safetensors file says of its tensors, which follow, and its two strings."""
+    header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
+    header = json.loads(file.read(header_bytes))
+    strings = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(strings, dict) or set(strings) != {"hf_kvattn", "sha256"}:
+        raise ValueError(f"its metadata are {strings!r}, not those of a cache")
+    return header, {name: str(text) for name, text in strings.items()}
+
+
 def _read_json(text: str) -> dict[str, Any]:
-    try:
-        said = json.loads(text)
-    except RecursionError:
-        raise ValueError("its metadata are nested without end") from None
+    said = json.loads(text)
     if not isinstance(said, dict) or said.get("version") != VERSION:
         version = said.get("version") if isinstance(said, dict) else None
         raise ValueError(f"it has version {version!r} of the format, and {VERSION} is read here")
@@ -215,6 +215,10 @@ def _read_json(text: str) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_position(value: Any) -> bool:
+    return value is None or (type(value) is int and -_LARGEST <= value <= _LARGEST)
 
 
 def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
@@ -250,7 +254,8 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
     dtype = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
     if dtype is not None and str(dtype) != said["dtype"]:
         raise ValueError(
-            f"it holds {said['dtype']}, the model is {dtype} (config.dtype; set it if the model was converted)"
+            f"it holds {said['dtype']}, and the config says {dtype}. model.to(dtype) does not change the config: after "
+            f"it, set config.get_text_config().dtype = {said['dtype']}"
         )
     layers = said["layers"]
     if not isinstance(layers, list) or len(layers) != len(cache.layers):
@@ -262,38 +267,59 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
             raise ValueError(f"layer {layer.layer_idx} is {found!r}: {sorted(names)} should be 0 to {_LARGEST}")
         if not all(found[name] for name in (*_SIZES, "seen")):
             raise ValueError(f"layer {layer.layer_idx} is {found}: sizes are at least 1")
-    _check_alike(layers)
+    for name in ("seen", "batch_size", "rebased"):
+        values = sorted({layer[name] for layer in layers if name in layer})
+        if len(values) > 1:
+            raise ValueError(f"the layers do not agree on {name}, which is {values}")
+    ours, counts = cache.counts(), said["counts"]
+    if not isinstance(counts, dict) or set(counts) != set(ours) or not all(map(_is_position, counts.values())):
+        raise ValueError(f"its counts are {counts!r}: {[*ours]} should be None or {-_LARGEST} to {_LARGEST}")
 
 
-def _check_ids(said: dict[str, Any], token_ids: TokenIds | None) -> None:
-    theirs = said["token_ids_sha256"]
-    if theirs is not None and not isinstance(theirs, str):
-        raise ValueError(f"its hash of the token ids is {theirs!r}")
-    if token_ids is None:
-        return
-    if theirs is None:
-        raise ValueError("it was saved without token_ids, so those given cannot be compared")
-    ours = _hash_ids(token_ids, said["layers"][0]["batch_size"], said["layers"][0]["seen"])
-    if ours != theirs:
-        raise ValueError(f"it holds another prefix: the sha256 of its token ids is {theirs}, of those given {ours}")
+def _check_prefix(said: dict[str, Any], token_ids: TokenIds | None) -> KnownPrefix | None:
+    """What the file says of its tokens; ValueError if it cannot be, or if `token_ids` are others."""
+    found, layer = said["prefix"], said["layers"][0]
+    if found is None:
+        if token_ids is not None:
+            raise ValueError("it was saved without token_ids, so those given cannot be compared")
+        return None
+    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {"sha256": str, "length": int}:
+        raise ValueError(f"its prefix is {found!r}, should be a sha256 and a length")
+    prefix = KnownPrefix(**found)
+    if not 0 < prefix.length <= layer["seen"]:
+        raise ValueError(f"its prefix is of {prefix.length} tokens, and it holds {layer['seen']}")
+    if token_ids is not None:
+        ours = hash_ids(token_ids, layer["batch_size"], prefix.length)
+        if ours != prefix.sha256:
+            raise ValueError(
+                f"it holds another prefix: the sha256 of its token ids is {prefix.sha256}, of those given {ours}"
+            )
+    return prefix
 
 
 def _prepare(cache: KVCache, said: dict[str, Any], device: str) -> None:
     """Makes the buffers that the file's sizes and counts need; on `meta` only their shapes."""
     one = torch.zeros((), dtype=_DTYPES[said["dtype"]], device=device)
+    for layer, found in zip(cache.layers, said["layers"], strict=True):
+        like = one.expand(found["batch_size"], found["kv_heads"], found["seen"], found["head_dim"])
+        layer.allocate_for(like, {name: found[name] for name in layer.counts})
+
+
+def _check_tensors(header: dict[str, Any], expected: dict[str, torch.Tensor], data_bytes: int) -> list[str]:
+    """Refuses other tensors than `expected`, one after the other in `data_bytes`; returns their order in the file."""
+    unknown = sorted(set(expected) ^ set(header))
+    if unknown:
+        raise ValueError(f"{len(unknown)} tensors are missing or not known, {unknown[0]!r} among them")
     try:
-        for layer, found in zip(cache.layers, said["layers"], strict=True):
-            like = one.expand(found["batch_size"], found["kv_heads"], found["seen"], found["head_dim"])
-            layer.allocate_for(like, {name: found[name] for name in layer.counts})
-    except RuntimeError as error:  # PyTorch's, of numbers that overflow and of memory that is not there
-        raise ValueError(f"buffers of the sizes it names cannot be made: {error}") from error
-
-
-def _check_tensors(stored: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name, tensor in expected.items():
-        found = stored[name]
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
-                f"{name} is {found.dtype} of shape {tuple(found.shape)}, should be {tensor.dtype} of "
-                f"{tuple(tensor.shape)}"
-            )
+        order = sorted(expected, key=lambda name: header[name]["data_offsets"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"it does not say where its tensors lie: {error!r}") from error
+    end = 0
+    for name in order:
+        tensor, start, end = expected[name], end, end + expected[name].nbytes
+        wanted = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        if header[name] != wanted:
+            raise ValueError(f"{name} is {header[name]}, should be {wanted}")
+    if end != data_bytes:
+        raise ValueError(f"its tensors take {end} bytes, and {data_bytes} are there")
+    return order

@@ -82,14 +82,13 @@ class SlidingWindowKVCache(KVCache):
         if self._limit is None:
             return asked
         seen = self.get_seq_length()
-        if self._next_position.seen == seen:  # else the forward that asked for it was refused
-            self._stream_position = self._next_position
+        before = self._stands_at()
         if asked is None:
-            start = self._stream_position.start or 0
+            start = before.start or 0
             asked = torch.arange(start + seen, start + seen + new, device=device)[None]
         if asked.ndim != 2 or asked.shape[1] != new:
             raise ValueError(f"position_ids {tuple(asked.shape)} must be (B, {new})")
-        position = self._stream_position.advance(asked, seen, padded)
+        position = before.advance(asked, seen, padded)
         if self._limit.changes and new > self._limit.positions:
             raise ValueError(
                 f"{new} tokens at once exceed the {self._limit.positions} positions at which the model's rotary "
@@ -104,9 +103,23 @@ class SlidingWindowKVCache(KVCache):
                 for ring in rings:
                     ring.rebase(by)
             rebased += by
-        self._next_position = position
+        self._stream_position, self._next_position = before, position
         offset = (position.start or 0) + rebased
         return asked if offset == 0 else asked - offset
+
+    def _stands_at(self) -> StreamPosition:
+        """Where the stream stands: behind the tokens for which positions were asked last, unless they were refused."""
+        return self._next_position if self._next_position.seen == self.get_seq_length() else self._stream_position
+
+    def counts(self) -> dict[str, int | None]:
+        position = self._stands_at()
+        return {"start": position.start, "end": position.end}
+
+    def set_counts(self, counts: dict[str, int | None]) -> None:
+        position = StreamPosition(**counts, seen=self.get_seq_length())
+        if position.end is not None and (position.start is None or position.end >= position.start + position.seen):
+            raise ValueError(f"no stream is at {position}")
+        self._stream_position = self._next_position = position
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

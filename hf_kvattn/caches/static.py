@@ -28,12 +28,14 @@ class StaticKVCache(KVCache):
             `max_cache_len`.
 
     Raises:
-        ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, or an
-            unsupported model (`caches.configs.check_config`).
+        ValueError: `max_cache_len` below 1, `offload` without it or without a layer of full attention, an argument of
+            another type, or an unsupported model (`caches.configs.check_config`).
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offload: bool = False):
         check_max_cache_len(max_cache_len)
+        if type(offload) is not bool:
+            raise ValueError(f"offload must be True or False, got {offload!r}")
         if offload and max_cache_len is None:
             raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
         super().__init__(

@@ -4,8 +4,10 @@ import copy
 import functools
 import gc
 import io
+import os
 import pickle
 import re
+import resource
 import sys
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import DynamicCache, StaticCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.caches import fork as fork_module
 from hf_kvattn.kernels import dispatch
 
 # What generate() and its users do to caches: method and arguments, or tokens to append and the batch they come in.
@@ -238,6 +241,33 @@ def test_copies_and_pickles_of_a_fork_own_their_memory(kind):
         assert same(contents(each), contents(cache))
         tensors = [t for layer in each.layers for t, _ in layer.buffers().values()]
         assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks share memory on Linux only")
+@pytest.mark.parametrize("kind", ALL)
+def test_forks_are_copies_where_no_more_files_can_be_opened(kind, caplog):
+    fork_module.log_copy.cache_clear()
+    caches = [ALL[kind](tiny_config()) for _ in range(2)]
+    for cache in caches:
+        append(cache, tokens(50))
+    forks = [caches[0].fork()]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = os.dup(0)
+    os.close(last)
+    try:
+        for left in (0, 1, 2):  # none for a new prefix, one that cannot be mapped, one that cannot be forked
+            resource.setrlimit(resource.RLIMIT_NOFILE, (last + left, limits[1]))
+            forks += [cache.fork() for cache in caches for _ in range(2)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    reasons = [record.getMessage() for record in caplog.records]
+    assert len(reasons) == len(set(reasons)) > 0 and all("Too many open files" in reason for reason in reasons)
+    expected = contents(caches[0])
+    forks += [cache.fork() for cache in caches]
+    for i, each in enumerate(forks):
+        forward(each, tokens(3, seed=i))
+        each.crop(-3)
+    assert all(same(contents(each), expected) for each in [*caches, *forks])
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -130,7 +130,7 @@ def rename(old: str, new: str):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("static", say("version", 1), "version 1 of the format, and 2 is read here"),
+        ("static", say("version", 1), "version 1 of the format, and 3 is read here"),
         ("static", say("version", "1"), "version '1'"),
         ("static", say("cache", "os.system"), "class 'os.system', known are"),
         ("static", say("cache", ["StaticKVCache"]), "class \\['StaticKVCache'\\]"),
@@ -138,7 +138,7 @@ def rename(old: str, new: str):
         ("static", say("settings", []), "settings of its StaticKVCache are \\[\\]"),
         ("static", say("settings", "bits", 4), "unexpected keyword argument 'bits'"),
         ("static", say("settings", "max_cache_len", 74), "75 new ones exceed max_cache_len=74"),
-        ("static", say("settings", "max_cache_len", 1 << 40), "cannot be made"),
+        ("static", say("settings", "max_cache_len", 1 << 40), "allocate memory"),
         ("static", say("settings", "max_cache_len", 1 << 70), "numbers are 0 to"),
         ("static", say("settings", "max_cache_len", 80.0), "numbers are 0 to"),
         ("static", say("dtype", "torch.float16"), "F32|float32 .* should be torch.float16"),
@@ -151,16 +151,30 @@ def rename(old: str, new: str):
         ("static", say("layers", 1, 5), "layer 1 is 5"),
         ("static", say("layers", 1, "seen", 74), "do not agree on seen, which is \\[74, 75\\]"),
         ("static", say("layers", 1, "seen", -75), "layer 1 .* should be 0 to"),
-        ("static", all_layers("seen", 74), "shape \\(2, 2, 75, 16\\), should be .*\\(2, 2, 74, 16\\)"),
+        ("static", all_layers("seen", 76), "'shape': \\[2, 2, 75, 16\\].*, should be .*\\[2, 2, 76, 16\\]"),
         ("static", all_layers("seen", 0), "sizes are at least 1"),
         ("static", all_layers("seen", True), "layer 0 .* should be 0 to"),
         ("static", all_layers("batch_size", 1 << 39), "batch|cannot be made|shape"),
         ("static", all_layers("kv_heads", 3), "made for 2 KV heads of 16, got 3 of 16"),
         ("static", all_layers("stored", 75), "layer 0 .*'stored': 75"),
         ("static", drop("dtype"), "its metadata say"),
-        ("static", say("token_ids_sha256", 5), "hash of the token ids is 5"),
-        ("static", reshape("layers.1.k", [2, 2, 25, 48]), "layers.1.k is .*\\(2, 2, 25, 48\\), should be"),
-        ("static", reshape("layers.1.k", [2, 2, 1 << 40, 16]), "invalid shape"),
+        ("static", say("prefix", 5), "its prefix is 5, should be a sha256 and a length"),
+        ("static", say("prefix", "sha256", 5), "its prefix is .*, should be a sha256 and a length"),
+        ("static", say("prefix", "length", True), "its prefix is .*, should be a sha256 and a length"),
+        ("static", say("prefix", "more", 1), "its prefix is .*, should be a sha256 and a length"),
+        ("static", say("prefix", "length", 0), "its prefix is of 0 tokens, and it holds 75"),
+        ("static", say("prefix", "length", 76), "its prefix is of 76 tokens, and it holds 75"),
+        ("static", say("counts", None), "its counts are None: \\[\\] should be"),
+        ("static", say("counts", "start", 0), "its counts are {'start': 0}: \\[\\] should be"),
+        ("sliding", drop("counts"), "its metadata say"),
+        ("sliding", say("counts", {}), "its counts are {}: \\['start', 'end'\\] should be None or"),
+        ("sliding", say("counts", "start", True), "its counts are .*True"),
+        ("sliding", say("counts", "start", 1.0), "its counts are .*1.0"),
+        ("sliding", say("counts", "start", 1 << 41), "its counts are .*should be None or"),
+        ("sliding", say("counts", {"start": None, "end": 3}), "no stream is at .*end=3"),
+        ("sliding", say("counts", {"start": 5, "end": 80}), "no stream is at .*start=5, end=80"),
+        ("static", reshape("layers.1.k", [2, 2, 25, 48]), "layers.1.k is .*\\[2, 2, 25, 48\\].*, should be"),
+        ("static", reshape("layers.1.k", [2, 2, 1 << 40, 16]), "layers.1.k is .*should be"),
         ("static", rename("layers.2.v", "layers.3.v"), "2 tensors are missing or not known, 'layers.2.v'"),
         ("int8", say("settings", "key_bits", 4), "k_codes|missing"),
         ("int8", say("settings", "key_bits", 5), "bits must be one of"),
@@ -169,7 +183,7 @@ def rename(old: str, new: str):
         ("fp8-k", write_numbers("layers.1.k_codes", 255, torch.uint8), "layer 1: k_codes holds NaN"),
         ("int8", say("settings", "group_size", 32), "group_size=32 does not divide head_dim=16"),
         ("int8", say("settings", "skip_layers", [0]), "missing or not known|layer 0"),
-        ("int8", say("settings", "skip_layers", 5), "is not iterable"),
+        ("int8", say("settings", "skip_layers", 5), "skip_layers must be ints, .* got 5"),
         ("int8", say("settings", "skip_layers", [2, 2]), "which mean"),
         ("int8", say("settings", "sinks", 33), "sinks must be"),
         ("calibrated", say("settings", "calibration", "/dev/zero"), "numbers are 0 to"),
@@ -183,6 +197,8 @@ def rename(old: str, new: str):
         ("sliding", all_layers("oldest", 50), "a window of 30 does not leave"),
         ("sliding", all_layers("seen", 200), "a window of 30 does not leave"),
         ("sliding", say("settings", "window", 5), "a window of 5 does not leave"),
+        ("sliding", say("layers", 2, "rebased", 1), "do not agree on rebased, which is \\[0, 1\\]"),
+        ("sliding-sinks", all_layers("rebased", 12), "a window of 12 does not leave .*'rebased': 12"),
         ("int8", all_layers("dropped", 64), "64 dropped and 4 exact ones do not fit"),
         (
             "int8",
@@ -194,7 +210,7 @@ def rename(old: str, new: str):
             all_layers("packed_tokens", 96),
             "96 tokens in blocks of 32 after 0 dropped and 4 exact ones do not fit into 75",
         ),
-        ("int8", all_layers("packed_tokens", 32), "should be .*\\(2, 2, 43, 16\\)"),
+        ("int8", all_layers("packed_tokens", 32), "should be .*\\[2, 2, 43, 16\\]"),
         ("int8", write_numbers("layers.1.k_scale", torch.nan), "layer 1: k_scale holds NaN or infinite"),
         ("int8", write_numbers("layers.2.v_scale", torch.inf), "layer 2: v_scale holds NaN or infinite"),
         ("int8", write_numbers("layers.0.v_scale", -1.0), "layer 0: v_scale holds negative"),
@@ -359,7 +375,6 @@ def assert_is_what_the_file_says(cache, raw: bytes, path: Path) -> None:
     save_cache(cache, path)
     again, again_data = parse(path.read_bytes())
     said, said_again = (json.loads(h["__metadata__"]["hf_kvattn"]) for h in (header, again))
-    said["token_ids_sha256"] = None
     assert said == said_again and set(again) == set(header)
     for name in set(header) - {"__metadata__"}:
         assert header[name]["shape"] == again[name]["shape"] and header[name]["dtype"] == again[name]["dtype"]

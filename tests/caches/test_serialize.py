@@ -155,8 +155,8 @@ def test_token_ids_are_compared(tmp_path):
         (tiny_config(hidden_size=96), "hidden_size is 64, in the config 96"),
         (tiny_config(vocab_size=130), "vocab_size is 128, in the config 130"),
         (tiny_config(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), "rope_parameters is .*500000.0"),
-        (tiny_config(dtype=torch.bfloat16), "holds torch.float32, the model is torch.bfloat16"),
-        (tiny_config(dtype="float16"), "holds torch.float32, the model is torch.float16"),
+        (tiny_config(dtype=torch.bfloat16), "holds torch.float32, and the config says torch.bfloat16"),
+        (tiny_config(dtype="float16"), "holds torch.float32, and the config says torch.float16"),
     ],
     ids=["type", "layers", "kv-heads", "head-dim", "hidden", "vocabulary", "rope", "dtype", "dtype-text"],
 )
@@ -189,7 +189,7 @@ def test_what_cannot_be_saved(tmp_path):
         (StaticKVCache(tiny_config()), r"layers \[0, 1, 2\] of the cache hold no tokens"),
         (half, r"layers \[1, 2\] of the cache hold no tokens"),
         (forgotten, "nothing to save"),
-        (uneven, r"do not agree on seen, which is \[9, 10\]"),
+        (uneven, r"interrupted half way: layers hold 9 to 10 tokens; crop\(-1\) goes back"),
         (append(Mine(tiny_config()), 9), r"caches that can be saved are .*QuantizedKVCache.*, got Mine"),
         ("cache", "got str"),
     ):
