@@ -174,16 +174,17 @@ def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def compact_masks(
-    config: Any, tokens: torch.Tensor, leftpad: Callable[[bool], torch.Tensor | None]
+    config: Any, tokens: torch.Tensor, leftpad: Callable[[bool], torch.Tensor] | None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Compact masks for a decoder of `config`, as transformers would hand them to it in `create_masks_for_generate`.
 
     Args:
-        leftpad: what `compact_mask` takes, for layers with a sliding window or without.
+        leftpad: gives what `compact_mask` takes, for layers with a sliding window or without; None: no row is padded.
     """
 
     def compact(sliding: bool) -> torch.Tensor:
-        return compact_mask(leftpad(sliding), config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+        rows = None if leftpad is None else leftpad(sliding)
+        return compact_mask(rows, config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
 
     if hasattr(config, "layer_types"):  # one mask for each kind of layer, or one for all
         return {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}
