@@ -33,13 +33,11 @@ class Description:
     def __str__(self) -> str:
         lines = [f"{name:<13} {version}" for name, version in self.versions.items()]
         lines += ["", f"backend asked for: {self.chosen}", ""]
-        lines += [
-            f"  {name:<10} {'usable' if why is None else 'not usable: ' + why}" for name, why in self.backends.items()
-        ]
+        for name, why in self.backends.items():
+            lines.append(f"  {name:<10} {'usable' if why is None else 'not usable: ' + why}")
         lines += ["", f"  {'case':<44} taken"]
-        lines += [
-            f"  {case:<44} {name}{'' if why is None else f'  ({why})'}" for case, (name, why) in self.cases.items()
-        ]
+        for case, (name, why) in self.cases.items():
+            lines.append(f"  {case:<44} {name}{'' if why is None else f'  ({why})'}")
         return "\n".join(lines)
 
 

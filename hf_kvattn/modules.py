@@ -106,8 +106,6 @@ class CachedSelfAttention(nn.Module):
         """One token `(B, 1, embed_dim)`: written at its position, then attends to all up to and including it.
 
         Args:
-            x: the token.
-            cache: where it goes.
             position: where the caller believes it goes, counted from 0, as in NNX-style loops; None does not say.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import torch
 
 from ..quant.blocks import Quantize, quantize_blocks
 from .layer import KVLayer
-from .static_layer import KVStaticLayer, make_static_layer
+from .static_layer import KVStaticLayer
 
 
 class KVOffloadedLayer(KVStaticLayer):
@@ -64,15 +63,14 @@ class KVOffloadedLayer(KVStaticLayer):
         if not self.is_initialized or self._coming is not None:
             return
         self._coming = self._buffers(device=self.device)
-        on_side_stream: contextlib.AbstractContextManager = contextlib.nullcontext()
+        side: torch.cuda.Stream | None = None
         if self.device.type == "cuda":
             side = _side_stream(self.device)
             # Until then this memory may be in use, and the newest tokens may not have reached the host.
             side.wait_stream(torch.cuda.current_stream(self.device))
             for near in self._coming:
                 near.record_stream(side)
-            on_side_stream = torch.cuda.stream(side)
-        with on_side_stream:
+        with torch.cuda.stream(side):  # None: the current one
             for near, far in zip(self._coming, (self._k, self._v), strict=True):
                 near[:, :, : self.seen].copy_(far[:, :, : self.seen], non_blocking=True)
 
@@ -117,15 +115,6 @@ class KVOffloadedLayer(KVStaticLayer):
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a GPU on which layers are copied while it computes."""
     return torch.cuda.Stream(device)
-
-
-def make_offloaded_layer(
-    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
-) -> KVLayer:
-    """A layer of full attention lies on the host; a layer with a window is small and stays on the device."""
-    if window is None:
-        return KVOffloadedLayer(max_cache_len, layer_idx, heads, dim)
-    return make_static_layer(max_cache_len, layer_idx, heads, dim, window)
 
 
 def link_offloaded(layers: Sequence[KVLayer]) -> None:

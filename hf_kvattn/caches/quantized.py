@@ -108,12 +108,8 @@ class QuantizedKVCache(KVCache):
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
-        made_with: dict[str, Any] = {
-            "key_bits": k_bits[0],
-            "value_bits": v_bits[0],
-            "group_size": group_size,
-            "skip_layers": sorted(skipped),
-        }
+        made_with: dict[str, Any] = {"key_bits": k_bits[0], "value_bits": v_bits[0], "group_size": group_size}
+        made_with["skip_layers"] = sorted(skipped)
         if calibration is not None:
             made_with = {"calibration": made.as_json()}
         self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}

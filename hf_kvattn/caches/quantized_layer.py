@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..quant.blocks import Quantize, quantize_blocks
 from ..quant.calibration import check_group_size
@@ -16,7 +16,7 @@ from ..quant.packed import PackedKV
 from .layer import GROWTH, KVLayer, Stored, ring_spans
 from .ring import SLACK, overwritten
 
-logger = logging.getLogger("hf_kvattn")
+logger = logging.get_logger("hf_kvattn")
 
 _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
 
@@ -86,36 +86,26 @@ class KVQuantizedLayer(KVLayer):
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """The blocks of `tokens` tokens from `slot` on; no copy."""
-        settings, arrays = self.settings, self._packed
-        return PackedKV(
-            settings.exact_first,
-            tokens,
-            settings.k_codec,
-            settings.v_codec,
-            _as_codes(arrays["k_codes"], settings.k_codec),
-            arrays["k_scale"],
-            arrays.get("k_zero"),
-            arrays["k_mean"],
-            _as_codes(arrays["v_codes"], settings.v_codec),
-            arrays["v_scale"],
-            arrays.get("v_zero"),
-            slot,
-        )
+        settings = self.settings
+        arrays: dict[str, Any] = {"k_zero": None, "v_zero": None, **self._packed}
+        arrays["k_codes"] = _as_codes(self._packed["k_codes"], settings.k_codec)
+        arrays["v_codes"] = _as_codes(self._packed["v_codes"], settings.v_codec)
+        return PackedKV(settings.exact_first, tokens, settings.k_codec, settings.v_codec, slot=slot, **arrays)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Everything dequantized, in the model's dtype: a copy."""
         k, v, packed, *_ = self.stored_kv()
         if packed is None:
             return k, v
-        first, newest = slice(0, packed.start), slice(packed.start, None)
-        packed_k, packed_v = packed.dense(0, packed.tokens // BLOCK)
-        return (
-            torch.cat([k[:, :, first], packed_k.to(k.dtype), k[:, :, newest]], 2),
-            torch.cat([v[:, :, first], packed_v.to(v.dtype), v[:, :, newest]], 2),
-        )
+        lead, pairs = packed.start, zip((k, v), packed.dense(0, packed.tokens // BLOCK), strict=True)
+        k, v = (torch.cat([exact[:, :, :lead], blocks.to(k.dtype), exact[:, :, lead:]], 2) for exact, blocks in pairs)
+        return k, v
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        _warn_dense()
+        logger.warning_once(
+            "a quantized cache is read through update(), which dequantizes all of it in every layer at every step: "
+            "call hf_kvattn.enable(model) to have it read packed"
+        )
         return super().update(key_states, value_states, *args, **kwargs)
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -125,18 +115,16 @@ class KVQuantizedLayer(KVLayer):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.make_ready(k, v)
-        end = self.seen + k.shape[2]
         exact, new_exact = self._exact, self._exact + k.shape[2]
-        if new_exact <= self._exact_k.shape[2]:
+        fits = new_exact <= self._exact_k.shape[2]
+        if fits or exact:
+            if not fits:  # a prompt: all of it is exact until `finish_attention`
+                self._resize_exact(new_exact, exact)
             self._exact_k[:, :, exact:new_exact].copy_(k.detach())
             self._exact_v[:, :, exact:new_exact].copy_(v.detach())
-        elif exact:  # a prompt: all of it is exact until `finish_attention`
-            self._resize_exact(new_exact, exact)
-            self._exact_k[:, :, exact:].copy_(k.detach())
-            self._exact_v[:, :, exact:].copy_(v.detach())
         else:  # the first prompt: the caller's own tensors, until its attention is done
             self._exact_k, self._exact_v = k.detach(), v.detach()
-        self.seen = end
+        self.seen += k.shape[2]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
@@ -389,11 +377,3 @@ def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:
 def _not_finite(finite: torch.Tensor) -> str | None:
     """ "keys" or "values", whichever is not finite by `finite` `(2,)` bool; None if both are."""
     return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
-
-
-@functools.lru_cache(maxsize=1)
-def _warn_dense() -> None:
-    logger.warning(
-        "a quantized cache is read through update(), which dequantizes all of it in every layer at every step: "
-        "call hf_kvattn.enable(model) to have it read packed"
-    )

@@ -8,7 +8,6 @@ model's own code.
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
 import torch
 from transformers import PreTrainedConfig
@@ -29,14 +28,13 @@ class Rope:
     """
 
     def __init__(self, decoder: PreTrainedConfig, layer_type: str):
-        module = _modeling(decoder)
+        module = sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(decoder)].__module__]
         embedding = next(c for name, c in vars(module).items() if name.endswith("RotaryEmbedding"))
         self._apply, self._embedding = module.apply_rotary_pos_emb, embedding(decoder)
-        parameters, self._of_type, scaling = decoder.rope_parameters, {}, "attention_scaling"
+        parameters, self._of_type, self._scaling = decoder.rope_parameters, {}, "attention_scaling"
         if layer_type in parameters:  # one set for each type of layer
             parameters, self._of_type = parameters[layer_type], {"layer_type": layer_type}
-            scaling = f"{layer_type}_{scaling}"
-        self._scaling = scaling
+            self._scaling = f"{layer_type}_attention_scaling"
         self.changes = parameters.get("rope_type", "default") in _LENGTH_DEPENDENT
         self.limit = int(decoder.max_position_embeddings)
         if self.changes:
@@ -88,7 +86,3 @@ def _known_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.device.type == other.device.type == "cpu" and torch.equal(one, other)
-
-
-def _modeling(decoder: PreTrainedConfig) -> ModuleType:
-    return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(decoder)].__module__]

@@ -7,8 +7,8 @@ import functools
 from transformers import PreTrainedConfig
 
 from .base import KVCache, check_max_cache_len
-from .offload import link_offloaded, make_offloaded_layer
-from .static_layer import make_static_layer
+from .offload import KVOffloadedLayer, link_offloaded
+from .static_layer import KVStaticLayer, make_static_layer
 
 
 class StaticKVCache(KVCache):
@@ -38,9 +38,8 @@ class StaticKVCache(KVCache):
             raise ValueError(f"offload must be True or False, got {offload!r}")
         if offload and max_cache_len is None:
             raise ValueError(f"{offload=} needs max_cache_len: pinned memory does not grow")
-        super().__init__(
-            config, functools.partial(make_offloaded_layer if offload else make_static_layer, max_cache_len)
-        )
+        full = KVOffloadedLayer if offload else KVStaticLayer  # a layer with a window is small: it stays on the device
+        super().__init__(config, functools.partial(make_static_layer, max_cache_len, full=full))
         if offload:
             link_offloaded(self.layers)
         self.offloads = offload

@@ -83,9 +83,10 @@ class KVStaticLayer(KVLayer):
 
 
 def make_static_layer(
-    max_cache_len: int | None, layer_idx: int, heads: int | None, dim: int | None, window: int | None
+    max_cache_len: int | None, layer_idx: int, *shape: int | None, full: type[KVStaticLayer] = KVStaticLayer
 ) -> KVLayer:
-    """A layer that keeps its tokens unquantized: all of them, or those in its window."""
+    """A layer that keeps its tokens unquantized: all of them, in a `full` layer, or those in its window."""
+    heads, dim, window = shape
     if window is None:
-        return KVStaticLayer(max_cache_len, layer_idx, heads, dim)
+        return full(max_cache_len, layer_idx, heads, dim)
     return KVSlidingLayer(window, max_cache_len, layer_idx, heads, dim)

@@ -124,19 +124,12 @@ OPS: dict[str, tuple[str, Callable, Callable]] = {
 }  # fmt: skip
 
 
-class ExactPart(NamedTuple):
-    """One layer's arguments of `append_attend`: buffers, and whether they are rings that will wrap."""
+class Part(NamedTuple):
+    """One layer's own arguments: of `append_attend_packed` where it has arrays of blocks, else of `append_attend`."""
 
     k: torch.Tensor
     v: torch.Tensor
     wraps: bool
-
-
-class PackedPart(NamedTuple):
-    """One layer's arguments of `append_attend_packed`."""
-
-    k: torch.Tensor
-    v: torch.Tensor
     packed: list[torch.Tensor | None]
     codecs: list[str]
     layout: list[int]

@@ -23,7 +23,7 @@ from ..caches.quantized_layer import KVQuantizedLayer
 from ..kernels import dispatch
 from ..masks import compact_mask, left_padding, read_compact_mask
 from ..quant.layout import BLOCK
-from .append_attend import ExactPart, PackedPart
+from .append_attend import Part
 
 
 class DecodeSteps:
@@ -50,7 +50,7 @@ class DecodeSteps:
         self.cache = cache
         self.lengths = self.leftpad = self.counts = torch.empty(0)
         self.leftpad_known = False
-        self.layers: list[ExactPart | PackedPart] = []
+        self.layers: list[Part] = []
         self.backend = "auto"
         self._buffers: list[torch.Tensor] = []  # those of `layers`, ready for graphs
 
@@ -125,19 +125,19 @@ class DecodeSteps:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
         self.layers = [self._part(layer) for layer in self.cache.layers]
         for part in self.layers:
-            for each in (part.k, part.v, *(part.packed if isinstance(part, PackedPart) else ())):
+            for each in (part.k, part.v, *part.packed):
                 if each is not None:
                     torch._dynamo.mark_static_address(each, guard=False)
         self._buffers = [tensor for tensor, _ in found]
 
-    def _part(self, layer: KVLayer) -> ExactPart | PackedPart:
-        if not isinstance(layer, KVQuantizedLayer):
-            k, v = (layer.buffers()[name][0] for name in "kv")
-            return ExactPart(k, v, k.shape[2] < self.cache.settings["max_cache_len"])
+    def _part(self, layer: KVLayer) -> Part:
         buffers = {name: tensor for name, (tensor, _) in layer.buffers().items()}
+        if not isinstance(layer, KVQuantizedLayer):
+            k, v = buffers["k"], buffers["v"]
+            return Part(k, v, k.shape[2] < self.cache.settings["max_cache_len"], [], [], [])
         packed = layer.packed(buffers["k_codes"].shape[2] * BLOCK)  # as many as there is room for
         codecs, layout = [packed.k_codec.name, packed.v_codec.name], [packed.start, packed.tokens]
-        return PackedPart(buffers["exact_k"], buffers["exact_v"], list(packed.arrays()), codecs, layout)
+        return Part(buffers["exact_k"], buffers["exact_v"], False, list(packed.arrays()), codecs, layout)
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments, with positions and masks that depend on tensors alone."""
@@ -161,7 +161,7 @@ class StepHandle(Handle):
         steps, part, window = self._steps, self._steps.layers[self._index], read_compact_mask(rules.mask)[1]
         scale = query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
         tensors, how = (part.k, part.v, query, key, value), (rules.softcap, rules.s_aux, steps.backend)
-        if isinstance(part, PackedPart):
+        if part.packed:
             stored = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
             return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *how)
         numbers = (steps.lengths, steps.leftpad, scale, window, part.wraps)
@@ -174,16 +174,17 @@ def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def compact_masks(
-    config: Any, tokens: torch.Tensor, leftpad: Callable[[bool], torch.Tensor | None]
+    config: Any, tokens: torch.Tensor, leftpad: Callable[[bool], torch.Tensor] | None
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Compact masks for a decoder of `config`, as transformers would hand them to it in `create_masks_for_generate`.
 
     Args:
-        leftpad: what `compact_mask` takes, for layers with a sliding window or without.
+        leftpad: gives what `compact_mask` takes, for layers with a sliding window or without; None: no row is padded.
     """
 
     def compact(sliding: bool) -> torch.Tensor:
-        return compact_mask(leftpad(sliding), config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
+        rows = None if leftpad is None else leftpad(sliding)
+        return compact_mask(rows, config.sliding_window if sliding else 0, tokens.shape[0], tokens.device)
 
     if hasattr(config, "layer_types"):  # one mask for each kind of layer, or one for all
         return {kind: compact(kind == "sliding_attention") for kind in dict.fromkeys(config.layer_types)}

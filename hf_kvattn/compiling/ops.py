@@ -137,11 +137,6 @@ def trace_inputs(decoder: torch.nn.Module, cache: KVCache, kwargs: dict[str, Any
     plain = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     positions = torch.ops.hf_kvattn.begin(cache.ticket, tokens, asked, plain)
     if mask is None or plain is not None:
-
-        def leftpad_of_rows(sliding: bool) -> torch.Tensor | None:
-            if plain is None:
-                return None
-            return torch.ops.hf_kvattn.leftpad(cache.ticket, plain, tokens.shape[1], sliding)
-
-        mask = compact_masks(decoder.config, tokens, leftpad_of_rows)
+        leftpad = functools.partial(torch.ops.hf_kvattn.leftpad, cache.ticket, plain, tokens.shape[1])
+        mask = compact_masks(decoder.config, tokens, None if plain is None else leftpad)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}

@@ -27,7 +27,8 @@ def checked_config(
         ValueError: a mode that records CUDA graphs, on a GPU, with a cache that they cannot hold.
     """
     steps = None
-    if device.type == "cuda" and records_graphs(config):
+    graphs = config.mode in ("reduce-overhead", "max-autotune") or (config.options or {}).get("triton.cudagraphs")
+    if graphs and device.type == "cuda":
         if obstacle := cache.graph_obstacle():
             asked = f"options={config.options!r}" if config.mode is None else f"mode={config.mode!r}"
             raise ValueError(
@@ -38,11 +39,6 @@ def checked_config(
     config = copy.copy(config)
     config._compile_all_devices = True  # type: ignore[assignment]  # a class attribute that is None
     return config, steps
-
-
-def records_graphs(config: CompileConfig) -> bool:
-    """Whether a GPU's steps compiled like this are recorded as CUDA graphs."""
-    return config.mode in ("reduce-overhead", "max-autotune") or bool((config.options or {}).get("triton.cudagraphs"))
 
 
 def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:

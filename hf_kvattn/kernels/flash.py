@@ -158,10 +158,7 @@ def _launcher(call: AttendCall) -> Callable[..., tuple]:
     if library is None:
         raise ValueError(f"backend 'flash' cannot be used here: {reason}")
     return functools.partial(
-        library.flash_attn_with_kvcache,
-        softmax_scale=call.scale,
-        softcap=call.softcap or 0.0,
-        return_softmax_lse=True,
+        library.flash_attn_with_kvcache, softmax_scale=call.scale, softcap=call.softcap or 0.0, return_softmax_lse=True
     )
 
 

@@ -47,12 +47,9 @@ class Codec:
     def quantize(
         self, x: torch.Tensor, dim: int, shares: tuple[float, ...]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes (`dtype`), scale and zero point (float32 of bfloat16 precision; None where codes are symmetric).
+        """Codes (`dtype`), scale and zero point (None where codes are symmetric), as `affine.quantize` gives them.
 
-        Args:
-            x: any shape, finite.
-            dim: the dimension along which numbers are one group.
-            shares: `key_shares` for keys, `value_shares` for rotated values.
+        `shares` are `key_shares` for keys and `value_shares` for rotated values.
         """
         if not self.symmetric:
             return affine.quantize(x, self.bits, dim, shares)

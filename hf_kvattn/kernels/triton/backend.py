@@ -32,11 +32,12 @@ def unavailable() -> str | None:
     return _too_old(torch.device("cuda", torch.cuda.current_device()))
 
 
-def _too_old(device: torch.device) -> str | None:
+def _too_old(
+    device: torch.device, least: tuple[int, int] = (8, 0), needs: str = "the triton kernels need 8.0 (Ampere)"
+) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < (8, 0):
-        version = "{}.{}".format(*capability)
-        return f"{device} has compute capability {version}, the triton kernels need 8.0 (Ampere) or later"
+    if torch.version.hip is None and capability < least:
+        return "{} has compute capability {}.{}, {} or later".format(device, *capability, needs)
     return None
 
 
@@ -45,11 +46,7 @@ def _no_fp8(device: torch.device) -> str | None:
     instructions: 8-bit codes take as many bytes and are faster there."""
     if torch.version.hip is not None:
         return "triton kernels read fp8 on NVIDIA's GPUs only"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        version = "{}.{}".format(*capability)
-        return f"{device} has compute capability {version}, fp8 needs 8.9 (Ada) or later"
-    return None
+    return _too_old(device, (8, 9), "fp8 needs 8.9 (Ada)")
 
 
 def unsupported(call: AttendCall) -> str | None:
