@@ -14,7 +14,6 @@ from models import prompt, tiny_config, tiny_model
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.attention import LayerHandle
 from hf_kvattn.caches.layer import KVLayer
 
 SHORT = {"max_new_tokens": 12, "do_sample": False}
@@ -281,11 +280,11 @@ def test_a_repaired_cache_leaves_the_tensors_of_the_prompt_alone(kind):
     cache, prompt_kv = ALL[kind](tiny_config()), tokens(100)
     copies = [t.clone() for pair in prompt_kv for t in pair]
     for index in (0, 1):  # the third layer never comes to it, and nobody settles
-        LayerHandle(cache, index).update(*prompt_kv[index], index)
+        cache.layers[index].append(*prompt_kv[index])
     cache.crop(-100)
     append(cache, tokens(5, seed=1))
     for index in range(3):  # all layers come to it
-        LayerHandle(cache, index).update(*prompt_kv[index], index)
+        cache.layers[index].append(*prompt_kv[index])
     cache.crop(-2)
     append(cache, tokens(1, seed=2))
     cache.reset()

@@ -5,7 +5,6 @@ import functools
 import torch
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
-from hf_kvattn.attention import LayerHandle
 from hf_kvattn.kernels import dispatch
 
 # What they hold is what they were given, as long as the tests need it: stock's tokens are due.
@@ -48,6 +47,6 @@ def forward(cache, new) -> None:
     """As on an enabled model: the layer's writer, what attention reads, and the compression after it."""
     cache.get_mask_sizes(new[0][0].shape[2], 0)
     for index, (k, v) in enumerate(new):
-        LayerHandle(cache, index).update(k, v, index)
+        cache.layers[index].append(k, v)
         cache.layers[index].stored_kv()
         cache.layers[index].finish_attention(dispatch.quantize_blocks)
