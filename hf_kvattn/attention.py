@@ -9,13 +9,14 @@ graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
 
-from .autograd import cut_graph
+from .autograd import cut_graph, outside_autocast
 from .kernels import dispatch
 from .kernels.call import AttendCall, SinkKV, check_mask
 from .masks import is_compact, read_compact_mask
@@ -70,16 +71,50 @@ class Rules:
 
 
 class Handle:
-    """One layer's cache, as the attention module and the attention function meet it."""
+    """One layer's cache, as the attention module and the attention function meet it in one forward.
+
+    `update` returns the new tokens alone; `attend` stores them. So the module has to hand those very tensors on, and a
+    mask that it was given: what it computes from them lacks the tokens before. `take` refuses anything else, and the
+    hook after the module a forward without `attend`. Nothing has been stored then.
+
+    Args:
+        index: the layer's number.
+        given: arguments of the module, the masks among them.
+    """
+
+    attended = False
+    _new: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+
+    def __init__(self, index: int, given: Sequence[Any] = ()):
+        self._index, self._given = index, given
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        """Called by the module as on a cache; returns the new tokens. Here `attend` stores them."""
+        """Called by the module as on a cache; returns the new tokens."""
+        if layer_idx != self._index:
+            raise ValueError(f"layer {self._index} of the cache was asked to store layer {layer_idx}")
+        if self._new[0] is not None:
+            raise ValueError(f"layer {self._index} of the cache was asked to store twice in one forward")
+        self._new = key_states, value_states
         return key_states, value_states
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
-        """Attention of `query` `(B, Hq, T, D)` over the layer's tokens, those of `key` and `value` among them.
+    def take(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Called by the attention function before `attend`, with what `module` handed to it."""
+        same = key is self._new[0] and value is self._new[1] and not self.attended
+        if not same or not (mask is None or any(mask is each for each in self._given)):
+            raise self.refusal(module)
+        self.attended = True
 
-        `key` and `value`, `(B, Hkv, T, D)`, are the new tokens. Returns `(B, T, Hq, D)`, contiguous.
+    def refusal(self, module: torch.nn.Module) -> ValueError:
+        return ValueError(
+            f"{type(module).__name__}, layer {self._index}: {NAME!r} serves modules that hand the attention function, "
+            "once, what the cache's update() returned, and a mask they got; this one does something else with them. "
+            "The cache works on this model without enable()"
+        )
+
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+        """Stores `key` and `value`, `(B, Hkv, T, D)`; attention of `query` `(B, Hq, T, D)` over all the layer's tokens.
+
+        Returns `(B, T, Hq, D)`, contiguous.
         """
         raise NotImplementedError
 
@@ -93,23 +128,18 @@ class Handle:
 class LayerHandle(Handle):
     """One layer of a cache during the forward of one attention module.
 
-    It stands in for the cache there: `update` returns only the new tokens, so that the past is never gathered; `attend`
-    stores them and reads the layer's own storage. Anything else that a module asks of its cache is the cache's own
-    answer.
+    It stands in for the cache there, so that the past is never gathered: `attend` reads the layer's own storage.
+    Anything else that a module asks of its cache is the cache's own answer.
 
     Raises:
         ValueError: the cache has no such layer, or an interrupted forward left its layers inconsistent.
     """
 
-    def __init__(self, cache: KVCache, index: int):
+    def __init__(self, cache: KVCache, index: int, given: Sequence[Any] = ()):
         if index == 0:  # also where the caller's own masks ask this cache nothing
             cache.check_consistent_layers()
+        super().__init__(index, given)
         self._cache, self._layer = cache, cache.layer(index)
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx != self._layer.layer_idx:
-            raise ValueError(f"layer {self._layer.layer_idx} of the cache was asked to store layer {layer_idx}")
-        return key_states, value_states
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         return attend_layer(self._layer, query, key, value, rules)
@@ -149,7 +179,8 @@ def kvattn_attention(
         `(B, Tq, Hq, D)`, contiguous, and None (no attention weights).
 
     Raises:
-        ValueError: a keyword that is not known and might change the result, or a mask of another length than the keys.
+        ValueError: a keyword that is not known and might change the result, a mask of another length than the keys, or
+            keys, values or a mask that `kv_handle` did not hand out.
     """
     for name, given in kwargs.items():
         if given is None or name in _HARMLESS:
@@ -161,12 +192,18 @@ def kvattn_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     rules = Rules(attention_mask, scaling, is_causal, sliding_window, softcap, s_aux, dropout)
+    attend: Callable = attend_dense
     if kv_handle is not None:
-        return kv_handle.attend(query, key, value, rules), None
-    if torch.compiler.is_dynamo_compiling() and not dropout:
+        kv_handle.take(module, key, value, attention_mask)
+        attend = kv_handle.attend
+    elif torch.compiler.is_dynamo_compiling() and not dropout:
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))):
-            return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op()), None
-    return attend_dense(query, key, value, rules), None
+            attend = _attend_op
+    return outside_autocast(attend, query, key, value, rules), None
+
+
+def _attend_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
+    return torch.ops.hf_kvattn.attend(query, key, value, *rules.for_op())
 
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:

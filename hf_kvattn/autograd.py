@@ -1,6 +1,9 @@
-"""Refuses gradients through a cache: stored tokens carry none, so they would be wrong."""
+"""PyTorch's modes around a cache. Gradients are refused: stored tokens carry none. Autocast settles what is stored."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,3 +26,17 @@ def cut_graph(out: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled() and any(t.requires_grad for t in sources):
         return _CutGraph.apply(out, *sources)
     return out
+
+
+def outside_autocast(function: Callable, *args: Any) -> Any:
+    """`function(*args)`; where autocast is on, without it, and with tensors in its dtype, as PyTorch's SDPA gets them.
+
+    The first of `args` is a tensor. What a module makes under autocast may have several dtypes (fp32 keys from a rotary
+    embedding, bfloat16 values); a cache holds one.
+    """
+    kind = args[0].device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return function(*args)
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return function(*(each.to(dtype) if isinstance(each, torch.Tensor) else each for each in args))

@@ -107,6 +107,7 @@ def enable(
     configs = _use_private_configs(model)
     model.config.get_text_config(decoder=True)._attn_implementation = NAME
     hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
+    hooks += [m.register_forward_hook(check_attended, with_kwargs=True) for m in modules]
     hooks.append(model.get_decoder().register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
     ours: dict[str, Callable] = {}
     if make_cache is not None or compile:
@@ -166,13 +167,21 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
     handle: Handle
+    given = (*args, *kwargs.values())
     if isinstance(cache, DecodeSteps):
-        handle = StepHandle(cache, index)
+        handle = StepHandle(cache, index, given)
     elif torch.compiler.is_compiling():
-        handle = TracedHandle(cache.ticket, index)
+        handle = TracedHandle(cache.ticket, index, given)
     else:
-        handle = LayerHandle(cache, index)
+        handle = LayerHandle(cache, index, given)
     return args, {**kwargs, "past_key_values": handle, "kv_handle": handle}
+
+
+def check_attended(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """The hook after an attention module's forward: ValueError where the handle's tokens got no attention."""
+    handle = kwargs.get("kv_handle")
+    if handle is not None and not handle.attended:
+        raise handle.refusal(module)
 
 
 def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):

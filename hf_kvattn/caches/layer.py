@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..autograd import cut_graph
+from ..autograd import cut_graph, outside_autocast
 from ..quant.blocks import Quantize, quantize_blocks
 from ..quant.packed import PackedKV
 
@@ -172,6 +172,9 @@ class KVLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """For a model that is not enabled: appends, and returns dense keys and values of all tokens."""
+        return outside_autocast(self._append_dense, key_states, value_states)
+
+    def _append_dense(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         visible, _ = self.get_mask_sizes(key_states.shape[2])
         self.append(key_states, value_states)
         k, v = (tensor[:, :, -visible:] for tensor in self.dense())

@@ -11,7 +11,7 @@ Buffers must keep their addresses, so the cache is a `StaticKVCache` or `Quantiz
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,8 +151,9 @@ class DecodeSteps:
 class StepHandle(Handle):
     """The handle of layer `index` in a step that a CUDA graph holds: one op stores the new token and attends."""
 
-    def __init__(self, steps: DecodeSteps, index: int):
-        self._steps, self._index = steps, index
+    def __init__(self, steps: DecodeSteps, index: int, given: Sequence[Any]):
+        super().__init__(index, given)
+        self._steps = steps
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         """`rules.mask` is one that `DecodeSteps.inputs` made."""

@@ -14,7 +14,7 @@ the attention: the backend in force is asked for when the graph runs, not when i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,8 +91,9 @@ def _append_and_attend(
 class TracedHandle(Handle):
     """The handle of layer `index` while a model is traced: an op stores and attends when the graph runs."""
 
-    def __init__(self, ticket: torch.Tensor, index: int):
-        self._ticket, self._index = ticket, index
+    def __init__(self, ticket: torch.Tensor, index: int, given: Sequence[Any]):
+        super().__init__(index, given)
+        self._ticket = ticket
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         rules.check_inference(query)

@@ -133,8 +133,7 @@ class Caches(RuleBasedStateMachine):
         if by_update:
             cache.update(*new, index)
         else:
-            LayerHandle(cache, index)
-            layer.append(*new)
+            cache.layers[index].append(*new)
             layer.finish_attention(dispatch.quantize_blocks)
         model.kv = [torch.cat([old, t], 2) for old, t in zip(model.kv, new, strict=True)] if model.kv else new
 
