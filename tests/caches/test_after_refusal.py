@@ -64,23 +64,19 @@ def filled(kind: str):
 
 @torch.no_grad()
 def goes_on(kind: str, cache) -> torch.Tensor:
-    """The logits of the next part of a prompt, and of two steps."""
-    parts = ((HELD, HELD + 3), (HELD + 3, HELD + 4), (HELD + 4, HELD + 5))
+    """The logits of a step, of the next part of a prompt, and of a step."""
+    parts = ((HELD, HELD + 1), (HELD + 1, HELD + 4), (HELD + 4, HELD + 5))
     return torch.cat([model_of(kind)(**inputs(*part), past_key_values=cache).logits for part in parts], 1)
 
 
 def state(cache) -> dict[str, object]:
-    """All that a cache holds, tensors as bytes; spare capacity, and what is only remembered for speed, is left out."""
-
-    def plain(owner) -> dict:
-        kinds = (int, float, str, tuple, type(None))
-        return {name: each for name, each in vars(owner).items() if isinstance(each, kinds) and name != "_last_packed"}
-
-    found: dict[str, object] = {"cache": plain(cache)}
+    """What the layers hold, tensors as bytes, without spare capacity, and all that they count."""
+    found: dict[str, object] = {}
     for i, layer in enumerate(cache.layers):
-        found[f"{i}"] = plain(layer)
-        for name, tensor in layer.filled().items():
-            found[f"{i}.{name}"] = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        counted = (int, str, type(None), torch.dtype, torch.device)
+        found |= {f"{i}.{name}": each for name, each in vars(layer).items() if isinstance(each, counted)}
+        filled = layer.filled().items()
+        found |= {f"{i}.{name}": t.contiguous().view(torch.uint8).numpy().tobytes() for name, t in filled}
     return found
 
 
