@@ -4,8 +4,6 @@ The tokens are split over programs (flash-decoding). A program computes all quer
 are loaded once. They are dequantized in registers. Scales are loaded once a block and broadcast, never gathered. Some
 splits hold packed blocks and the others exact tokens, in the same launch. A second kernel merges the splits and undoes
 the rotation of the values.
-
-This module needs triton and is imported when the first call comes.
 """
 
 from __future__ import annotations
