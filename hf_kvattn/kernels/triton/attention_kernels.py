@@ -207,9 +207,8 @@ def decode_attention_kernel(
         )  # fmt: skip
 
     row = (kv * splits + split) * row_count + rows
-    tl.store(
-        partial_ptr + row[:, None] * D + d[None, :], acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None], mask=row_mask
-    )
+    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    tl.store(partial_ptr + row[:, None] * D + d[None, :], out, mask=row_mask)
     tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=rows < row_count)
 
 
