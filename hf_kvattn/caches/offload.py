@@ -26,11 +26,8 @@ class KVOffloadedLayer(KVStaticLayer):
     """
 
     following: KVOffloadedLayer
-
-    def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):
-        super().__init__(max_cache_len, layer_idx, *shape)
-        self._coming: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, perhaps still being copied
-        self._here: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, for the attention that runs
+    _coming: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, perhaps still being copied
+    _here: tuple[torch.Tensor, torch.Tensor] | None = None  # on the device, for the attention that runs
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the filled part: on the device between `append` and `finish_attention`, else on the host."""

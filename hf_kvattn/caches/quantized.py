@@ -73,10 +73,8 @@ class QuantizedKVCache(KVCache):
         if not are_layers or any(not -n_layers <= i < n_layers for i in skip_layers):
             raise ValueError(f"skip_layers must be ints, layers of a model of {n_layers}, got {skip_layers!r}")
         if calibration is None:
-            k_bits = [bits if key_bits is None else key_bits] * n_layers
-            v_bits = [bits if value_bits is None else value_bits] * n_layers
-            for each in (k_bits[0], v_bits[0]):
-                codec_for(each)
+            k_codecs = [codec_for(bits if key_bits is None else key_bits)] * n_layers
+            v_codecs = [codec_for(bits if value_bits is None else value_bits)] * n_layers
             group_size = default_group_size(dim) if group_size is None else group_size
             check_group_size(group_size, dim)
         else:
@@ -89,7 +87,7 @@ class QuantizedKVCache(KVCache):
                 calibration = Calibration.of_json(calibration)
             made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
             made.check_model(decoder.model_type, n_layers, heads, dim)
-            k_bits, v_bits = list(made.key_bits), list(made.value_bits)
+            k_codecs, v_codecs = ([codec_for(each) for each in widths] for widths in (made.key_bits, made.value_bits))
             group_size, skip_layers = made.group_size, made.skip_layers
         residual = 0 if residual_length is None else residual_length
         if type(residual) is not int or residual < 0:
@@ -103,13 +101,12 @@ class QuantizedKVCache(KVCache):
             if layer_idx in skipped:
                 return make_static_layer(max_cache_len, layer_idx, *shape)
             exact_first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
-            codecs = codec_for(k_bits[layer_idx]), codec_for(v_bits[layer_idx])
-            settings = QuantSettings(*codecs, group_size, residual, exact_first)
+            settings = QuantSettings(k_codecs[layer_idx], v_codecs[layer_idx], group_size, residual, exact_first)
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
-        made_with: dict[str, Any] = {"key_bits": k_bits[0], "value_bits": v_bits[0], "group_size": group_size}
-        made_with["skip_layers"] = sorted(skipped)
+        made_with: dict[str, Any] = {"key_bits": k_codecs[0].argument, "value_bits": v_codecs[0].argument}
+        made_with |= {"group_size": group_size, "skip_layers": sorted(skipped)}
         if calibration is not None:
             made_with = {"calibration": made.as_json()}
         self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}

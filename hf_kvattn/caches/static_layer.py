@@ -13,8 +13,7 @@ _MIN_CAPACITY = 256
 class KVStaticLayer(KVLayer):
     """One layer's buffer, `(B, Hkv, capacity, D)` for keys and for values, allocated at the first append.
 
-    Slots from `stored` on are uninitialised and never read. They are allocated with `empty`, so that on a CPU unused
-    capacity takes no physical memory.
+    Slots from `stored` on are uninitialised and never read; on a CPU they take no physical memory.
     """
 
     def __init__(self, max_cache_len: int | None, layer_idx: int, *shape: int | None):

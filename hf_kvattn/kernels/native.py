@@ -13,7 +13,6 @@ import importlib.metadata
 import os
 import struct
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,12 +224,6 @@ def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int)
         raise RuntimeError(f"native quantization failed ({_ERRORS.get(status, status)}) for keys {tuple(k.shape)}")
 
 
-def read_bandwidth_bytes_s(data: torch.Tensor, seconds: float = 0.5) -> float:
-    """Bytes a second at which this machine reads `data` (contiguous, larger than its caches), the best of many runs."""
-    library, n_bytes, best_s = _library(), data.numel() * data.element_size(), float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        library.kvattn_read_bytes(data.data_ptr(), n_bytes, torch.get_num_threads())
-        best_s = min(best_s, time.perf_counter() - start)
-    return n_bytes / best_s
+def read_bytes(data: torch.Tensor) -> None:
+    """Reads `data`, contiguous, with PyTorch's number of threads, and keeps nothing of it: a measure of the memory."""
+    _library().kvattn_read_bytes(data.data_ptr(), data.nbytes, torch.get_num_threads())

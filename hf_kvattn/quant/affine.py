@@ -17,7 +17,6 @@ def quantize(
     Args:
         x: any shape, finite; computed in fp32.
         bits: of a code, 1 to 7.
-        dim: the group's dimension.
         shares: of the range, to try, each in (0, 1].
 
     Returns:

@@ -84,11 +84,10 @@ class Calibration:
     @property
     def bits_per_element(self) -> float:
         """Average bits of a quantized number, scales included; a skipped layer's numbers count 16."""
-        skipped = len(set(self.skip_layers))
         used = [i for i in range(self.layers) if i not in self.skip_layers]
         keys = sum(bits_with_scales(self.key_bits[i], BLOCK) for i in used)
         values = sum(bits_with_scales(self.value_bits[i], self.group_size) for i in used)
-        return (keys + values + 2 * skipped * EXACT_BITS) / (2 * self.layers)
+        return (keys + values + 2 * (self.layers - len(used)) * EXACT_BITS) / (2 * self.layers)
 
     def check_model(self, model_type: str, layers: int, kv_heads: int | None, head_dim: int | None) -> None:
         """Raises ValueError, saying what differs, when it was made for another model than this one."""

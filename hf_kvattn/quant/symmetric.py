@@ -21,7 +21,6 @@ def quantize(x: torch.Tensor, dim: int, dtype: torch.dtype) -> tuple[torch.Tenso
 
     Args:
         x: any shape, finite; computed in fp32.
-        dim: the group's dimension.
         dtype: of the codes, one of `LARGEST`.
 
     Returns:

@@ -27,6 +27,10 @@ def test_bandwidth_reports_shares_of_what_was_read():
         bandwidth.measure(6, 2, 24, 64)
 
 
+def test_read_bandwidth_is_a_plausible_number():
+    assert 1e8 < bandwidth.read_bandwidth_bytes_s(torch.ones(4 << 20), seconds=0.05) < 1e13
+
+
 def test_bandwidth_writes_its_section(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_kvattn.evaluation.bandwidth.LAYERS_BYTES", 0)
     monkeypatch.setattr("hf_kvattn.evaluation.bandwidth.READ_BYTES", 1 << 20)

@@ -1,7 +1,5 @@
 """Decode attention in Triton over quantized and exact tokens: how the tokens are split over programs, and the launch of
 both kernels (`attention_kernels.py`).
-
-This module needs triton and is imported when the first call comes.
 """
 
 from __future__ import annotations
@@ -95,7 +93,6 @@ def launch(
 
     Args:
         call: no ring with `lengths`: its tokens lie in order from slot 0 on.
-        multiprocessors: of the GPU.
         lengths: `(2,)` int32 on the device of `q`, read when the kernels run: how many packed tokens (a multiple of 32)
             and exact tokens there are; Tk is their sum. The lengths of `call` are then upper bounds, which decide how
             the work is split, so that one captured launch serves all lengths. Greater numbers in `lengths` would read

@@ -4,8 +4,6 @@ The tokens are split over programs (flash-decoding). A program computes all quer
 are loaded once. They are dequantized in registers. Scales are loaded once a block and broadcast, never gathered. Some
 splits hold packed blocks and the others exact tokens, in the same launch. A second kernel merges the splits and undoes
 the rotation of the values.
-
-This module needs triton and is imported when the first call comes.
 """
 
 from __future__ import annotations
@@ -209,9 +207,8 @@ def decode_attention_kernel(
         )  # fmt: skip
 
     row = (kv * splits + split) * row_count + rows
-    tl.store(
-        partial_ptr + row[:, None] * D + d[None, :], acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None], mask=row_mask
-    )
+    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    tl.store(partial_ptr + row[:, None] * D + d[None, :], out, mask=row_mask)
     tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=rows < row_count)
 
 

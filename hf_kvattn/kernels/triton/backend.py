@@ -1,5 +1,6 @@
 """Triton on a GPU, for quantized caches: decode attention over packed blocks (the backend `triton`), and a kernel that
-quantizes blocks. This module needs no triton. The kernels are in `attention_kernels.py` and `quantize.py`.
+quantizes blocks. This module needs no triton. Those with the kernels, `attention_kernels.py` and `quantize.py`, do, and
+are imported when the first call comes.
 
 Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
@@ -77,11 +78,7 @@ def attend(call: AttendCall) -> torch.Tensor:
 
 
 def attend_lengths(call: AttendCall, lengths: torch.Tensor | None) -> torch.Tensor:
-    """As `attend`, for a launch that is captured once for all lengths.
-
-    Args:
-        lengths: `(2,)` int32 on the GPU, read when the kernels run; see `attention.launch`.
-    """
+    """As `attend`, for a launch that is captured once for all lengths, which `attention.launch` describes."""
     from . import attention  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):

@@ -3,8 +3,6 @@
 Codes, scales and zeros are those of `quant/` on a CPU bit for bit: the operations and their order are the same,
 division is IEEE's, and nothing is contracted into fused multiply-adds. It serves 8 and 4 bits. With 3 and 2 bits each
 group's range is searched for, which stays with PyTorch's operations: unrolled into this kernel it spills registers.
-
-Checked in Triton's interpreter; never run on a GPU. This module needs triton and is imported when the first call comes.
 """
 
 from __future__ import annotations
