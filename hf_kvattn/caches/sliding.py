@@ -106,17 +106,6 @@ class SlidingWindowKVCache(KVCache):
         offset = (position.start or 0) + rebased
         return asked if offset == 0 else asked - offset
 
-    def counts(self) -> dict[str, int | None]:
-        return self._stream_position._asdict()
-
-    def set_counts(self, counts: dict[str, int | None]) -> None:
-        position = StreamPosition(**counts)
-        if position.end is not None and (
-            position.start is None or position.end >= position.start + self.get_seq_length()
-        ):
-            raise ValueError(f"no stream of {self.get_seq_length()} tokens is at {position}")
-        self._stream_position = position
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
         self._forget_end()

@@ -3,8 +3,10 @@
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -246,7 +248,7 @@ def test_what_cannot_be_saved(tmp_path):
         (forgotten, "nothing to save"),
         (uneven, r"interrupted half way: layers hold 9 to 10 tokens; crop\(-1\) goes back"),
         (append(Mine(tiny_config()), 9), r"caches that can be saved are .*QuantizedKVCache.*, got Mine"),
-        (DynamicCache(config=tiny_config()), r"got DynamicCache: make one, like cache = StaticKVCache\(model.config\)"),
+        (DynamicCache(config=tiny_config()), r"got DynamicCache: make one, as cache = StaticKVCache\(model.config\)"),
         ("cache", "got str"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -311,6 +313,55 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_cache(append(StaticKVCache(tiny_config()), 9), path)
     assert path.read_bytes() == raw and list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+sys.path.insert(0, "tests/helpers")
+from models import tiny_config
+from saved_caches import append
+from hf_kvattn import StaticKVCache, save_cache
+from hf_kvattn.caches import serialize
+
+def killed(tensors, filename, metadata):
+    open(filename, "w").write("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+serialize.save_file = killed
+save_cache(append(StaticKVCache(tiny_config()), 9), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such locks")
+def test_what_a_killed_process_left_goes_with_the_next_save_and_what_is_being_written_stays(tmp_path, monkeypatch):
+    cache = append(StaticKVCache(tiny_config()), 9)
+    for _ in range(2):  # the second one removes what the first one left
+        run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], cwd=Path(__file__).parents[2])
+        assert run.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        assert (left / "cache").read_text() == "half"
+    (tmp_path / ".kvcache-elsewhere-abcdefgh").mkdir()  # another machine's, whose locks may not be seen here
+    started, may_end, save_file = threading.Event(), threading.Event(), serialize.save_file
+
+    def slow(tensors, filename, metadata):
+        monkeypatch.setattr(serialize, "save_file", save_file)
+        started.set()
+        assert may_end.wait(60)
+        save_file(tensors, filename, metadata)
+
+    monkeypatch.setattr(serialize, "save_file", slow)
+    writer = threading.Thread(target=save_cache, args=(cache, tmp_path / "slow"))
+    writer.start()
+    assert started.wait(60) and not left.exists()
+    mine = set(tmp_path.iterdir())
+    save_cache(cache, tmp_path / "quick")
+    assert set(tmp_path.iterdir()) == mine | {tmp_path / "quick"}
+    may_end.set()
+    writer.join(60)
+    for name in ("slow", "quick"):
+        assert_same(load_cache(tmp_path / name, tiny_config()), cache)
+    assert {path.name for path in tmp_path.iterdir()} == {"slow", "quick", ".kvcache-elsewhere-abcdefgh"}
 
 
 @every_kind
