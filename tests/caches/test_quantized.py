@@ -164,10 +164,10 @@ def test_crop_reorder_and_select_keep_what_they_should(bits, sinks):
     assert torch.equal(layer.dense()[0], whole[:, :, : 97 + sinks]) and layer.packed_tokens == 96
     layer.crop(-20)  # into a block: its tokens become exact ones as they were read
     assert layer.packed_tokens == 64 and torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks])
-    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.select(torch.tensor([1, 0]))
     assert torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks].flip(0))
-    layer.batch_repeat_interleave(2)
-    layer.batch_select_indices(torch.tensor([0, 3]))
+    layer.select(torch.tensor([0, 0, 1, 1]))
+    layer.select(torch.tensor([0, 3]))
     assert torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks].flip(0)) and layer.batch_size == 2
     with pytest.raises(ValueError, match=f"from -{77 + sinks} .* got -{78 + sinks}"):
         layer.crop(-78 - sinks)
