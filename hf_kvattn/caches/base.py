@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from .configs import check_config, fingerprint, kv_shape, native_windows
+from .configs import check_config, fingerprint, kv_shape, local_kv_heads, native_windows
 from .consistency import changing_all, check_consistent_layers, crop
 from .fork import SharedTensors, can_share
 from .layer import KVLayer, check_rows, shallow_copy
@@ -45,6 +45,7 @@ class KVCache(Cache):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
         heads, dim = kv_shape(decoder)
+        heads = local_kv_heads(config, heads)
         windows = native_windows(decoder)
         super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
@@ -52,6 +53,9 @@ class KVCache(Cache):
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
         self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged
         self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
+
+    def check_prompt(self, input_ids: torch.Tensor) -> None:
+        """Raises ValueError if the cache is known to hold other tokens than the first ones of `input_ids` `(B, T)`."""
 
     def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
@@ -188,6 +192,11 @@ class KVCache(Cache):
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
         return self.layers[layer_idx]
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that fit, or -1 for any number: what libraries ask a transformers cache for."""
+        return self.get_max_length()
 
     @property
     def nbytes(self) -> int:

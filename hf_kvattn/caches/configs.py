@@ -18,6 +18,18 @@ def kv_shape(decoder: PreTrainedConfig) -> tuple[int | None, int | None]:
     return heads, dim
 
 
+def local_kv_heads(config: PreTrainedConfig, heads: int | None) -> int | None:
+    """Of `heads` KV heads, those that one rank has where tensor parallelism divides them; None if not evenly."""
+    parallel = getattr(config, "distributed_config", None)
+    ranks = getattr(parallel, "tp_size", None) or 1
+    plan = getattr(parallel, "tp_plan", None)
+    plan = plan if isinstance(plan, dict) else config.get_text_config(decoder=True).base_model_tp_plan or {}
+    keys = ("k_proj", "qkv_proj", "query_key_value")  # as transformers tells them
+    if heads is None or not any(name.endswith(keys) and how == "colwise" for name, how in plan.items()):
+        return heads
+    return heads // ranks if heads % ranks == 0 else None
+
+
 def native_windows(decoder: PreTrainedConfig) -> list[int | None]:
     """The sliding window of each layer of a decoder's config, None for full attention."""
     layer_types, kwargs = get_layer_types_and_kwargs(decoder)
@@ -46,6 +58,14 @@ def check_config(config: PreTrainedConfig) -> None:
             f"{name}: multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}) is not supported: it caches "
             "latents, not keys and values"
         )
+    varied = sorted({"head_dim", "num_key_value_heads"} & set(getattr(decoder, "per_layer_attributes", None) or ()))
+    if varied:
+        raise ValueError(f"{name}: layers with different {' and '.join(varied)} are not supported")
+    value_dim, dim = getattr(decoder, "v_head_dim", None), kv_shape(decoder)[1]
+    if value_dim not in (None, dim):
+        raise ValueError(f"{name}: keys of head_dim {dim} with values of {value_dim} are not supported")
+    if crossing := getattr(decoder, "cross_attention_layers", None):
+        raise ValueError(f"{name}: layers {list(crossing)} attend to other things than tokens, which is not supported")
     shared = getattr(decoder, "num_kv_shared_layers", None)
     modes = getattr(decoder, "kv_sharing_modes", None) or ()
     if shared or any(mode == "reuse" for mode in modes):

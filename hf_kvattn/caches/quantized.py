@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..quant.calibration import Calibration, check_group_size
 from ..quant.codecs import codec_for
 from .base import KVCache, check_max_cache_len
-from .configs import kv_shape
+from .configs import check_config, kv_shape
 from .layer import KVLayer
 from .quantized_layer import KVQuantizedLayer, QuantSettings
 from .static_layer import make_static_layer
@@ -38,7 +38,8 @@ class QuantizedKVCache(KVCache):
         bits: of keys and values: 8, 4, 3, 2, or "fp8" (float8_e4m3fn, for GPUs that convert it in hardware: as many
             bytes as 8 bits, and larger errors; on a CPU `sdpa` reads it, slowly).
         key_bits, value_bits: of keys alone and of values alone, in the place of `bits`.
-        group_size: channels that share a value scale; a multiple of 16 that divides head_dim.
+        group_size: channels that share a value scale, a multiple of 16 that divides head_dim; None means 32, or 16 if
+            32 does not divide it.
         residual_length: newest tokens that stay exact, at least; None means 0. Up to 31 more wait for their block.
         skip_layers: layers that are not quantized, by index; negative ones count from the end.
         max_cache_len: tokens that fit, allocated at once; None grows by half.
@@ -57,7 +58,7 @@ class QuantizedKVCache(KVCache):
         bits: int | str = 4,
         key_bits: int | str | None = None,
         value_bits: int | str | None = None,
-        group_size: int = 32,
+        group_size: int | None = None,
         residual_length: int | None = None,
         skip_layers: Sequence[int] = (),
         max_cache_len: int | None = None,
@@ -65,15 +66,20 @@ class QuantizedKVCache(KVCache):
         calibration: Calibration | dict[str, Any] | str | Path | None = None,
     ):
         decoder = config.get_text_config(decoder=True)
-        n_layers = decoder.num_hidden_layers
+        check_config(config)
+        n_layers, (heads, dim) = decoder.num_hidden_layers, kv_shape(decoder)
         if calibration is None:
             k_bits = [bits if key_bits is None else key_bits] * n_layers
             v_bits = [bits if value_bits is None else value_bits] * n_layers
             for each in (k_bits[0], v_bits[0]):
                 codec_for(each)
+            if group_size is None:
+                group_size = 16 if dim is not None and dim % 32 else 32
             check_group_size(group_size)
+            if dim is not None and dim % group_size:
+                raise ValueError(f"{group_size=} does not divide head_dim={dim}")
         else:
-            if (bits, key_bits, value_bits, group_size, tuple(skip_layers)) != (4, None, None, 32, ()):
+            if (bits, key_bits, value_bits, group_size, tuple(skip_layers)) != (4, None, None, None, ()):
                 raise ValueError(
                     "a calibration sets the bits, group_size and skip_layers itself; with it came "
                     f"{bits=}, {key_bits=}, {value_bits=}, {group_size=}, {skip_layers=}"
@@ -81,7 +87,6 @@ class QuantizedKVCache(KVCache):
             if isinstance(calibration, dict):
                 calibration = Calibration.of_json(calibration)
             made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-            heads, dim = kv_shape(decoder)
             made.check_model(decoder.model_type, n_layers, heads, dim)
             k_bits, v_bits = list(made.key_bits), list(made.value_bits)
             group_size, skip_layers = made.group_size, made.skip_layers

@@ -92,7 +92,7 @@ def group_sizes(head_dim: int) -> list[int]:
 
 
 def default_group_size(head_dim: int) -> int:
-    """That of a `QuantizedKVCache` which is told nothing, or the next smaller one that divides head_dim."""
+    """That of a `QuantizedKVCache` which is told nothing."""
     return 32 if head_dim % 32 == 0 else 16
 
 
