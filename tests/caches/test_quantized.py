@@ -313,8 +313,14 @@ def test_impossible_settings(kwargs, message):
 
 
 def test_groups_that_do_not_divide_and_full_caches():
-    with pytest.raises(ValueError, match="group_size=32 does not divide head_dim=16"):
-        QuantizedKVCache(tiny_config(), group_size=32)
+    for head_dim, fits in ((16, 16), (32, 32), (48, 16), (64, 32), (80, 16), (128, 32)):
+        config = tiny_config(head_dim=head_dim)
+        assert QuantizedKVCache(config).settings["group_size"] == fits
+        with pytest.raises(ValueError, match=f"group_size=96 does not divide head_dim={head_dim}"):
+            QuantizedKVCache(config, group_size=96)
+    for head_dim in (8, 24, 40):
+        with pytest.raises(ValueError, match=f"group_size=16 does not divide head_dim={head_dim}"):
+            QuantizedKVCache(tiny_config(head_dim=head_dim))
     cache = QuantizedKVCache(tiny_config(), group_size=16, max_cache_len=50)
     fill(cache, 50, 50)
     with pytest.raises(ValueError, match="50 stored tokens and 1 new ones exceed max_cache_len=50"):
