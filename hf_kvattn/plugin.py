@@ -43,6 +43,7 @@ from .quant.calibration import Calibration, file_name
 logger = logging.getLogger("hf_kvattn")
 
 _STATE = "_hf_kvattn"
+LONG_FORWARD = 64  # tokens without a cache from which on somebody seems to measure a model
 
 # Names in tables: they change no model. `from_pretrained(attn_implementation=...)` and pickled models look for them.
 # All together: an attention function without a mask function would get no masks at all.
@@ -99,6 +100,8 @@ def enable(
     if state is not None and state.request == request and is_enabled(model):
         return whole
     make_cache = _cache_maker(model, cache)
+    # Of a name: made once, so that what does not fit is refused now rather than in `generate()`.
+    quantizes = isinstance(cache, str) and isinstance(make_cache(model.config), QuantizedKVCache)
     if state is None:
         _use_private_configs(model)
     disable(model)
@@ -107,6 +110,8 @@ def enable(
     hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_hook(check_attended, with_kwargs=True) for m in modules]
     hooks.append(decoder.register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
+    if quantizes:
+        hooks.append(decoder.register_forward_pre_hook(_note_exact_forward, with_kwargs=True))
     ours: dict[str, Callable] = {"generate": _generate}
     if compile:
         ours |= {"get_compiled_call": _get_compiled_call, "create_masks_for_generate": _create_masks_for_generate}
@@ -215,6 +220,16 @@ def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
     return args, {**kwargs, "position_ids": positions}
 
 
+def _note_exact_forward(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """A hook before the decoder's forward, where `generate()` quantizes: says once that a long forward does not."""
+    alone = not args and kwargs.get("past_key_values") is None and not torch.is_grad_enabled()
+    if alone and not torch.compiler.is_compiling() and new_tokens(kwargs).shape[1] > LONG_FORWARD:
+        _log_once(
+            f"a forward of more than {LONG_FORWARD} tokens without past_key_values: enable(cache=) is for generate(); "
+            "what is measured here is not its quantized cache, as hf-kvattn perplexity measures it"
+        )
+
+
 def _implementation(module: torch.nn.Module) -> str | None:
     return getattr(module.config, "_attn_implementation", None)
 
@@ -228,7 +243,7 @@ def _generate(model, *args, **kwargs):
     state: _Enabled = getattr(model, _STATE)
     inputs, in_place = (*args, None, None)[:2]
     cache = kwargs.get("past_key_values")
-    _check_prompt(cache, kwargs.get("input_ids", inputs), kwargs)
+    _check_prompt(cache, kwargs.get("input_ids", kwargs.get("inputs", inputs)), kwargs)
     # What `generate()` is going to make of its arguments and of the model's defaults.
     config, _ = model._prepare_generation_config(**{"generation_config": in_place, **kwargs})
     if state.make_cache is not None and cache is None:
@@ -296,20 +311,18 @@ def _get_compiled_call(model, compile_config: CompileConfig | None) -> Callable:
     return state.compiled[1]
 
 
-def _cache_maker(model: PreTrainedModel, cache: Any) -> Callable[[PreTrainedConfig], object] | None:
+def _cache_maker(model: PreTrainedModel, cache: Any) -> Any:
     """What makes a cache for each `generate()`: of a name, with its calibration if the model's folder holds one."""
     if cache is None or callable(cache):
         return cache
     if cache not in COMPLETE:
         raise ValueError(f"unknown cache {cache!r}; known: {', '.join(COMPLETE)}, or a callable config -> Cache")
-    make_cache: Callable[[PreTrainedConfig], object] = CACHES[cache]
     path = Path(model.name_or_path or "", file_name(cache))
     if CACHES[cache].calibrated and model.name_or_path and path.is_file():
         calibration = Calibration.load(path)
-        make_cache = functools.partial(QuantizedKVCache, calibration=calibration)
         logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
-    make_cache(model.config)  # refuses what does not fit, now rather than in generate()
-    return make_cache
+        return functools.partial(QuantizedKVCache, calibration=calibration)
+    return CACHES[cache]
 
 
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
