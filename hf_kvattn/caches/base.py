@@ -217,6 +217,8 @@ class KVCache(Cache):
     ) -> KVCache:
         """Moves keys and values to `device`, in place, and returns the cache. An unused cache needs no move.
 
+        accelerate calls it before each module that it dispatched: where layers are there already, nothing happens.
+
         Raises:
             ValueError: another dtype than the cache holds. Converted keys and values are not those that the model in
                 that dtype would have stored, and codes cannot be converted.
@@ -232,6 +234,8 @@ class KVCache(Cache):
                 )
         if device is not None:
             for layer in used:
+                if layer.device == torch.device(device):
+                    continue
                 layer.move(torch.device(device))
                 layer.device = next(iter(layer.filled().values())).device
         return self
