@@ -38,6 +38,12 @@ def schedule(window: int, prefill: int, stride: int) -> list[tuple[int, int]]:
     return [(0, prefill)] + [(start, min(start + stride, window - 1)) for start in starts]
 
 
+def _check_schedule(window: int, prefill: int, stride: int, windows: int) -> None:
+    if not 1 <= prefill < window or stride < 1 or windows < 1:
+        sizes = f"{prefill=}, {window=}, {stride=}, {windows=}"
+        raise ValueError(f"not 1 <= prefill < window, 1 <= stride, 1 <= windows: {sizes}")
+
+
 def _score(logits: torch.Tensor, targets: torch.Tensor, stock: torch.Tensor) -> torch.Tensor:
     """-log p of the targets, KL(stock || own), whether the top token is the same: (3, tokens), some rows at a time."""
     parts = []
@@ -102,9 +108,7 @@ def measure(
         windows: how many pieces.
         progress: show a bar on stderr.
     """
-    if not 1 <= prefill < window or stride < 1 or windows < 1:
-        sizes = f"{prefill=}, {window=}, {stride=}, {windows=}"
-        raise ValueError(f"not 1 <= prefill < window, 1 <= stride, 1 <= windows: {sizes}")
+    _check_schedule(window, prefill, stride, windows)
     if len(token_ids) < windows * window:
         raise ValueError(f"{windows} windows of {window} need {windows * window} tokens, the text has {len(token_ids)}")
     chosen, skipped = [caches.VARIANTS[BASELINE]], []
@@ -258,7 +262,10 @@ _OF_WINDOWS = model_command(
 
 
 def _main(args: argparse.Namespace) -> int:
-    return (_OF_WINDOWS.main if args.stream_tokens is None else stream.main)(args)
+    if args.stream_tokens is not None:
+        return stream.main(args)
+    _check_schedule(args.window, args.prefill, args.stride, args.windows)  # before the model is loaded
+    return _OF_WINDOWS.main(args)
 
 
 COMMAND = Command(HELP, _OF_WINDOWS.add_arguments, _main)

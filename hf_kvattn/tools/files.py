@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +37,9 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that gets its name when the block succeeds, and is removed when it fails.
+    """A temporary folder that becomes `path` when the block succeeds, and is removed when it fails.
+
+    It lies in a folder beside `path` that nobody else may enter. `path` itself gets the usual rights.
 
     Raises ValueError when `path` exists or the folder that it should be in does not, before anything else is done.
     """
@@ -47,10 +48,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise ValueError(f"{path} exists already: move it away or choose another output folder")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the output {path.name}")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.rename(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone when renamed
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as private:
+        folder = Path(private, path.name)
+        folder.mkdir()
+        yield folder
+        os.rename(folder, path)

@@ -18,7 +18,8 @@ from urllib.request import getproxies
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,6 +28,16 @@ logger = logging.getLogger(__name__)
 SMOLLM2 = "smollm2-135m"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_TIMEOUT_S = 5.0
+# One of them is in every folder with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+OTHER_TEXTS = "--text takes a file or 'pydoc' as well"
 
 
 def _smollm2_path() -> Path:
@@ -53,13 +64,21 @@ def gguf_path(name: str) -> Path | None:
 def _source(name: str) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` takes for a model's name: its place and, for a .gguf file, that file."""
     path = gguf_path(name)
+    if path is None and not Path(name).exists():
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"no such model: {name!r} is no folder or file here, and no id of the hub") from error
     return (name, {}) if path is None else (str(path.parent), {"gguf_file": path.name})
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The config of what `load_model` takes, or of a config.json."""
     source, file = _source(name)
-    return transformers.AutoConfig.from_pretrained(source, **file)
+    try:
+        return transformers.AutoConfig.from_pretrained(source, **file)
+    except OSError as error:
+        raise OSError(f"cannot load the config of {name!r}: {error}") from error
 
 
 def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -73,6 +92,11 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
         device: where to put the model.
     """
     source, file = _source(name)
+    folder = Path(source)
+    if not file and folder.is_dir() and not any((folder / each).is_file() for each in TOKENIZER_FILES):
+        raise ValueError(
+            f"{name!r} has no tokenizer: tokenizer.save_pretrained({name!r}) puts its files beside the model's"
+        )
     arguments: dict[str, Any] = {"dtype": dtype, **file}
     if file and hasattr(transformers, "GgufConfig"):
         # Newer versions may keep the weights packed, with an attention kernel of their own: another model on another
@@ -81,7 +105,7 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **file)
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
-    except (RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except (RuntimeError, OSError, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"cannot load {name!r}: {error}") from error
     model, report = loaded
     missing = sorted(report["missing_keys"])
@@ -101,7 +125,7 @@ def _check_hub() -> None:
     try:
         socket.create_connection((host, port), timeout=HUB_TIMEOUT_S).close()
     except OSError as error:
-        hint = "HF_HUB_OFFLINE=1 uses a copy downloaded earlier"
+        hint = f"HF_HUB_OFFLINE=1 uses a copy downloaded earlier; {OTHER_TEXTS}"
         raise ConnectionError(f"cannot reach {host} for WikiText-2: {error} ({hint})") from error
 
 
@@ -109,12 +133,14 @@ def _wikitext() -> str:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("WikiText-2 needs the package datasets: pip install hf_kvattn[eval]") from error
+        raise ImportError(
+            f"WikiText-2 needs the package datasets: pip install hf_kvattn[eval]; {OTHER_TEXTS}"
+        ) from error
     _check_hub()
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
-    except datasets.exceptions.DatasetsError as error:
-        raise OSError(f"cannot load WikiText-2: {error}") from error
+    except (datasets.exceptions.DatasetsError, OSError) as error:
+        raise OSError(f"cannot load WikiText-2: {error} ({OTHER_TEXTS})") from error
     return "".join(rows["text"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 
 from hf_kvattn.planning import plan
 from hf_kvattn.tools import inputs
@@ -19,10 +20,10 @@ HELP = """Bytes of each cache for a model, and the longest context that fits int
 
 def gib(text: str) -> int:
     """An argparse type: gibibytes as bytes."""
-    n_bytes = int(float(text) * (1 << 30))
-    if n_bytes < 1:
+    n_bytes = float(text) * (1 << 30)
+    if not 1 <= n_bytes < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return n_bytes
+    return int(n_bytes)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
