@@ -14,7 +14,6 @@ import copy
 import functools
 import inspect
 import logging
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +43,18 @@ from .quant.calibration import Calibration, file_name
 logger = logging.getLogger("hf_kvattn")
 
 _STATE = "_hf_kvattn"
-
 # What the forward of an attention module may take. Others, such as keys from elsewhere, are not known to be served.
 _ARGUMENTS = frozenset(
     "hidden_states attention_mask position_embeddings position_ids past_key_values cache_position use_cache "
     "output_attentions key_value_states encoder_hidden_states encoder_attention_mask kwargs".split()
 )
+LONG_FORWARD = 64  # tokens without a cache from which on somebody seems to measure a model
+
+# Names in tables: they change no model. `from_pretrained(attn_implementation=...)` and pickled models look for them.
+# All together: an attention function without a mask function would get no masks at all.
+AttentionInterface.register(NAME, kvattn_attention)
+AttentionMaskInterface.register(NAME, kvattn_mask)
+register_ops()
 
 
 @dataclass
@@ -58,12 +63,14 @@ class _Enabled:
 
     request: tuple
     hooks: list
-    configs: list[tuple[torch.nn.Module, PreTrainedConfig]]
+    implementation: str  # of attention, before
     make_cache: Callable[[PreTrainedConfig], object] | None
     ours: dict[str, Callable]  # methods that replace the model's own, on this instance
-    before: dict[str, object]  # instance attributes that they replaced
-    # The model (a copy of it is another one), the configuration and the callable of the last compilation.
-    compiled: tuple[int, CompileConfig, Callable] | None = None
+    before: dict[str, Any]  # instance attributes that they replaced
+    compiled: tuple[CompileConfig, Callable] | None = None  # the last one
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"compiled": None}  # a copy of the model compiles for itself
 
 
 def enable(
@@ -71,75 +78,76 @@ def enable(
 ) -> PreTrainedModel:
     """Switches `model` to this package's attention; returns `model`.
 
-    Changes this model only: its config is replaced by a private copy while enabled, so that another model built from
-    the same config object is not affected. Calling it again with other arguments replaces the first call.
+    Changes this model only: its config is replaced by a private copy, so that another model built from the same config
+    object is not affected. Calling it again with other arguments replaces the first call.
 
     Args:
-        model: a decoder-only transformers model whose attention goes through `AttentionInterface`.
+        model: a decoder-only transformers model whose attention goes through `AttentionInterface`, or a peft model of
+            one.
         cache: what a `generate()` that passes no cache gets, a fresh one each time: a name of
-            `caches.registry.COMPLETE` (`"static"`, `"int8"`, `"int4"`...), a callable `config -> Cache`, or None to
-            leave `generate()` as it is. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder
-            that the model was loaded from, where there is one.
+            `caches.registry.COMPLETE` (`"static"`, `"int8"`, `"int4"`...), a callable `config -> Cache`, or None for
+            transformers' own. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the
+            model was loaded from, where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
             package's caches: as its `compile_config` says, else as `compiling.step.default_config()`. The first step of
             a model and batch size then takes a minute or so.
 
     Raises:
-        ValueError: an unsupported model, with the reason, an unknown cache name, or a calibration that is broken or
-            was made for another model.
+        ValueError: an unsupported model or one that `cache` does not fit, with the reason, an unknown cache name, or a
+            calibration that is broken or was made for another model.
     """
     if type(compile) is not bool:
         raise ValueError(f"compile must be True or False, got {compile!r}")
-    make_cache = _cache_maker(cache)
+    whole, model = model, _base_model(model)
     modules = attention_modules(model)
     request = (cache, compile)
     state = getattr(model, _STATE, None)
-    if state is not None and state.request == request:
-        return model
-    if isinstance(cache, str):
-        make_cache = _named(model, cache)
-        make_cache(model.config)  # refuses what does not fit the model now, rather than in generate()
+    if state is not None and state.request == request and is_enabled(model):
+        return whole
+    make_cache = _cache_maker(model, cache)
+    # Of a name: made once, so that what does not fit is refused now rather than in `generate()`.
+    quantizes = isinstance(cache, str) and isinstance(make_cache(model.config), QuantizedKVCache)
+    if state is None:
+        _use_private_configs(model)
     disable(model)
-    # Both together: a name with an attention function but no mask function would get no masks at all.
-    AttentionInterface.register(NAME, kvattn_attention)
-    AttentionMaskInterface.register(NAME, kvattn_mask)
-    register_ops()
-    configs = _use_private_configs(model)
-    model.config.get_text_config(decoder=True)._attn_implementation = NAME
+    decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
+    implementation, config._attn_implementation = config._attn_implementation, NAME
     hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_hook(check_attended, with_kwargs=True) for m in modules]
-    hooks.append(model.get_decoder().register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
-    ours: dict[str, Callable] = {}
-    if make_cache is not None or compile:
-        ours["generate"] = _generate
+    hooks.append(decoder.register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
+    if quantizes:
+        hooks.append(decoder.register_forward_pre_hook(_note_exact_forward, with_kwargs=True))
+    ours: dict[str, Callable] = {"generate": _generate}
     if compile:
-        ours["get_compiled_call"] = _get_compiled_call
-        ours["create_masks_for_generate"] = _create_masks_for_generate
+        ours |= {"get_compiled_call": _get_compiled_call, "create_masks_for_generate": _create_masks_for_generate}
     before = {name: model.__dict__[name] for name in ours if name in model.__dict__}
-    setattr(model, _STATE, _Enabled(request, hooks, configs, make_cache, ours, before))
-    model.__dict__.update({name: types.MethodType(function, model) for name, function in ours.items()})
-    return model
+    setattr(model, _STATE, _Enabled(request, hooks, implementation, make_cache, ours, before))
+    # Not bound methods: a model is pickled with what is in its `__dict__`.
+    model.__dict__.update({name: functools.partial(function, model) for name, function in ours.items()})
+    return whole
 
 
 def disable(model: PreTrainedModel) -> PreTrainedModel:
-    """Restores `model` exactly as it was before `enable`; does nothing to a model that is not enabled."""
-    state = model.__dict__.pop(_STATE, None)
+    """Undoes `enable` and nothing else: what was set on the model since stays. Without `enable` it does nothing."""
+    base = _base_model(model)
+    state = base.__dict__.pop(_STATE, None)
     if state is None:
         return model
     for hook in state.hooks:
         hook.remove()
-    for module, config in state.configs:
-        module.config = config
+    config = base.config.get_text_config(decoder=True)
+    if config._attn_implementation == NAME:
+        config._attn_implementation = state.implementation
     for name in state.ours:
-        del model.__dict__[name]
-    model.__dict__.update(state.before)
+        del base.__dict__[name]
+    base.__dict__.update(state.before)
     return model
 
 
 @contextlib.contextmanager
 def enabled(model: PreTrainedModel, cache=None, compile: bool = False) -> Iterator[PreTrainedModel]:
-    """`enable` for the body of a `with`; afterwards the model is as it was, enabled by an earlier call or not."""
-    before = getattr(model, _STATE, None)
+    """`enable` for the body of a `with`; afterwards the model is enabled by an earlier call, or not, as it was."""
+    before = getattr(_base_model(model), _STATE, None) if is_enabled(model) else None
     enable(model, cache, compile)
     try:
         yield model
@@ -151,7 +159,14 @@ def enabled(model: PreTrainedModel, cache=None, compile: bool = False) -> Iterat
 
 
 def is_enabled(model: PreTrainedModel) -> bool:
-    return getattr(model, _STATE, None) is not None
+    """Whether `enable` is in force; False too where another attention implementation has been set since."""
+    base = _base_model(model)
+    return hasattr(base, _STATE) and _implementation(base.get_decoder()) == NAME
+
+
+def _base_model(model: Any) -> Any:
+    """The transformers model in a peft model, which need not be installed; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
@@ -210,69 +225,109 @@ def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
     return args, {**kwargs, "position_ids": positions}
 
 
+def _note_exact_forward(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    """A hook before the decoder's forward, where `generate()` quantizes: says once that a long forward does not."""
+    alone = not args and kwargs.get("past_key_values") is None and not torch.is_grad_enabled()
+    if alone and not torch.compiler.is_compiling() and new_tokens(kwargs).shape[1] > LONG_FORWARD:
+        _log_once(
+            f"a forward of more than {LONG_FORWARD} tokens without past_key_values: enable(cache=) is for generate(); "
+            "what is measured here is not its quantized cache, as hf-kvattn perplexity measures it"
+        )
+
+
 def _implementation(module: torch.nn.Module) -> str | None:
     return getattr(module.config, "_attn_implementation", None)
 
 
-def _generate(self, *args, **kwargs):
-    """`generate()` with a fresh cache, if the caller passes none and asks for no other kind; compiled if enabled so."""
-    state: _Enabled = getattr(self, _STATE)
-    in_place = args[1] if len(args) > 1 else None
-    config = kwargs.get("generation_config") or in_place or self.generation_config
-    asked = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
-    uses_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
+def _generate(model, *args, **kwargs):
+    """`generate()` of an enabled model: with a fresh cache if it gets none and asks for no other kind, and compiled.
+
+    Raises:
+        ValueError: a prompt that cannot go on from the cache.
+    """
+    state: _Enabled = getattr(model, _STATE)
+    inputs, in_place = (*args, None, None)[:2]
     cache = kwargs.get("past_key_values")
-    if state.make_cache is not None and cache is None and not asked and uses_cache is not False:
-        kwargs["past_key_values"] = cache = state.make_cache(self.config)
+    _check_prompt(cache, kwargs.get("input_ids", kwargs.get("inputs", inputs)), kwargs)
+    # What `generate()` is going to make of its arguments and of the model's defaults.
+    config, _ = model._prepare_generation_config(**{"generation_config": in_place, **kwargs})
+    if state.make_cache is not None and cache is None:
+        if config.cache_implementation is None and config.use_cache is not False:
+            kwargs["past_key_values"] = cache = state.make_cache(model.config)
+        else:
+            asked = f"cache_implementation={config.cache_implementation!r}, use_cache={config.use_cache!r}"
+            _log_once(f"generate() does not use the cache that enable() was given: it runs with {asked}")
+    generate = state.before.get("generate") or functools.partial(type(model).generate, model)
     if "get_compiled_call" not in state.ours or not isinstance(cache, KVCache):
-        return type(self).generate(self, *args, **kwargs)
-    wish = kwargs.get("compile_config") or getattr(config, "compile_config", None) or default_config()
-    kwargs["compile_config"], cache.steps = checked_config(wish, self.device, cache)
+        return generate(*args, **kwargs)
+    wish = config.compile_config or model.generation_config.compile_config or default_config()
+    kwargs["compile_config"], cache.steps = checked_config(wish, model.device, cache)
     cache.is_compileable = True
     try:
-        return type(self).generate(self, *args, **kwargs)
+        return generate(*args, **kwargs)
     finally:
         cache.is_compileable, cache.steps = False, None
 
 
-def _create_masks_for_generate(self, *args, **kwargs):
+def _check_prompt(cache: Any, ids: Any, kwargs: dict) -> None:
+    """Refuses token ids that do not go on from what `cache` holds, as far as lengths and the cache itself can tell."""
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or kwargs.get("inputs_embeds") is not None:
+        return
+    if cache is not None and not isinstance(cache, KVCache):
+        return
+    seen, given, mask = 0, ids.shape[1], kwargs.get("attention_mask")
+    if cache is not None:
+        cache.check_consistent_layers()
+        seen = cache.get_seq_length()
+    total = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else given
+    whole = total == given and (given > seen or not seen)
+    if not whole and total != seen + given:
+        raise ValueError(
+            "generate() takes the whole prompt, with the tokens that the cache holds, or new tokens with an attention "
+            f"mask over all; got {given} input_ids, a mask over {total}, and past_key_values with {seen} tokens"
+        )
+    if whole and cache is not None:
+        cache.check_prompt(ids)
+
+
+@functools.lru_cache(maxsize=64)
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _create_masks_for_generate(model, *args, **kwargs):
     """Called by `generate()` before each forward. Steps in a CUDA graph make their own masks from tensors."""
     steps = getattr(kwargs.get("past_key_values"), "steps", None)
     if steps is not None and kwargs["inputs_embeds"].shape[1] == 1:
         if kwargs.get("is_first_iteration"):  # a part of a prompt: what comes may be padded otherwise
             steps.leftpad_known = False
         return kwargs["attention_mask"]
-    own = inspect.getattr_static(type(self), "create_masks_for_generate", None)
-    make_masks = create_masks_for_generate if own is None else own.__get__(self)
+    own = inspect.getattr_static(type(model), "create_masks_for_generate", None)
+    make_masks = create_masks_for_generate if own is None else own.__get__(model)
     return make_masks(*args, **kwargs)
 
 
-def _get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+def _get_compiled_call(model, compile_config: CompileConfig | None) -> Callable:
     """Replaces transformers' own: `disable` drops what is compiled, and copies of the model do not share it."""
-    state: _Enabled = getattr(self, _STATE)
+    state: _Enabled = getattr(model, _STATE)
     config = compile_config or default_config()
-    if state.compiled is None or state.compiled[:2] != (id(self), config):
-        state.compiled = (id(self), config, compiled_step(self, config))
-    return state.compiled[2]
+    if state.compiled is None or state.compiled[0] != config:
+        state.compiled = (config, compiled_step(model, config))
+    return state.compiled[1]
 
 
-def _cache_maker(cache) -> Callable[[PreTrainedConfig], object] | None:
+def _cache_maker(model: PreTrainedModel, cache: Any) -> Any:
+    """What makes a cache for each `generate()`: of a name, with its calibration if the model's folder holds one."""
     if cache is None or callable(cache):
         return cache
     if cache not in COMPLETE:
         raise ValueError(f"unknown cache {cache!r}; known: {', '.join(COMPLETE)}, or a callable config -> Cache")
+    path = Path(model.name_or_path or "", file_name(cache))
+    if CACHES[cache].calibrated and model.name_or_path and path.is_file():
+        calibration = Calibration.load(path)
+        logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
+        return functools.partial(QuantizedKVCache, calibration=calibration)
     return CACHES[cache]
-
-
-def _named(model: PreTrainedModel, cache: str) -> Callable[[PreTrainedConfig], object]:
-    """The maker of a named cache, with its calibration if the model's folder holds one."""
-    folder = model.name_or_path
-    path = Path(folder or "", file_name(cache))
-    if not CACHES[cache].calibrated or not folder or not path.is_file():
-        return CACHES[cache]
-    calibration = Calibration.load(path)
-    logger.info("%s caches follow %s: %.2f bits a number", cache, path, calibration.bits_per_element)
-    return functools.partial(QuantizedKVCache, calibration=calibration)
 
 
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -303,14 +358,11 @@ def _is_cached_attention(module: torch.nn.Module) -> bool:
     return "past_key_values" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _use_private_configs(model: PreTrainedModel) -> list[tuple[torch.nn.Module, PreTrainedConfig]]:
-    """Replaces the model's config and its parts by private copies, in every module; returns the originals."""
+def _use_private_configs(model: PreTrainedModel) -> None:
+    """Replaces the model's config and its parts by private copies, in every module."""
     copies: dict[int, Any] = {}
     copy.deepcopy(model.config, copies)
-    replaced = []
     for module in model.modules():
         config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig) and id(config) in copies:
-            replaced.append((module, config))
-            module.config = copies[id(config)]
-    return replaced
+        if isinstance(config, PreTrainedConfig):
+            module.config = copies.get(id(config), config)

@@ -23,14 +23,15 @@ def python(code: str, **environment: str) -> str:
     return run.stdout.strip()
 
 
-def test_import_is_quick_and_changes_nothing():
+def test_import_is_quick_and_changes_nothing_but_adds_a_name():
     out = python(
         "import time, torch, transformers\n"
         "from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel\n"
         "before = [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
         "threads = torch.get_num_threads()\n"
         "start = time.process_time(); import hf_kvattn; seconds = time.process_time() - start\n"  # others may run too
-        "assert before == [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
+        "after = [set(AttentionInterface()), set(AttentionMaskInterface())]\n"
+        "assert after == [names | {'kvattn'} for names in before]\n"
         "assert threads == torch.get_num_threads()\n"
         "print(seconds)"
     )

@@ -1,12 +1,16 @@
 """enable and disable: per model, exact, and right for everything that is not one of our caches."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 from models import generate, prompt, tiny_config, tiny_model
 from transformers import (
     AttentionInterface,
+    CompileConfig,
     DeepseekV3Config,
     DynamicCache,
     Gemma3nTextConfig,
@@ -27,13 +31,19 @@ def snapshot(model) -> dict:
     """All that enable may touch."""
     return {
         "implementation": model.config._attn_implementation,
-        "configs": [id(m.config) for m in model.modules() if hasattr(m, "config")],
-        "hooks": [len(m._forward_pre_hooks) for m in model.modules()],
+        "configs": [m.config is model.config for m in model.modules() if hasattr(m, "config")],
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()],
         "attributes": [sorted(m.__dict__) for m in model.modules()],
-        "generate": model.generate.__func__,
+        "generate": getattr(model.generate, "__func__", None),
         "config": model.config.to_dict(),
         "generation_config": (id(model.generation_config), model.generation_config.to_dict()),
     }
+
+
+def default_cache(model):
+    """The kind of cache that `generate()` gets without being given one."""
+    out = model.generate(**prompt(), max_new_tokens=2, return_dict_in_generate=True)
+    return out.past_key_values
 
 
 @pytest.mark.parametrize("cache", [None, "static", StaticKVCache])
@@ -65,10 +75,10 @@ def test_enable_is_idempotent_and_takes_new_arguments():
     hf_kvattn.enable(model)
     assert snapshot(model) == once
     hf_kvattn.enable(model, cache="static")
-    assert "generate" in model.__dict__
+    assert isinstance(default_cache(model), StaticKVCache)
     hf_kvattn.enable(model)
-    assert "generate" not in model.__dict__
-    assert sum(snapshot(model)["hooks"]) == 3 + 1  # each attention module, and the decoder for its positions
+    assert isinstance(default_cache(model), DynamicCache)
+    assert snapshot(model) == once
     hf_kvattn.disable(model)
     assert snapshot(model) == before
 
@@ -78,8 +88,8 @@ def test_enabled_nests_and_survives_an_exception():
     before = snapshot(model)
     with pytest.raises(KeyError), hf_kvattn.enabled(model, cache="static"):
         with hf_kvattn.enabled(model):
-            assert "generate" not in model.__dict__
-        assert "generate" in model.__dict__
+            assert isinstance(default_cache(model), DynamicCache)
+        assert isinstance(default_cache(model), StaticKVCache)
         raise KeyError
     assert snapshot(model) == before
 
@@ -202,10 +212,166 @@ def test_generate_without_a_cache_gets_a_fresh_one_each_time():
 def test_a_deep_copy_of_an_enabled_model_is_its_own():
     model = hf_kvattn.enable(tiny_model(), cache="static")
     clone = copy.deepcopy(model)
-    assert clone.generate.__self__ is clone
+    assert clone.generate.args == (clone,)
     hf_kvattn.disable(clone)
     assert hf_kvattn.is_enabled(model) and clone.config._attn_implementation == "sdpa"
     assert torch.equal(generate(model, prompt())[0], generate(clone, prompt())[0])
+
+
+def test_edits_of_the_config_survive_and_the_shared_config_is_left_alone(tmp_path):
+    config = tiny_config()
+    model, other = LlamaForCausalLM(config).eval(), LlamaForCausalLM(config)
+    hf_kvattn.enable(model)
+    model.resize_token_embeddings(140)
+    hf_kvattn.enable(model, cache="static")
+    model.config.rms_norm_eps = 1e-3
+    with hf_kvattn.enabled(model, cache="int8"):
+        model.config.tie_word_embeddings = True
+    assert hf_kvattn.is_enabled(model) and isinstance(default_cache(model), StaticKVCache)
+    hf_kvattn.disable(model)
+    with hf_kvattn.enabled(model):
+        model.config.tie_word_embeddings = False
+    assert (model.config.vocab_size, model.config.rms_norm_eps, model.config.tie_word_embeddings) == (140, 1e-3, False)
+    assert model.config is model.model.config and model.config._attn_implementation == "sdpa"
+    assert other.config is config and (config.vocab_size, config._attn_implementation) == (128, "sdpa")
+    model.save_pretrained(tmp_path)
+    assert LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == (140, 64)
+
+
+def test_an_implementation_set_by_hand_is_noticed():
+    model = hf_kvattn.enable(tiny_model())
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert not hf_kvattn.is_enabled(model)
+        hf_kvattn.enable(model)  # with the same arguments
+        assert hf_kvattn.is_enabled(model) and model.config._attn_implementation == "kvattn"
+        assert {len(m._forward_pre_hooks) for m in model.modules()} == {0, 1}
+        hf_kvattn.disable(model)
+        assert model.config._attn_implementation == implementation
+        hf_kvattn.enable(model)
+    model.set_attn_implementation("sdpa")
+    hf_kvattn.disable(model)
+    assert model.config._attn_implementation == "sdpa", "what the user set stays"
+
+
+PICKLED = """
+import sys
+{imports}
+import torch
+model, inputs, expected = torch.load(sys.argv[1], weights_only=False)
+import hf_kvattn
+assert hf_kvattn.is_enabled(model)
+def tokens():
+    out = model.generate(**inputs, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
+    return type(out.past_key_values).__name__, out.sequences
+for kind in ("{cache}", "{cache}"):
+    found, ids = tokens()
+    assert found == kind and torch.equal(ids, expected)
+hf_kvattn.disable(model)
+assert model.config._attn_implementation == "sdpa"
+found, ids = tokens()
+assert found == "DynamicCache" and torch.equal(ids, expected)
+"""
+
+
+@pytest.mark.parametrize("imports", ["", "import hf_kvattn", "import transformers"])
+@pytest.mark.parametrize(
+    ("arguments", "cache"),
+    [
+        ({}, "DynamicCache"),
+        ({"cache": "static"}, "StaticKVCache"),
+        ({"cache": StaticKVCache, "compile": True}, "StaticKVCache"),
+    ],
+)
+def test_an_enabled_model_is_loaded_in_another_process(arguments, cache, imports, tmp_path):
+    model, inputs = hf_kvattn.enable(tiny_model(), **arguments), prompt(left_padding=3)
+    if "compile" in arguments:
+        backend = CompileConfig(fullgraph=True, mode=None, backend="eager")
+        model.generation_config.compile_config = backend
+        model.get_compiled_call(backend)  # which cannot be pickled
+    expected, _ = generate(model, inputs, 12)
+    torch.save((model, inputs, expected), tmp_path / "model.pt")
+    code = PICKLED.format(imports=imports, cache=cache)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    for clone in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert clone.config is not model.config and torch.equal(generate(clone, inputs, 12)[0], expected)
+        hf_kvattn.disable(clone)
+        assert hf_kvattn.is_enabled(model)
+
+
+def run_in_a_process(model, inputs, results):
+    results.put(generate(model, inputs, 12)[0].tolist())
+
+
+def test_an_enabled_model_is_an_argument_of_a_spawned_process():
+    model, context = hf_kvattn.enable(tiny_model(), cache="int8"), torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=run_in_a_process, args=(model, prompt(), results))
+    process.start()
+    assert results.get(timeout=120) == generate(model, prompt(), 12)[0].tolist()
+    process.join()
+
+
+BY_NAME = """
+import sys
+import hf_kvattn, torch
+from transformers import AutoModelForCausalLM
+stock, named = (AutoModelForCausalLM.from_pretrained(sys.argv[1], attn_implementation=n) for n in ("sdpa", "kvattn"))
+set_later = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+set_later.set_attn_implementation("kvattn")
+ids = torch.arange(3, 63).reshape(2, 30)
+mask = torch.ones_like(ids)
+mask[0, :5] = 0
+expected = stock.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
+for model in (named, set_later):
+    assert model.config._attn_implementation == "kvattn" and not hf_kvattn.is_enabled(model)
+    sliding = hf_kvattn.SlidingWindowKVCache(model.config, window=64)
+    for cache in (None, hf_kvattn.StaticKVCache(model.config), sliding):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache)
+        assert torch.equal(out, expected)
+    with torch.no_grad():
+        got = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+        torch.testing.assert_close(got, stock(ids).logits, rtol=1e-4, atol=1e-4)
+    hf_kvattn.enable(model, cache="static")
+    assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False), expected)
+    assert hf_kvattn.disable(model).config._attn_implementation == "kvattn"
+"""
+
+
+def test_kvattn_by_name_works_after_the_import(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    run = subprocess.run([sys.executable, "-c", BY_NAME, str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+class Wrapped(torch.nn.Module):
+    """What a peft model is, as far as it matters here."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self):
+        return self.base_model
+
+    def generate(self, *args, **kwargs):
+        return self.base_model.generate(*args, **kwargs)
+
+
+def test_a_peft_model_is_enabled_through_its_base_model():
+    base = tiny_model()
+    expected, before = generate(base, prompt())[0], snapshot(base)
+    model = Wrapped(base)
+    assert hf_kvattn.enable(model, cache="static") is model
+    assert hf_kvattn.is_enabled(model) and hf_kvattn.is_enabled(base)
+    assert isinstance(default_cache(model), StaticKVCache)
+    assert torch.equal(generate(model, prompt())[0], expected)
+    with hf_kvattn.enabled(model) as inner:
+        assert inner is model and isinstance(default_cache(model), DynamicCache)
+    assert isinstance(default_cache(model), StaticKVCache)
+    assert hf_kvattn.disable(model) is model
+    assert not hf_kvattn.is_enabled(model) and snapshot(base) == before
 
 
 def refused(config_or_model, message):

@@ -386,10 +386,10 @@ def hybrid_in_the_checkpoint(run: Run) -> Answer:
     return generated(hf_kvattn.enable(model, cache=run.cache))
 
 
-def set_by_name_before(run: Run) -> Answer:
-    hf_kvattn.enable(fresh())
-    model = fresh()
-    model.set_attn_implementation("kvattn")
+def made_by_name(run: Run) -> Answer:
+    """As `from_pretrained(..., attn_implementation="kvattn")` makes it."""
+    model = type(stock())._from_config(copy.deepcopy(stock().config), attn_implementation="kvattn").eval()
+    model.load_state_dict(stock().state_dict())
     return generated(hf_kvattn.enable(model, cache=run.cache))
 
 
@@ -450,7 +450,7 @@ WAYS = [greedy, left_padded, beams, sampling, text_pipeline, forward_by_hand, ch
         inputs_embeds, autocast, dispatched, dispatched_with_skip_keys, offloaded, lora, pickled, torch_saved,
         deepcopied, bfloat16, half, compiled_by_hand, compiled_by_enable, assistant, prompt_lookup, custom_generate,
         second_turn, forked_prefix, loaded_prefix, named_cache, callable_cache, hybrid_in_the_checkpoint,
-        set_by_name_before, enabled_context, enabled_again, vision_language, training_mode, inference_mode, threads,
+        made_by_name, enabled_context, enabled_again, vision_language, training_mode, inference_mode, threads,
 ]  # fmt: skip
 COMPILED = [compiled_by_hand, compiled_by_enable]  # each takes seconds
 CELLS = [

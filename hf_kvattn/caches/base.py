@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,9 +16,36 @@ from .configs import check_config, fingerprint, kv_shape, native_windows
 from .consistency import changing_all, check_consistent_layers, crop
 from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
-from .prefix import KnownPrefix, hash_ids
+from .positions import StreamPosition
 from .reorder import reorder_rows
 from .tickets import issue_ticket
+
+TokenIds = torch.Tensor | Sequence[int] | Sequence[Sequence[int]] | Mapping[str, Any]
+
+
+class KnownPrefix(NamedTuple):
+    """What a loaded cache knows of its tokens: the `hash_ids` of the first `length` of each row, padding included."""
+
+    sha256: str
+    length: int
+
+
+def hash_ids(token_ids: TokenIds, batch_size: int, length: int) -> str:
+    """sha256 of the ids as little-endian int64, row after row.
+
+    Raises:
+        ValueError: `token_ids`, or its `input_ids` if it is a mapping, are not integers `(batch_size, length)`, or
+            `(length,)` for a batch of one.
+    """
+    try:
+        ids = torch.as_tensor(token_ids.get("input_ids") if isinstance(token_ids, Mapping) else token_ids).cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"token_ids must be integers: {error}") from error
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token_ids must be integers, got {ids.dtype}")
+    if ids.shape not in [(batch_size, length), *([(length,)] if batch_size == 1 else [])]:
+        raise ValueError(f"token_ids are {ids.shape}, the cache holds {(batch_size, length)} tokens")
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
 
 
 def check_max_cache_len(max_cache_len: int | None) -> None:
@@ -41,6 +69,8 @@ class KVCache(Cache):
     is_compileable = False
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     counts_positions = False  # whether `positions` answers with other positions than the model's
+    # Of `SlidingWindowKVCache`: see `stands_at`. The next token of other caches depends on their layers alone.
+    _stream_position = _next_position = StreamPosition()
     settings: dict[str, Any]  # the subclass's own arguments: `type(cache)(config, **cache.settings)` is one like it
 
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
@@ -56,23 +86,21 @@ class KVCache(Cache):
         self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
         self.known_prefix: KnownPrefix | None = None  # what a loaded cache knows of the tokens in it
 
-    def counts(self) -> dict[str, int | None]:
-        """Numbers of the whole cache on which its next token depends, beside those of its layers; files hold them."""
-        return {}
-
-    def set_counts(self, counts: dict[str, int | None]) -> None:
-        """Sets what `counts` returned; ValueError where no cache with these layers has such numbers."""
-
     def check_prompt(self, input_ids: torch.Tensor) -> None:
         """Raises ValueError if the cache is known to hold other tokens than the first ones of `input_ids` `(B, T)`."""
         if self.known_prefix is None:
             return
-        begin = input_ids[:, : self.known_prefix.length]
-        if hash_ids(begin, *begin.shape) != self.known_prefix.sha256:
+        sha256, length = self.known_prefix
+        begin = input_ids[:, :length]
+        if hash_ids(begin, *begin.shape) != sha256:
             raise ValueError(
-                f"input_ids {tuple(input_ids.shape)} do not begin with the {self.known_prefix.length} tokens that the "
-                "cache was loaded with: pass those and then the new ones, or load the cache of this prompt"
+                f"input_ids {tuple(input_ids.shape)} do not begin with the {length} tokens that the cache was loaded "
+                "with: pass those and then the new ones, or load the cache of this prompt"
             )
+
+    def stands_at(self) -> StreamPosition:
+        """Where a stream stands: behind the tokens for which positions were asked last, unless they were refused."""
+        return self._next_position if self._next_position.seen == self.get_seq_length() else self._stream_position
 
     def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
@@ -105,7 +133,6 @@ class KVCache(Cache):
             self.known_prefix = None
 
     def reset(self) -> None:
-        """Removes all tokens."""
         super().reset()
         self.known_prefix = None
 
@@ -160,8 +187,8 @@ class KVCache(Cache):
             forked = shallow_copy(self)
             forked.layers = [shallow_copy(layer) for layer in self.layers]
             forked._replace_buffers(self._shared)
-        except OSError as error:
-            log_copy(str(error))
+        except (OSError, RuntimeError):  # the second from PyTorch
+            log_copy()
             return copy.deepcopy(self)
         forked.ticket = issue_ticket(forked)
         return forked

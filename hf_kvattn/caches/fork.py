@@ -23,9 +23,6 @@ class SharedTensors:
     Args:
         tensors: contiguous CPU tensors, each with the number of entries of its dimension 2 that are filled. The others
             take no memory and are zeros in the views.
-
-    Raises:
-        OSError: here and from `views`: the system allows no more open files or mappings.
     """
 
     def __init__(self, tensors: list[tuple[torch.Tensor, int]]):
@@ -51,10 +48,7 @@ class SharedTensors:
 
     def _map(self, shared: bool) -> list[torch.Tensor]:
         path = f"/proc/self/fd/{self._fd}"
-        try:
-            data = torch.from_file(path, shared=shared, size=self._nbytes, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise OSError(str(error).rpartition(": ")[2]) from error
+        data = torch.from_file(path, shared=shared, size=self._nbytes, dtype=torch.uint8)
         return [
             data[start : start + like.nbytes].view(like.dtype).view(like.shape)
             for start, like in zip(self._offsets, self._like, strict=True)
@@ -70,6 +64,6 @@ def can_share(tensors: list[torch.Tensor]) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=16)
-def log_copy(reason: str) -> None:
-    logger.warning("forks that share no memory, because of: %s", reason)
+@functools.lru_cache(maxsize=1)
+def log_copy() -> None:
+    logger.warning("forks are deep copies where the system does not let them open or map one more file (ulimit -n)")

@@ -142,13 +142,6 @@ class KVLayer(CacheLayerMixin):
         """Moves the buffers. `device`, the device of new tokens, stays."""
         self.replace_buffers({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
 
-    def offload(self) -> None:
-        self.move("cpu")
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self.move(self.device)
-
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> KVLayer:
         """A layer with memory of its own, even where forks share tensors."""
@@ -241,18 +234,6 @@ class KVLayer(CacheLayerMixin):
         """Overwrites batch rows `target` by rows `source` (indices); their tokens before `start` are equal already."""
         for tensor, filled in self.buffers().values():
             tensor[target, :, :filled] = tensor[source, :, :filled]
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the batch rows that `indices` (integers or bools) names, in its order."""
-        if self.seen:
-            self.select(check_rows(indices, self.batch_size).to(self.device))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.seen:
-            self.select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
 
     def get_max_length(self) -> int:
         return -1 if self.max_cache_len is None else self.max_cache_len

@@ -88,9 +88,8 @@ class KVQuantizedLayer(KVLayer):
         """The blocks of `tokens` tokens from `slot` on; no copy."""
         settings = self.settings
         arrays: dict[str, Any] = {"k_zero": None, "v_zero": None, **self._packed}
-        # Layers store bytes: PyTorch can neither pickle nor compare float8 tensors.
-        arrays["k_codes"] = arrays["k_codes"].view(settings.k_codec.dtype)
-        arrays["v_codes"] = arrays["v_codes"].view(settings.v_codec.dtype)
+        arrays["k_codes"] = _as_codes(self._packed["k_codes"], settings.k_codec)
+        arrays["v_codes"] = _as_codes(self._packed["v_codes"], settings.v_codec)
         return PackedKV(settings.exact_first, tokens, settings.k_codec, settings.v_codec, slot=slot, **arrays)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -360,7 +359,7 @@ class KVQuantizedLayer(KVLayer):
         for name, tensor in self.filled().items():
             name = name.removesuffix("_wrapped")
             if name in ("k_codes", "v_codes"):
-                tensor = tensor.view((self.settings.k_codec if name == "k_codes" else self.settings.v_codec).dtype)
+                tensor = _as_codes(tensor, self.settings.k_codec if name == "k_codes" else self.settings.v_codec)
                 if tensor.dtype == torch.uint8:
                     continue
                 tensor = tensor.bfloat16()  # which has isfinite
@@ -368,6 +367,11 @@ class KVQuantizedLayer(KVLayer):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
+
+
+def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """Codes as kernels read them. Layers store bytes: PyTorch can neither pickle nor compare float8 tensors."""
+    return stored if stored.dtype == codec.dtype else stored.view(codec.dtype)
 
 
 def _not_finite(finite: torch.Tensor) -> str | None:

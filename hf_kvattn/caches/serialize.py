@@ -5,7 +5,7 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 
 - `hf_kvattn`: JSON with the keys of `_KEYS`: the version of this format, the cache's class and settings (the codec:
   bits of keys and values and group size or a calibration, exact first tokens, skipped layers), the model's
-  fingerprint, the dtype, the cache's counts, counts and sizes of each layer, and what is known of the token ids;
+  fingerprint, the dtype, where a stream stands, counts and sizes of each layer, and what is known of the token ids;
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
@@ -14,11 +14,14 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import platform
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,8 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from .base import KVCache
-from .prefix import KnownPrefix, TokenIds, hash_ids
+from .base import KnownPrefix, KVCache, TokenIds, hash_ids
+from .positions import StreamPosition
 from .registry import CLASSES
 
 VERSION = 3
@@ -41,7 +44,7 @@ _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
           torch.uint8: "U8", torch.int32: "I32"}  # fmt: skip
 _DTYPES = {str(dtype): dtype for dtype in _TYPES if dtype.is_floating_point}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
-_KEYS = {"version", "cache", "settings", "model", "dtype", "counts", "layers", "prefix"}
+_KEYS = {"version", "cache", "settings", "model", "dtype", "stream", "layers", "prefix"}
 _LARGEST = 1 << 40
 
 
@@ -73,8 +76,8 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds
     tensors = {name: tensor.cpu().contiguous() for name, tensor in _filled(cache).items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digest = _digest(text, tensors, pool.map(_sha256, tensors.values()))
-    with tempfile.TemporaryDirectory(prefix=".kvcache-", dir=path.parent) as folder:
-        temporary = Path(folder) / "cache"
+    with _temporary_folder(path.parent) as folder:
+        temporary = folder / "cache"
         try:
             save_file(tensors, temporary, {"hf_kvattn": text, "sha256": digest})
         except SafetensorError as error:
@@ -113,6 +116,27 @@ def load_cache(path: str | os.PathLike[str], config: PreTrainedConfig, token_ids
         raise ValueError(f"{path} cannot be loaded: {str(error)[:_MAX_MESSAGE] or type(error).__name__}") from error
 
 
+@contextlib.contextmanager
+def _temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` to write a file in. Those that killed processes left behind are removed first.
+
+    Whoever writes shares a lock on `parent`, and it ends with the process: who gets it alone knows that nobody writes.
+    """
+    prefix = f".kvcache-{platform.node()}-"  # not every file system tells other machines of its locks
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):  # a system or a file system without locks
+            import fcntl
+
+            lock = os.open(parent, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left_behind in parent.glob(f"{prefix}*"):
+                    shutil.rmtree(left_behind, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        yield Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent)))
+
+
 def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
     return {f"layers.{i}.{name}": t for i, layer in enumerate(cache.layers) for name, t in layer.filled().items()}
 
@@ -120,10 +144,8 @@ def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
 def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     """The metadata of a cache's file, as JSON can hold it."""
     if CLASSES.get(type(cache).__name__) is not type(cache):
-        raise ValueError(
-            f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}: make one, like cache = "
-            "StaticKVCache(model.config), and fill it with model(ids, past_key_values=cache)"
-        )
+        way_out = "make one, as cache = StaticKVCache(model.config), and fill it with model(ids, past_key_values=cache)"
+        raise ValueError(f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}: {way_out}")
     empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")
@@ -137,9 +159,9 @@ def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
         "settings": cache.settings,
         "model": _plain(cache.fingerprint),
         "dtype": str(first.dtype),
-        "counts": cache.counts(),
+        "stream": cache.stands_at()[:2],
         "layers": [{name: getattr(layer, name) for name in (*_SIZES, *layer.counts)} for layer in cache.layers],
-        "prefix": None if prefix is None else prefix._asdict(),
+        "prefix": prefix,
     }
 
 
@@ -165,34 +187,33 @@ def _digest(text: str, names: Iterable[str], hashes: Iterable[bytes]) -> str:
 
 
 def _load(file: BinaryIO, config: PreTrainedConfig, token_ids: TokenIds | None) -> KVCache:
-    header, strings = _read_header(file)
-    said = _read_json(strings["hf_kvattn"])
+    header, strings, said = _read_header(file)
     cache, sketch = (_make(said, config) for _ in range(2))
     _check_model(said, cache, config)
-    prefix = _check_prefix(said, token_ids)
+    cache.known_prefix = _check_prefix(said, token_ids)
     _prepare(sketch, said, "meta")
-    order = _check_tensors(header, _filled(sketch), os.fstat(file.fileno()).st_size - file.tell())
+    _check_tensors(header, _filled(sketch), os.fstat(file.fileno()).st_size - file.tell())
     _prepare(cache, said, "cpu")
     tensors, hashes = _filled(cache), []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for name in order:
+        for name in header:
             read = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
             if file.readinto(_bytes(read)) != read.nbytes:  # type: ignore[attr-defined]  # a BufferedReader has it
                 raise ValueError(f"it ended inside {name} while it was read")
             hashes.append(pool.submit(_sha256, read))
             tensors[name].copy_(read)
-        digest = _digest(strings["hf_kvattn"], order, [found.result() for found in hashes])
+        digest = _digest(strings["hf_kvattn"], header, [found.result() for found in hashes])
     if digest != strings["sha256"]:
         raise ValueError(f"it is damaged: its sha256 is {digest}, and was {strings['sha256']}")
     for layer in cache.layers:
         layer.check_loaded()
-    cache.set_counts(said["counts"])
-    cache.known_prefix = prefix
+    start, end = said["stream"]
+    cache._next_position = StreamPosition(start, end, cache.get_seq_length())
     return cache
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str]]:
-    """What a safetensors file says of its tensors, which follow, and its two strings."""
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The tensors' places, the two strings, and what the first of them says."""
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
@@ -200,25 +221,17 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str]]:
     strings = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(strings, dict) or set(strings) != {"hf_kvattn", "sha256"}:
         raise ValueError(f"its metadata are {strings!r}, not those of a cache")
-    return header, {name: str(text) for name, text in strings.items()}
-
-
-def _read_json(text: str) -> dict[str, Any]:
-    said = json.loads(text)
+    said = json.loads(str(strings["hf_kvattn"]))
     if not isinstance(said, dict) or said.get("version") != VERSION:
         version = said.get("version") if isinstance(said, dict) else None
         raise ValueError(f"it has version {version!r} of the format, and {VERSION} is read here")
     if set(said) != _KEYS:
         raise ValueError(f"its metadata say {sorted(said)}, and {sorted(_KEYS)} is read here")
-    return said
+    return header, strings, said
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= _LARGEST
-
-
-def _is_position(value: Any) -> bool:
-    return value is None or (type(value) is int and -_LARGEST <= value <= _LARGEST)
 
 
 def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
@@ -271,30 +284,27 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
         values = sorted({layer[name] for layer in layers if name in layer})
         if len(values) > 1:
             raise ValueError(f"the layers do not agree on {name}, which is {values}")
-    ours, counts = cache.counts(), said["counts"]
-    if not isinstance(counts, dict) or set(counts) != set(ours) or not all(map(_is_position, counts.values())):
-        raise ValueError(f"its counts are {counts!r}: {[*ours]} should be None or {-_LARGEST} to {_LARGEST}")
+    stream, fields = said["stream"], ("start", "end")
+    numbers = stream if isinstance(stream, list) else ()
+    are_numbers = all(n is None or (type(n) is int and abs(n) <= _LARGEST) for n in numbers)
+    if not are_numbers or len(numbers) != len(fields):
+        raise ValueError(f"its stream is {stream!r}: {fields} should be None or {-_LARGEST} to {_LARGEST}")
 
 
 def _check_prefix(said: dict[str, Any], token_ids: TokenIds | None) -> KnownPrefix | None:
-    """What the file says of its tokens; ValueError if it cannot be, or if `token_ids` are others."""
+    """What the file says of its tokens; ValueError if `token_ids` are others."""
     found, layer = said["prefix"], said["layers"][0]
     if found is None:
         if token_ids is not None:
             raise ValueError("it was saved without token_ids, so those given cannot be compared")
         return None
-    if not isinstance(found, dict) or {k: type(v) for k, v in found.items()} != {"sha256": str, "length": int}:
-        raise ValueError(f"its prefix is {found!r}, should be a sha256 and a length")
-    prefix = KnownPrefix(**found)
-    if not 0 < prefix.length <= layer["seen"]:
-        raise ValueError(f"its prefix is of {prefix.length} tokens, and it holds {layer['seen']}")
-    if token_ids is not None:
-        ours = hash_ids(token_ids, layer["batch_size"], prefix.length)
-        if ours != prefix.sha256:
-            raise ValueError(
-                f"it holds another prefix: the sha256 of its token ids is {prefix.sha256}, of those given {ours}"
-            )
-    return prefix
+    if not isinstance(found, list) or [*map(type, found)] != [str, int] or not 0 < found[1] <= layer["seen"]:
+        raise ValueError(f"its prefix is {found!r}, should be a sha256 and a number of its {layer['seen']} tokens")
+    theirs, length = found
+    ours = theirs if token_ids is None else hash_ids(token_ids, layer["batch_size"], length)
+    if ours != theirs:
+        raise ValueError(f"it holds another prefix: the sha256 of its token ids is {theirs}, of those given {ours}")
+    return KnownPrefix(theirs, length)
 
 
 def _prepare(cache: KVCache, said: dict[str, Any], device: str) -> None:
@@ -305,21 +315,16 @@ def _prepare(cache: KVCache, said: dict[str, Any], device: str) -> None:
         layer.allocate_for(like, {name: found[name] for name in layer.counts})
 
 
-def _check_tensors(header: dict[str, Any], expected: dict[str, torch.Tensor], data_bytes: int) -> list[str]:
-    """Refuses other tensors than `expected`, one after the other in `data_bytes`; returns their order in the file."""
+def _check_tensors(header: dict[str, Any], expected: dict[str, torch.Tensor], data_bytes: int) -> None:
+    """Raises ValueError unless the header lists the tensors `expected`, one after the other in `data_bytes`."""
     unknown = sorted(set(expected) ^ set(header))
     if unknown:
         raise ValueError(f"{len(unknown)} tensors are missing or not known, {unknown[0]!r} among them")
-    try:
-        order = sorted(expected, key=lambda name: header[name]["data_offsets"])
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"it does not say where its tensors lie: {error!r}") from error
     end = 0
-    for name in order:
+    for name, found in header.items():
         tensor, start, end = expected[name], end, end + expected[name].nbytes
         wanted = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        if header[name] != wanted:
-            raise ValueError(f"{name} is {header[name]}, should be {wanted}")
+        if found != wanted:
+            raise ValueError(f"{name} is {found}, should be {wanted}")
     if end != data_bytes:
         raise ValueError(f"its tensors take {end} bytes, and {data_bytes} are there")
-    return order

@@ -63,7 +63,6 @@ class SlidingWindowKVCache(KVCache):
 
         super().__init__(config, make_layer)
         self.settings = {"window": window, "sinks": sinks}
-        self._stream_position = self._next_position = StreamPosition()
 
     def positions(
         self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
@@ -82,7 +81,7 @@ class SlidingWindowKVCache(KVCache):
         if self._limit is None:
             return asked
         seen = self.get_seq_length()
-        before = self._stands_at()
+        before = self.stands_at()
         if asked is None:
             start = before.start or 0
             asked = torch.arange(start + seen, start + seen + new, device=device)[None]
@@ -106,20 +105,6 @@ class SlidingWindowKVCache(KVCache):
         self._stream_position, self._next_position = before, position
         offset = (position.start or 0) + rebased
         return asked if offset == 0 else asked - offset
-
-    def _stands_at(self) -> StreamPosition:
-        """Where the stream stands: behind the tokens for which positions were asked last, unless they were refused."""
-        return self._next_position if self._next_position.seen == self.get_seq_length() else self._stream_position
-
-    def counts(self) -> dict[str, int | None]:
-        position = self._stands_at()
-        return {"start": position.start, "end": position.end}
-
-    def set_counts(self, counts: dict[str, int | None]) -> None:
-        position = StreamPosition(**counts, seen=self.get_seq_length())
-        if position.end is not None and (position.start is None or position.end >= position.start + position.seen):
-            raise ValueError(f"no stream is at {position}")
-        self._stream_position = self._next_position = position
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

@@ -11,6 +11,7 @@ from .codecs import codec_for
 from .layout import BLOCK
 
 VERSION = 1
+MAX_FILE_BYTES = 1 << 20  # some 10 bytes a layer are written
 EXACT_BITS = 16  # counted for a number of a skipped layer
 
 
@@ -118,10 +119,14 @@ class Calibration:
         """Reads a file that holds `as_json`.
 
         Raises:
-            ValueError: a broken file, with its name and what is wrong.
+            ValueError: a broken file, or one of over 1 MiB, with its name and what is wrong.
             OSError: no such file, or one that cannot be read.
         """
         try:
-            return cls.of_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
+            with Path(path).open("rb") as file:
+                text = file.read(MAX_FILE_BYTES + 1)
+            if len(text) > MAX_FILE_BYTES:
+                raise ValueError(f"it is larger than {MAX_FILE_BYTES} bytes")
+            return cls.of_json(json.loads(text))
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a calibration file: {error}") from error

@@ -12,6 +12,8 @@ import pickle
 import random
 import resource
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -158,21 +160,20 @@ def rename(old: str, new: str):
         ("static", all_layers("kv_heads", 3), "made for 2 KV heads of 16, got 3 of 16"),
         ("static", all_layers("stored", 75), "layer 0 .*'stored': 75"),
         ("static", drop("dtype"), "its metadata say"),
-        ("static", say("prefix", 5), "its prefix is 5, should be a sha256 and a length"),
-        ("static", say("prefix", "sha256", 5), "its prefix is .*, should be a sha256 and a length"),
-        ("static", say("prefix", "length", True), "its prefix is .*, should be a sha256 and a length"),
-        ("static", say("prefix", "more", 1), "its prefix is .*, should be a sha256 and a length"),
-        ("static", say("prefix", "length", 0), "its prefix is of 0 tokens, and it holds 75"),
-        ("static", say("prefix", "length", 76), "its prefix is of 76 tokens, and it holds 75"),
-        ("static", say("counts", None), "its counts are None: \\[\\] should be"),
-        ("static", say("counts", "start", 0), "its counts are {'start': 0}: \\[\\] should be"),
-        ("sliding", drop("counts"), "its metadata say"),
-        ("sliding", say("counts", {}), "its counts are {}: \\['start', 'end'\\] should be None or"),
-        ("sliding", say("counts", "start", True), "its counts are .*True"),
-        ("sliding", say("counts", "start", 1.0), "its counts are .*1.0"),
-        ("sliding", say("counts", "start", 1 << 41), "its counts are .*should be None or"),
-        ("sliding", say("counts", {"start": None, "end": 3}), "no stream is at .*end=3"),
-        ("sliding", say("counts", {"start": 5, "end": 80}), "no stream is at .*start=5, end=80"),
+        ("static", say("prefix", 5), "its prefix is 5, should be a sha256 and a number of its 75 tokens"),
+        ("static", say("prefix", 0, 5), "its prefix is \\[5, 75\\]"),
+        ("static", say("prefix", 1, True), "its prefix is .*True"),
+        ("static", say("prefix", ["a", 75, 1]), "its prefix is .*75, 1"),
+        ("static", say("prefix", 1, 0), "its prefix is .* 0\\]"),
+        ("static", say("prefix", 1, 76), "its prefix is .* 76\\]"),
+        ("static", say("prefix", [0, 75]), "its prefix is \\[0, 75\\]"),
+        ("static", say("stream", None), "its stream is None"),
+        ("static", say("stream", []), "its stream is \\[\\]: \\('start', 'end'\\) should be None or"),
+        ("sliding", drop("stream"), "its metadata say"),
+        ("sliding", say("stream", [0]), "its stream is \\[0\\]"),
+        ("sliding", say("stream", [True, 74]), "its stream is \\[True, 74\\]"),
+        ("sliding", say("stream", [0, 74.0]), "its stream is \\[0, 74.0\\]"),
+        ("sliding", say("stream", [-(1 << 41), 74]), "its stream is .*should be None or"),
         ("static", reshape("layers.1.k", [2, 2, 25, 48]), "layers.1.k is .*\\[2, 2, 25, 48\\].*, should be"),
         ("static", reshape("layers.1.k", [2, 2, 1 << 40, 16]), "layers.1.k is .*should be"),
         ("static", rename("layers.2.v", "layers.3.v"), "2 tensors are missing or not known, 'layers.2.v'"),
@@ -259,6 +260,97 @@ def test_files_that_lie_are_refused(files, kind, change, message, tmp_path):
 def test_files_of_other_kinds_are_refused(raw, tmp_path):
     (tmp_path / "cache").write_bytes(raw)
     with pytest.raises(ValueError, match="cache cannot be loaded: "):
+        load_cache(tmp_path / "cache", tiny_config())
+
+
+UNDER_LIMITS = """
+import resource, sys
+import torch
+sys.path.insert(0, "tests/helpers")
+from models import tiny_config
+from saved_caches import append
+from hf_kvattn import StaticKVCache, load_cache, save_cache
+from hf_kvattn.caches import serialize
+
+torch.set_num_threads(1)
+folder, hashed = sys.argv[1] + "/", serialize._sha256
+
+def attempt(name):
+    try:
+        load_cache(folder + name, tiny_config())
+    except ValueError as error:
+        print(error)
+
+def peak_bytes():
+    with open("/proc/self/status") as file:
+        return 1024 * int(next(line for line in file if line.startswith("VmHWM")).split()[1])
+
+# What is filled, 50 MiB, in memory, and as much again at most, beside some slack of the allocator.
+cache = append(StaticKVCache(tiny_config()), 130_000, chunk=130_000)
+size = sum(t.nbytes for layer in cache.layers for t in layer.filled().values())
+save_cache(cache, folder + "large")
+del cache
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = peak_bytes()
+cache = load_cache(folder + "large", tiny_config())
+print("copies", (peak_bytes() - before) / size)
+del cache
+
+def cut(tensor):
+    with open(folder + "large", "r+b") as file:
+        file.truncate(serialize.MAX_HEADER_BYTES)
+    return hashed(tensor)
+
+serialize._sha256 = cut
+attempt("large")
+serialize._sha256 = hashed
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)
+attempt("sparse")
+"""
+
+
+def test_files_that_shrink_or_are_larger_than_memory_are_refused(files, tmp_path):
+    """Each could end the process, so it is one of its own."""
+    huge = 1 << 24  # tokens, 12 GiB, of which none is on the disk
+
+    header, _ = parse(files["static"])
+    said = json.loads(header["__metadata__"]["hf_kvattn"])
+    said["prefix"], end = None, 0
+    for layer in said["layers"]:
+        layer["seen"] = huge
+    for name in list(header)[1:]:
+        header[name]["shape"][2] = huge
+        header[name]["data_offsets"] = [end, end := end + 4 * 2 * 2 * huge * 16]
+    header["__metadata__"]["hf_kvattn"] = json.dumps(said)
+    (tmp_path / "sparse").write_bytes(build(header, b""))
+    os.truncate(tmp_path / "sparse", (tmp_path / "sparse").stat().st_size + end)
+    paths = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", UNDER_LIMITS, str(tmp_path)]
+    run = subprocess.run(command, cwd=paths[0], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr)
+    copies, shrunk, sparse = run.stdout.splitlines()
+    assert 0.9 < float(copies.split()[1]) < 2.2
+    assert f"{tmp_path}/large cannot be loaded: it ended inside layers." in shrunk
+    assert f"{tmp_path}/sparse cannot be loaded: " in sparse and "memory" in sparse
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="these files are Linux's")
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/self/maps", "/proc/self/cmdline"])
+def test_files_that_are_no_files_are_refused(path):
+    with pytest.raises(ValueError, match=f"^{path} cannot be loaded: "):
+        load_cache(path, tiny_config())
+
+
+def test_a_file_that_may_not_be_read_is_named(files, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_bytes(files["static"])
+
+    def refused(*args):
+        raise PermissionError(13, "Permission denied")  # root may read everything
+
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(ValueError, match="cache cannot be loaded: .*Permission denied"):
         load_cache(tmp_path / "cache", tiny_config())
 
 

@@ -164,10 +164,10 @@ def test_crop_reorder_and_select_keep_what_they_should(bits, sinks):
     assert torch.equal(layer.dense()[0], whole[:, :, : 97 + sinks]) and layer.packed_tokens == 96
     layer.crop(-20)  # into a block: its tokens become exact ones as they were read
     assert layer.packed_tokens == 64 and torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks])
-    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.select(torch.tensor([1, 0]))
     assert torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks].flip(0))
-    layer.batch_repeat_interleave(2)
-    layer.batch_select_indices(torch.tensor([0, 3]))
+    layer.select(torch.tensor([0, 0, 1, 1]))
+    layer.select(torch.tensor([0, 3]))
     assert torch.equal(layer.dense()[0], whole[:, :, : 77 + sinks].flip(0)) and layer.batch_size == 2
     with pytest.raises(ValueError, match=f"from -{77 + sinks} .* got -{78 + sinks}"):
         layer.crop(-78 - sinks)
@@ -313,8 +313,14 @@ def test_impossible_settings(kwargs, message):
 
 
 def test_groups_that_do_not_divide_and_full_caches():
-    with pytest.raises(ValueError, match="group_size=32 does not divide head_dim=16"):
-        QuantizedKVCache(tiny_config(), group_size=32)
+    for head_dim, fits in ((16, 16), (32, 32), (48, 16), (64, 32), (80, 16), (128, 32)):
+        config = tiny_config(head_dim=head_dim)
+        assert QuantizedKVCache(config).settings["group_size"] == fits
+        with pytest.raises(ValueError, match=f"group_size=96 does not divide head_dim={head_dim}"):
+            QuantizedKVCache(config, group_size=96)
+    for head_dim in (8, 24, 40):
+        with pytest.raises(ValueError, match=f"group_size=16 does not divide head_dim={head_dim}"):
+            QuantizedKVCache(tiny_config(head_dim=head_dim))
     cache = QuantizedKVCache(tiny_config(), group_size=16, max_cache_len=50)
     fill(cache, 50, 50)
     with pytest.raises(ValueError, match="50 stored tokens and 1 new ones exceed max_cache_len=50"):

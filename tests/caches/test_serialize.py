@@ -3,8 +3,10 @@
 import copy
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from models import generate, prompt, tiny_config, tiny_model
 from saved_caches import KINDS, append, assert_same, contents, every_kind
+from transformers import BatchEncoding, DynamicCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, load_cache, save_cache
@@ -117,7 +120,7 @@ def test_memory_of_the_file_is_not_the_caches(tmp_path):
     append(cache, 1)
     cache.layers[0]._k.zero_()
     assert path.read_bytes() == raw
-    path.write_bytes(b"")  # shorter than what was mapped
+    path.write_bytes(b"")
     assert cache.layers[1].keys.isfinite().all()
 
 
@@ -140,9 +143,63 @@ def test_token_ids_are_compared(tmp_path):
             save_cache(cache, path, token_ids=wrong)
     save_cache(append(StaticKVCache(tiny_config()), 9, batch=1), path, token_ids=range(9))
     load_cache(path, tiny_config(), token_ids=[list(range(9))])
+    save_cache(cache, path, token_ids=BatchEncoding({"input_ids": ids, "attention_mask": ids}))
+    load_cache(path, tiny_config(), token_ids={"input_ids": ids.tolist()})
+    with pytest.raises(ValueError, match="token_ids must be integers"):
+        load_cache(path, tiny_config(), token_ids={"ids": ids})
     save_cache(cache, path)
     with pytest.raises(ValueError, match="saved without token_ids"):
         load_cache(path, tiny_config(), token_ids=ids)
+
+
+def saved(cache, path, **token_ids):
+    save_cache(cache, path, **token_ids)
+    return load_cache(path, tiny_config())
+
+
+@every_kind
+def test_a_loaded_cache_refuses_another_prompt(kind, tmp_path):
+    path, ids = tmp_path / "cache", prompt(40)["input_ids"]
+    live = append(KINDS[kind](tiny_config()), 30)
+    assert live.known_prefix is None and saved(live, path).known_prefix is None
+    cache = saved(live, path, token_ids=ids[:, :30])
+    for same in (cache, cache.fork(), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), saved(cache, path)):
+        assert same.known_prefix == cache.known_prefix and same.known_prefix.length == 30
+        for good in (ids, ids[:, :30], ids.int(), ids.clone().index_fill_(1, torch.arange(30, 40), 7)):
+            same.check_prompt(good)
+        for other in (ids + 1, ids.flip(0), ids[:1], ids[:, 1:], ids[:, :29], ids[:, 30:], ids[:, :0]):
+            with pytest.raises(ValueError, match=r"input_ids .* do not begin with the 30 tokens .* load the cache of"):
+                same.check_prompt(other)
+    append(cache, 5)
+    cache.reorder_cache(torch.tensor([0, 1]))
+    cache.crop(-5)
+    known = saved(append(cache, 2), path).known_prefix
+    assert known == cache.known_prefix and known.length == 30
+    load_cache(path, tiny_config(), token_ids=ids[:, :30])
+    for change in (
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.reset(),
+    ):
+        changed = copy.deepcopy(cache)
+        change(changed)
+        changed.check_prompt(ids + 1)
+        assert changed.known_prefix is None
+
+
+def test_a_model_that_was_converted_loads_after_what_the_message_says(tmp_path):
+    model = tiny_model(dtype=torch.float32).to(torch.bfloat16)
+    cache = StaticKVCache(model.config)
+    model(**prompt(), past_key_values=cache)
+    save_cache(cache, tmp_path / "cache")
+    with pytest.raises(ValueError, match="holds torch.bfloat16, and the config says torch.float32") as found:
+        load_cache(tmp_path / "cache", model.config)
+    config, line = model.config, str(found.value).split("set ")[1]
+    assert line == "config.get_text_config().dtype = torch.bfloat16"
+    exec(line)
+    assert_same(load_cache(tmp_path / "cache", config), cache)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +248,7 @@ def test_what_cannot_be_saved(tmp_path):
         (forgotten, "nothing to save"),
         (uneven, r"interrupted half way: layers hold 9 to 10 tokens; crop\(-1\) goes back"),
         (append(Mine(tiny_config()), 9), r"caches that can be saved are .*QuantizedKVCache.*, got Mine"),
+        (DynamicCache(config=tiny_config()), r"got DynamicCache: make one, as cache = StaticKVCache\(model.config\)"),
         ("cache", "got str"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -255,6 +313,55 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_cache(append(StaticKVCache(tiny_config()), 9), path)
     assert path.read_bytes() == raw and list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, signal, sys
+import torch
+sys.path.insert(0, "tests/helpers")
+from models import tiny_config
+from saved_caches import append
+from hf_kvattn import StaticKVCache, save_cache
+from hf_kvattn.caches import serialize
+
+def killed(tensors, filename, metadata):
+    open(filename, "w").write("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+serialize.save_file = killed
+save_cache(append(StaticKVCache(tiny_config()), 9), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no such locks")
+def test_what_a_killed_process_left_goes_with_the_next_save_and_what_is_being_written_stays(tmp_path, monkeypatch):
+    cache = append(StaticKVCache(tiny_config()), 9)
+    for _ in range(2):  # the second one removes what the first one left
+        run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "killed")], cwd=Path(__file__).parents[2])
+        assert run.returncode == -signal.SIGKILL
+        (left,) = tmp_path.iterdir()
+        assert (left / "cache").read_text() == "half"
+    (tmp_path / ".kvcache-elsewhere-abcdefgh").mkdir()  # another machine's, whose locks may not be seen here
+    started, may_end, save_file = threading.Event(), threading.Event(), serialize.save_file
+
+    def slow(tensors, filename, metadata):
+        monkeypatch.setattr(serialize, "save_file", save_file)
+        started.set()
+        assert may_end.wait(60)
+        save_file(tensors, filename, metadata)
+
+    monkeypatch.setattr(serialize, "save_file", slow)
+    writer = threading.Thread(target=save_cache, args=(cache, tmp_path / "slow"))
+    writer.start()
+    assert started.wait(60) and not left.exists()
+    mine = set(tmp_path.iterdir())
+    save_cache(cache, tmp_path / "quick")
+    assert set(tmp_path.iterdir()) == mine | {tmp_path / "quick"}
+    may_end.set()
+    writer.join(60)
+    for name in ("slow", "quick"):
+        assert_same(load_cache(tmp_path / name, tiny_config()), cache)
+    assert {path.name for path in tmp_path.iterdir()} == {"slow", "quick", ".kvcache-elsewhere-abcdefgh"}
 
 
 @every_kind

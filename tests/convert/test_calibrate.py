@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards
 from hf_kvattn.kernels import dispatch
-from hf_kvattn.quant.calibration import Calibration, file_name
+from hf_kvattn.quant.calibration import MAX_FILE_BYTES, Calibration, file_name
 from hf_kvattn.quant.codecs import codec_for
 
 GIVEN = Calibration("llama", 3, 2, 16, 16, (8, 4, 2), (2, 3, 8))
@@ -84,6 +85,20 @@ def test_files_of_something_else_are_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="calibration.json is not a calibration file"):
         Calibration.load(path)
+
+
+def test_files_are_not_read_without_end(tmp_path):
+    path = tmp_path / "calibration.json"
+    calibrate.save(GIVEN, path)
+    with path.open("a") as file:
+        file.write(" " * (MAX_FILE_BYTES - path.stat().st_size))
+    assert Calibration.load(path) == GIVEN
+    os.truncate(path, 1 << 40)  # of which nothing is on the disk
+    for endless in (path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{endless} is not a calibration file: it is larger than 1048576 bytes"):
+            QuantizedKVCache(tiny_config(), calibration=endless)
+    with pytest.raises(ValueError, match="7 is not a calibration file"):  # nor a descriptor
+        QuantizedKVCache(tiny_config(), calibration=7)
 
 
 def test_bits_count_codes_scales_and_exact_layers():

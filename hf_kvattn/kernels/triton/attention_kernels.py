@@ -193,10 +193,10 @@ def decode_attention_kernel(
         at_slot = exact_slot + token
         at_slot = tl.where(at_slot >= ring, at_slot - ring, at_slot).to(tl.int64)
         mask = valid[:, None] & (d < D)[None, :]
-        k_at = batch * stride_kb + head.to(tl.int64) * stride_kh + at_slot[:, None] * stride_kt + d[None, :]
-        v_at = batch * stride_vb + head.to(tl.int64) * stride_vh + at_slot[:, None] * stride_vt + d[None, :]
-        k = tl.load(k_ptr + k_at, mask=mask, other=0)
-        v = tl.load(v_ptr + v_at, mask=mask, other=0)
+        k_at = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh + at_slot[:, None] * stride_kt + d[None, :]
+        k = tl.load(k_at, mask=mask, other=0)
+        v_at = v_ptr + batch * stride_vb + head.to(tl.int64) * stride_vh + at_slot[:, None] * stride_vt + d[None, :]
+        v = tl.load(v_at, mask=mask, other=0)
         scores = tl.dot(q, tl.trans(k))
         key = tl.where(token < start, token, token + packed_tokens)
         if SINKS:
