@@ -335,20 +335,19 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"enable() takes a transformers PreTrainedModel, got {type(model).__name__}")
     check_config(model.config)
+    name, n_layers = type(model).__name__, model.config.get_text_config(decoder=True).num_hidden_layers
     if not model._can_set_attn_implementation():
-        raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
+        raise ValueError(f"{name} does not use transformers' attention interface")
     modules = [m for m in model.modules() if _is_cached_attention(m)]
-    n_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     if sorted(int(m.layer_idx) for m in modules) != list(range(n_layers)):  # type: ignore[arg-type]  # as above
-        raise ValueError(
-            f"{type(model).__name__}: expected one cached attention module for each of {n_layers} layers, found "
-            f"{[f'{type(m).__name__} {m.layer_idx}' for m in modules]}"
-        )
-    unknown = {name for m in modules for name in inspect.signature(m.forward).parameters} - _ARGUMENTS
-    if unknown:
-        raise ValueError(f"{type(model).__name__}: its attention takes {sorted(unknown)}, which is not known here")
+        kinds = ", ".join(sorted({type(m).__name__ for m in modules})) or "none"
+        raise ValueError(f"{name}: {len(modules)} modules take past_key_values, not one a layer of {n_layers}: {kinds}")
+    if unknown := {each for m in modules for each in inspect.signature(m.forward).parameters} - _ARGUMENTS:
+        raise ValueError(f"{name}: its attention takes {sorted(unknown)}, which is not known here")
+    if not getattr(model.get_decoder(), "_supports_flash_attn", False):  # it calculates with masks; ours may be compact
+        raise ValueError(f"{name}: its attention needs dense masks, transformers says (_supports_flash_attn=False)")
     if len({(getattr(m, "head_dim", None), getattr(m, "num_key_value_groups", None)) for m in modules}) > 1:
-        raise ValueError(f"{type(model).__name__}: layers of different shapes are not supported")
+        raise ValueError(f"{name}: layers of different shapes are not supported")
     return modules
 
 

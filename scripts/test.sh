@@ -51,6 +51,7 @@ if [ $# -eq 0 ]; then
   else
     echo "tests/jobs/graphs_on_fakes: not run, there is no g++"
   fi
+  job tests/jobs/model_sweep
 fi
 echo "transformers $("$bin/python" -c 'import transformers; print(transformers.__version__)'):"
 exec "$bin/pytest" "${parallel[@]}" "$@"

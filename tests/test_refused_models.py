@@ -42,6 +42,28 @@ def test_cross_attention_to_images_is_refused_by_enable():
         hf_kvattn.enable(model)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "extra", "message"),
+    [
+        # It reads its mask: a compact one crashes it, and without any it sees the future.
+        ("doge", {"keep_window_size": 12}, r"its attention needs dense masks, .*_supports_flash_attn=False"),
+        ("gpt_neox", {}, "0 modules take past_key_values, not one a layer of 3: none"),
+        ("bart", {"decoder_layers": 3, "encoder_layers": 3, "d_model": 64}, "6 modules take past_key_values.*BartAtt"),
+    ],
+)
+def test_modules_that_are_not_known_to_be_served_are_refused_by_enable(model_type, extra, message):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **extra}))
+    with pytest.raises(ValueError, match=message):
+        hf_kvattn.enable(model)
+    assert not hf_kvattn.is_enabled(model)
+
+
+def test_a_config_of_several_transformers_is_a_valueerror():
+    for make in (StaticKVCache, QuantizedKVCache):
+        with pytest.raises(ValueError, match="blt: models that are not one stack of layers"):
+            make(AutoConfig.for_model("blt"))
+
+
 @pytest.mark.parametrize(("head_dim", "group_size"), [(16, 16), (32, 32), (64, 32), (80, 16), (96, 32)])
 def test_a_group_size_is_chosen_for_the_head(head_dim, group_size):
     model, inputs = hf_kvattn.enable(tiny_model(head_dim=head_dim), cache="int8"), prompt(50)

@@ -41,6 +41,8 @@ def check_config(config: PreTrainedConfig) -> None:
     decoder = config.get_text_config(decoder=True)
     if getattr(decoder, "is_heterogeneous", False):  # first: what differs by layer cannot be read below
         raise ValueError(f"{name}: layers whose shapes differ (config.per_layer_config) are not supported")
+    if not hasattr(decoder, "num_hidden_layers"):
+        raise ValueError(f"{name}: models that are not one stack of layers (num_hidden_layers) are not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported (cross-attention has a cache of its own)")
     if getattr(decoder, "kv_lora_rank", None):
@@ -48,14 +50,12 @@ def check_config(config: PreTrainedConfig) -> None:
             f"{name}: multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}) is not supported: it caches "
             "latents, not keys and values"
         )
-    width = getattr(decoder, "v_head_dim", None)
-    if width not in (None, kv_shape(decoder)[1]):
+    if (width := getattr(decoder, "v_head_dim", None)) not in (None, kv_shape(decoder)[1]):
         raise ValueError(f"{name}: values of another width than keys are not supported (v_head_dim={width})")
     shared = getattr(decoder, "num_kv_shared_layers", None)
     modes = getattr(decoder, "kv_sharing_modes", None) or ()
     if shared or any(mode == "reuse" for mode in modes):
         raise ValueError(f"{name}: layers that share another layer's KV cache are not supported ({shared or modes})")
     layer_types, _ = get_layer_types_and_kwargs(decoder)
-    other = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
-    if other:
+    if other := sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
         raise ValueError(f"{name}: layer types {other} are not supported, only full and sliding attention")
