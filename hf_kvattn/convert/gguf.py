@@ -38,6 +38,16 @@ from hf_kvattn.tools.tables import markdown_table
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
+MAX_ITEMS = 1 << 22  # of an array, of metadata, of tensors: the `gguf` package's reader loops over each
+# What is read below, and by transformers, without another look at its type.
+KINDS: dict[str, type] = {
+    "general.architecture": str,
+    "general.name": str,
+    "general.license": str,
+    "tokenizer.ggml.model": str,
+    "tokenizer.ggml.tokens": list,
+    "tokenizer.ggml.merges": list,
+}
 
 # What transformers raises when a well-formed file describes no model that it can build.
 UNREADABLE = (
@@ -54,8 +64,15 @@ UNREADABLE = (
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """An array of numbers. Only its length is kept."""
+
+    length: int
+
+
+@dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: metadata (arrays of numbers as their lengths), elements and type of tensors."""
+    """What a GGUF file says of itself: metadata (arrays of strings are lists), elements and type of tensors."""
 
     metadata: dict[str, Any]
     elements: dict[str, int]
@@ -78,6 +95,12 @@ class _Reader:
     def number(self, code: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
+    def count(self) -> int:
+        count = self.number("Q")
+        if count > MAX_ITEMS:
+            raise ValueError(f"the header promises {count} items, and {MAX_ITEMS} are allowed")
+        return count
+
     def string(self) -> str:
         return self.take(self.number("Q")).decode("utf-8")
 
@@ -89,12 +112,12 @@ class _Reader:
             return self.string()
         if kind != ARRAY:
             raise ValueError(f"the header holds a value of unknown type {kind}")
-        kind, count = self.number("I"), self.number("Q")
+        kind, count = self.number("I"), self.count()
         if kind in NUMBERS:
             self.take(count * struct.calcsize("<" + NUMBERS[kind]))
-            return count
+            return Numbers(count)
         if kind == STRING:
-            return [self.string() for _ in range(count)]  # ends with the file: a string takes at least 8 bytes
+            return [self.string() for _ in range(count)]
         raise ValueError(f"the header holds an array of unknown type {kind}")
 
 
@@ -119,7 +142,7 @@ def _read_header(reader: _Reader) -> Header:
     version = reader.number("I")
     if version not in (2, 3):
         raise ValueError(f"version {version} (little-endian 2 and 3 are supported)")
-    tensor_count, metadata_count = reader.number("Q"), reader.number("Q")
+    tensor_count, metadata_count = reader.count(), reader.count()
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
         key = reader.string()
@@ -142,7 +165,7 @@ def _read_header(reader: _Reader) -> Header:
         types[kind.name] += elements[name]
         end_bytes = max(end_bytes, reader.number("Q") + elements[name] // block_elements * block_bytes)
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment is {alignment!r}")
     header_bytes = size_bytes - reader.left_bytes
     end_bytes += -header_bytes % alignment + header_bytes
@@ -151,14 +174,33 @@ def _read_header(reader: _Reader) -> Header:
     return Header(metadata, elements, types)
 
 
+def _check_counts(header: Header) -> None:
+    """Raise where metadata have other types than they are read as, or counts that the tensors cannot have.
+
+    transformers takes an array of one number for that number, and calls some architectures by another's name.
+    """
+    metadata, tensors = header.metadata, len(header.elements)
+    for key, kind in KINDS.items():
+        if not isinstance(metadata.get(key, kind()), kind):
+            raise ValueError(f"{key} is {metadata[key]!r:.99}, which is no {kind.__name__}")
+    architecture = metadata.get("general.architecture")
+    blocks = {key: value for key, value in metadata.items() if key.endswith(".block_count")}
+    for key, value in {f"{architecture}.block_count": None, **blocks}.items():
+        if type(value) is not int or not 1 <= value <= tensors:
+            raise ValueError(f"{tensors} tensors cannot be {value!r:.99} blocks ({key}) of {architecture!r}")
+    for key, value in metadata.items():
+        if f"{key.partition('.')[0]}.block_count" in blocks and _is_no_size(value):
+            raise ValueError(f"{key} is {value!r:.99}, where a size is used")
+
+
+def _is_no_size(value: Any) -> bool:
+    length = value.length if isinstance(value, Numbers) else len(value) if isinstance(value, list) else 2
+    return length < 2 or (type(value) is int and value < 0)
+
+
 def _check_model(path: Path, header: Header) -> None:
     """Raise unless the file holds as many numbers as the model that its metadata describes, before any is allocated."""
-    architecture = header.metadata.get("general.architecture")
-    blocks = header.metadata.get(f"{architecture}.block_count")
-    if not isinstance(blocks, int) or not 1 <= blocks <= len(header.elements):
-        raise ValueError(
-            f"{len(header.elements)} tensors cannot be {blocks} blocks of the architecture {architecture!r}"
-        )
+    _check_counts(header)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         needed = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import resource
@@ -158,6 +159,115 @@ def test_a_hostile_gguf_header_is_refused_in_a_second(tmp_path, capsys, what):
     start_s = time.perf_counter()
     line = refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
     assert time.perf_counter() - start_s < 1 and "hostile.gguf" in line
+
+
+def values_of(raw: bytes) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where the type and value of each metadata key begin and end, and where the header ends."""
+    reader = gguf_room._Reader(io.BytesIO(raw), len(raw))
+    reader.take(8)
+    tensors, keys = reader.number("Q"), reader.number("Q")
+    places = {}
+    for _ in range(keys):
+        key = reader.string()
+        start = len(raw) - reader.left_bytes
+        reader.value()
+        places[key] = start, len(raw) - reader.left_bytes
+    for _ in range(tensors):
+        reader.string()
+        reader.take(8 * reader.number("I") + 12)
+    return places, len(raw) - reader.left_bytes
+
+
+def with_value(raw: bytes, key: str, value: bytes, as_key: str | None = None) -> bytes:
+    """The file with another type and value of `key`, or with one key more."""
+    places, end = values_of(raw)
+    start, stop = places[key]
+    if as_key is not None:
+        raw = raw[:16] + struct.pack("<Q", len(places) + 1) + raw[24:]
+        start, value = stop, text(as_key) + value
+    header = raw[:start] + value + raw[stop:end]
+    return header + bytes(-len(header) % 32) + raw[end + -end % 32 :]
+
+
+def array(kind: int, code: str, *items) -> bytes:
+    return struct.pack(f"<IIQ{len(items)}{code}", 9, kind, len(items), *items)
+
+
+HUGE_COUNT = (1 << 31) - 1
+OTHER_VALUES = {
+    "array of one": array(4, "I", HUGE_COUNT),
+    "array of one long": array(10, "Q", 1 << 62),
+    "array of two": array(4, "I", 2, HUGE_COUNT),
+    "empty array": array(4, "I"),
+    "array of floats": array(6, "f", float("nan"), 1e30),
+    "array of strings": struct.pack("<IIQ", 9, 8, 1) + text("2"),
+    "no strings": struct.pack("<IIQ", 9, 8, 0),
+    "string": struct.pack("<I", 8) + text("2"),
+    "bool": struct.pack("<I?", 7, True),
+    "float": struct.pack("<If", 6, float("inf")),
+    "negative": struct.pack("<Ii", 5, -HUGE_COUNT),
+    "huge": struct.pack("<IQ", 10, (1 << 64) - 1),
+    "two": struct.pack("<II", 4, 2),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_VALUES)
+def test_metadata_of_another_type_load_or_are_refused_at_once(tmp_path, what):
+    whole, path = write_gguf(tmp_path / "tiny.gguf").read_bytes(), tmp_path / "other.gguf"
+    keys, loaded = list(values_of(whole)[0]), 0
+    limits, used = resource.getrlimit(resource.RLIMIT_AS), int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 30), limits[1]))  # it shall not be filled
+        for key in keys:
+            path.write_bytes(with_value(whole, key, OTHER_VALUES[what]))
+            start_s = time.process_time()
+            try:
+                model, _ = gguf_room._load(path, gguf_room.read_header(path), torch.float32)
+                assert model.config.num_hidden_layers == 2
+                loaded += 1
+            except ValueError as error:
+                assert "other.gguf" in str(error), key
+            assert time.process_time() - start_s < 3, key
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert len(keys) > 20 and loaded < len(keys) / 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("block_count", "array of one", "cannot be Numbers(length=1) blocks"),
+        ("block_count", "bool", "cannot be True blocks"),
+        ("block_count", "float", "cannot be inf blocks"),
+        ("attention.head_count", "array of one", "is Numbers(length=1), where a size is used"),
+        ("attention.head_count_kv", "negative", "is -2147483647, where a size is used"),
+        ("context_length", "array of strings", "is ['2'], where a size is used"),
+        ("tokenizer.ggml.tokens", "two", "tokenizer.ggml.tokens is 2, which is no list"),
+        ("tokenizer.ggml.tokens", "array of two", "tokenizer.ggml.tokens is Numbers(length=2), which is no list"),
+        ("tokenizer.ggml.merges", "string", "tokenizer.ggml.merges is '2', which is no list"),
+        ("tokenizer.ggml.model", "two", "tokenizer.ggml.model is 2, which is no str"),
+        ("general.architecture", "array of strings", "general.architecture is ['2'], which is no str"),
+        ("general.name", "array of two", "general.name is Numbers(length=2), which is no str"),
+        ("general.license", "two", "general.license is 2, which is no str"),
+    ],
+)
+def test_arrays_are_no_numbers_and_numbers_no_arrays(tmp_path, capsys, key, value, reason):
+    path = write_gguf(tmp_path / "other.gguf")
+    key = key if key.startswith(("general", "tokenizer")) else f"llama.{key}"
+    path.write_bytes(with_value(path.read_bytes(), key, OTHER_VALUES[value]))
+    line = refused(capsys, tmp_path, {path}, "convert_gguf", path, "--output", tmp_path / "out")
+    assert key in line and reason in line
+
+
+def test_counts_under_another_architectures_name_are_looked_at(tmp_path):
+    """transformers reads a Llama called mistral as a Mistral."""
+    path = write_gguf(tmp_path / "mistral.gguf")
+    raw = with_value(path.read_bytes(), "general.name", struct.pack("<I", 8) + text("mistral"))
+    path.write_bytes(
+        with_value(raw, "llama.block_count", struct.pack("<II", 4, HUGE_COUNT), as_key="mistral.block_count")
+    )
+    with pytest.raises(ValueError, match="cannot be 2147483647 blocks"):
+        gguf_room.convert(str(path), tmp_path / "out", torch.float32)
 
 
 @pytest.mark.parametrize(
