@@ -67,16 +67,16 @@ RIGHT = {
 # What may take these values, since they have a meaning, or are not read in this call. All other changes are refused.
 HUGE, HUGEST = 2**62, 2**63 - 1
 ANY = (-1, 0, HUGE, HUGEST, -HUGEST - 1)
-NOT_PACKED = {name: ANY for name in ("packed_start", "packed_blocks", "packed_slot", "v_group", "v_rotation")}
+NOT_PACKED = {name: ANY for name in ("packed_start", "v_group", "v_rotation")}
 NOT_PACKED |= {name: (-1, 0, 2**31 - 1, -(2**31)) for name in ("k_bits", "v_bits")}
 NO_SINKS = {"sink_evicted": ANY, "sink_q_stride": ANY, "sink_kv_stride": ANY}
 OFF = {"window": (0, HUGE, HUGEST), "scale": (0.0, -1.0)} | dict.fromkeys(("causal", "softcap", "leftpad", "lse"), (0,))
 OFF |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), (0,))  # the same numbers for all
 HARMLESS = {
-    "exact": OFF | NOT_PACKED | NO_SINKS | {"ring_slot": ANY},
+    "exact": OFF | NOT_PACKED | NO_SINKS,
     "ring": OFF | NOT_PACKED | {"causal": (), "sinks": (0,), "sink_evicted": (0, -1), "sink_leftpad": (0,),
-                                "sink_q_stride": (0,), "sink_kv_stride": (0,), "ring_slots": (0,), "ring_slot": (0,)},
-    "packed": OFF | NO_SINKS | {"ring_slot": ANY, "packed_start": (0,), "packed_len": (0,), "packed_slot": (0,)},
+                                "sink_q_stride": (0,), "sink_kv_stride": (0,), "ring_slot": (0,)},
+    "packed": OFF | NO_SINKS | {"packed_start": (0,), "packed_len": (0,), "packed_slot": (0,)},
     "quantize": {"k_stride": (0,), "v_stride": (0,), "slot": (0,)},
 }  # fmt: skip
 

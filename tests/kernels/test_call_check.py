@@ -2,13 +2,14 @@
 
 import copy
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from packed_problems import packed_problem
 from problems import problem, ringed
 from served import served
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hf_kvattn
 from hf_kvattn.kernels import dispatch
@@ -282,6 +283,23 @@ def test_native_is_given_memory_of_the_cpu_alone():
         with hf_kvattn.backend("native"), pytest.raises(ValueError, match="run on the CPU, the tensors are on mps"):
             dispatch.attend(call)
         assert dispatch.auto_choice(call)[0] == "sdpa"
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("good", [PADDED, PACKED], ids=["dense", "packed"])
+def test_tensors_without_memory_are_not_read(good):
+    """As a tracer has them: on the CPU by their own account, at the address 0."""
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(getattr(good, name)) for name in NAMES}
+        if good is PACKED:
+            arrays = {f.name: getattr(BLOCKS, f.name) for f in fields(BLOCKS)}
+            made = {n: mode.from_tensor(t) for n, t in arrays.items() if isinstance(t, torch.Tensor)}
+            fake["packed"] = replace(BLOCKS, **made)
+            k = mode.from_tensor(torch.zeros(3, 2, 32, 64))
+            with pytest.raises(RuntimeError, match="bad argument"):
+                dispatch.quantize_blocks(k, k, fake["packed"], 0)
+        with pytest.raises(RuntimeError, match="bad argument"):
+            dispatch.attend(replace(good, **fake))
 
 
 # Nothing here is wrong: what was served before stays so.

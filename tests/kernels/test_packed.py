@@ -95,6 +95,19 @@ def test_native_reads_packed_rings(bits, variant):
         torch.testing.assert_close(native.attend(replace(call, packed=rolled)), expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, indirect=True)
+@pytest.mark.parametrize("name", ["sinks", "sinks-one", "sinks-padded", "sinks-coming-in", "sinks-before-blocks"])
+def test_native_reads_sinks_beside_packed_tokens(name, variant):
+    """The sums of the sinks' values are not rotated, those of the blocks after them are."""
+    rules = {"window": 900, "sinks": (4, 7)}
+    with mock.patch.dict(SHAPES, {"sinks-before-blocks": (3, 5, 1000, 64, rules)}):  # several threads' shares
+        for start in (0, 4):
+            call, exact, exact_lse = packed_case(name, 4, 8, start=start)
+            lse = torch.full(call.q.shape[:3], torch.nan)
+            torch.testing.assert_close(native.attend(call, lse), exact, rtol=0, atol=2e-4)
+            torch.testing.assert_close(lse, exact_lse, rtol=0, atol=2e-4)
+
+
 @functools.lru_cache(maxsize=8)
 def errors_in_16_bits(*args, **kwargs) -> torch.Tensor:
     call, exact, _ = packed_case(*args, **kwargs)

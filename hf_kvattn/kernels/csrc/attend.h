@@ -366,14 +366,15 @@ class Attend {
     int n_rows = static_cast<int>(job.end_row - job.row);
     clear(partial, n_rows);
     fill(scratch.sum_lanes, scratch.sum_lanes + n_rows * Simd::kLanes, 0.f);
-    if (a.sinks > 0 && lo == 0) attend_sinks(job, n_rows, scratch, partial);
+    const bool with_sinks = a.sinks > 0 && lo == 0;
+    if (with_sinks) attend_sinks(job, n_rows, scratch, partial);
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
     const T *k = head(a.k, a.k_stride, job), *v = head(a.v, a.v_stride, job);
     const PackedKeys keys = packed_keys(job);
     const PackedValues values = packed_values_of(job);
     if (a.packed_len > 0) score_means(job, n_rows, scratch);
-    bool rotated = false, empty = true;  // whether the sums are rotated as packed values are; are all zero
+    bool rotated = false, empty = !with_sinks;  // whether the sums are rotated as packed values are; are all zero
     auto set_rotated = [&](bool to) {
       if (rotated != to && !empty)
         for (int r = 0; r < n_rows; ++r) hadamard(outputs(partial) + r * d_pad, d, static_cast<int>(a.v_rotation));

@@ -126,7 +126,7 @@ bool valid_shapes(const kvattn_attend_args &a) {
 }
 
 bool valid_packed(const kvattn_attend_args &a) {
-  if (a.packed_len == 0) return true;
+  if (a.packed_len == 0) return in(a.packed_blocks, 0, kMaxSteps) && in(a.packed_slot, 0, kMaxSteps);
   return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 &&
          in(a.packed_start, 0, std::min(kPackedTokens, a.kv_len - a.packed_len)) && valid_blocks(a) &&
          a.packed_len / kPackedTokens <= a.packed_blocks && in(a.packed_slot, 0, a.packed_blocks - 1) &&
@@ -134,7 +134,7 @@ bool valid_packed(const kvattn_attend_args &a) {
 }
 
 bool valid_ring(const kvattn_attend_args &a) {
-  if (a.ring_slots == 0) return true;
+  if (a.ring_slots == 0) return a.ring_slot == 0;
   return a.packed_len == 0 && a.ring_slots >= a.kv_len && in(a.ring_slot, 0, a.ring_slots - 1);
 }
 

@@ -49,7 +49,7 @@ typedef struct {
   int64_t q_stride[3];     // batch, head, token
   int64_t k_stride[3];
   int64_t v_stride[3];
-  int64_t ring_slots, ring_slot;  // 0 slots: no ring
+  int64_t ring_slots, ring_slot;  // both 0: no ring
   int64_t sinks, sink_evicted;
   const void *sink_q;           // (B, Hq, Tq, D)
   const void *sink_k;           // (B, Hkv, sinks, D)

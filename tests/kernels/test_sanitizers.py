@@ -1,0 +1,71 @@
+"""The native kernels, built with AddressSanitizer and UndefinedBehaviorSanitizer, on random calls and the kernel tests.
+
+    pytest -m slow tests/kernels/test_sanitizers.py
+
+It needs GCC and CMake, and builds for some minutes. `HF_KVATTN_RANDOM_CALLS=20000` makes more random calls.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "hf_kvattn"
+FLAGS = "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="GCC on Linux alone"),
+    pytest.mark.skipif(not shutil.which("cmake"), reason="there is no cmake"),
+]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A folder with a copy of the package and the library in it."""
+    folder = tmp_path_factory.mktemp("sanitized")
+    build, copy = folder / "build", folder / "hf_kvattn"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    configure = ["cmake", "-S", copy / "kernels" / "csrc", "-B", build, f"-DCMAKE_CXX_FLAGS={FLAGS}"]
+    configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_COMPILER=g++"]
+    for command in (configure, ["cmake", "--build", build, "--parallel", "2"]):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(build / "libkvattn.so", copy / "kernels")
+    return folder
+
+
+def run(package: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Python with these arguments, in which the sanitizer watches all memory of the heap."""
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    watched = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(package)}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=os.environ | watched, cwd=package, capture_output=True, text=True)
+
+
+READ_BEYOND = """
+import torch
+from hf_kvattn.kernels import native
+from hf_kvattn.kernels.call import AttendCall
+class Lie(AttendCall):
+    kv_len = 100 + {tokens}
+native.attend(Lie(torch.randn(1, 2, 1, 64), *torch.randn(2, 100, 64).view(2, 1, 1, 100, 64).unbind(0), 0.1))
+print("done")
+"""
+
+
+def test_a_read_beyond_a_tensor_is_reported(package):
+    assert run(package, "-c", READ_BEYOND.format(tokens=0)).stdout == "done\n"
+    report = run(package, "-c", READ_BEYOND.format(tokens=200))
+    assert report.returncode != 0 and "heap-buffer-overflow" in report.stderr and "kvattn" in report.stderr
+
+
+@pytest.mark.parametrize("name", ["random_calls", "call_check", "c_abi", "kernels", "packed"])
+def test_nothing_is_reported(name, package):
+    test = Path(__file__).parent / f"test_{name}.py"
+    done = run(package, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-x", "--timeout=0", test)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
