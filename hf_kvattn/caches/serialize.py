@@ -91,16 +91,13 @@ def load_cache(path: str | os.PathLike[str], config: PreTrainedConfig, token_ids
 
     Everything that the file says is checked, against itself, its size and `config`, before memory is allocated; then it
     is read once, which takes at most twice the memory of the cache. No code in the file is run: there is none in the
-    format.
+    format. The cache's `known_prefix` is what the file says of its token ids.
 
     Args:
         path: a regular file, or a link to one.
         config: of the model that goes on. Shapes, positions (RoPE) and dtype must be those of the model that filled the
             cache; weights are not known to a config, so another checkpoint of the same architecture is not noticed.
         token_ids: the prefix that the file should hold, as in `save_cache`.
-
-    Returns:
-        A cache whose `known_prefix` is what the file says of its token ids.
 
     Raises:
         ValueError: no such file; one that cannot be read, is damaged or of another kind; another model, dtype or prefix
@@ -112,7 +109,7 @@ def load_cache(path: str | os.PathLike[str], config: PreTrainedConfig, token_ids
     try:
         with open(path, "rb") as file:
             return _load(file, config, token_ids)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # of memory that PyTorch does not get
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:  # PyTorch's for lack of memory is the third
         raise ValueError(f"{path} cannot be loaded: {str(error)[:_MAX_MESSAGE] or type(error).__name__}") from error
 
 
@@ -212,16 +209,16 @@ def _load(file: BinaryIO, config: PreTrainedConfig, token_ids: TokenIds | None) 
     return cache
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """The tensors' places, the two strings, and what the first of them says."""
     header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {header_bytes} bytes is over the limit of {MAX_HEADER_BYTES}")
     header = json.loads(file.read(header_bytes))
     strings = header.pop("__metadata__", None) if isinstance(header, dict) else None
-    if not isinstance(strings, dict) or set(strings) != {"hf_kvattn", "sha256"}:
+    if not isinstance(strings, dict) or {k: type(v) for k, v in strings.items()} != {"hf_kvattn": str, "sha256": str}:
         raise ValueError(f"its metadata are {strings!r}, not those of a cache")
-    said = json.loads(str(strings["hf_kvattn"]))
+    said = json.loads(strings["hf_kvattn"])
     if not isinstance(said, dict) or said.get("version") != VERSION:
         version = said.get("version") if isinstance(said, dict) else None
         raise ValueError(f"it has version {version!r} of the format, and {VERSION} is read here")

@@ -45,7 +45,7 @@ def test_whole_numbers_of_other_libraries_are_ints(value):
         (functools.partial(SlidingWindowKVCache, window=8), "sinks", [-1, 8, 2.0, True, None]),
         (QuantizedKVCache, "max_cache_len", [0, 2.0, True, "9"]),
         (QuantizedKVCache, "residual_length", [-1, 0.0, False, "", 2.0]),
-        (QuantizedKVCache, "group_size", [0, 24, 16.0, True, None]),
+        (QuantizedKVCache, "group_size", [0, 24, 16.0, True]),
         (QuantizedKVCache, "sinks", [-1, 33, 0.0, False, None]),
         (QuantizedKVCache, "skip_layers", [1, None, (1.0,), (True,), (3,), ("1",), iter((1,))]),
     ],
