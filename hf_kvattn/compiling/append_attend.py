@@ -35,7 +35,7 @@ def _append_attend(
         wraps: whether the buffers are rings: token `t` lies in slot `t % slots`.
         backend: `dispatch.chosen_backend()` at the time of the step.
     """
-    _check(k_buffer, k, v, lengths, leftpad)
+    _check(k_buffer, k, v, leftpad, lengths, (k_buffer.shape[0],))
     slots = k_buffer.shape[2]
     slot = lengths % slots if wraps else lengths
     reach = (lengths - leftpad).clamp(0, None if window is None else window - 1)
@@ -52,18 +52,18 @@ def _append_attend(
 
 
 def _check(
-    k_buffer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, numbers: torch.Tensor, leftpad: torch.Tensor
+    buffer: torch.Tensor, k: torch.Tensor, v: torch.Tensor, leftpad: torch.Tensor, lengths: torch.Tensor, shape: tuple
 ) -> None:
-    """What the host has not seen before the step; `numbers` are the lengths or the counts."""
-    batch, heads, _, dim = k_buffer.shape
+    """What the host has not seen before the step; `lengths`, or counts, are of this shape."""
+    batch, heads, _, dim = buffer.shape
     for name, new in (("k", k), ("v", v)):
-        check_tensor(name, new, (batch, heads, 1, dim), (k_buffer.dtype,), k_buffer.device)
-    check_tensor("leftpad", leftpad, (batch,), (torch.int32,), k_buffer.device)
-    check_tensor("lengths", numbers, numbers.shape[:1], (torch.int32,), k_buffer.device)
+        check_tensor(name, new, (batch, heads, 1, dim), (buffer.dtype,), buffer.device)
+    check_tensor("leftpad", leftpad, (batch,), (torch.int32,), buffer.device)
+    check_tensor("lengths", lengths, shape, (torch.int32,), buffer.device)
 
 
 def _fake(k_buffer, v_buffer, q, k, v, numbers, leftpad, *rest) -> torch.Tensor:
-    _check(k_buffer, k, v, numbers, leftpad)
+    _check(k_buffer, k, v, leftpad, numbers, numbers.shape)
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
@@ -81,7 +81,7 @@ def _append_attend_packed(
         codecs: names in `CODECS` of its keys and values.
         layout: its `start` and `tokens` (as many as there is room for).
     """
-    _check(k_exact, k, v, counts, leftpad)
+    _check(k_exact, k, v, leftpad, counts, (2,))
     call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, leftpad=leftpad)
     k_codec, v_codec = (CODECS[name] for name in codecs)
     start, tokens = layout

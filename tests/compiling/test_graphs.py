@@ -448,7 +448,8 @@ WRONG_TOKENS = {
 WRONG_NUMBERS = {"dtype": lambda t: t.long(), "2d": lambda t: t[:, None], "device": lambda t: t.to("meta")}
 WRONG = [(i, kind, change) for i in (K, V) for kind, change in WRONG_TOKENS.items()]
 WRONG += [(i, kind, change) for i in (LENGTHS, LEFTPAD) for kind, change in WRONG_NUMBERS.items()]
-WRONG += [(LEFTPAD, "rows", lambda t: t[:2]), (Q, "rows", lambda t: t[:2]), (Q, "head_dim", lambda t: t[..., 1:])]
+WRONG += [(i, "rows", lambda t: t[:1]) for i in (LENGTHS, LEFTPAD)]
+WRONG += [(Q, "rows", lambda t: t[:2]), (Q, "head_dim", lambda t: t[..., 1:])]
 
 
 def assert_refused(op, arguments, change, index):
