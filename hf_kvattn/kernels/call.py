@@ -71,11 +71,9 @@ class SinkKV:
     def visible(self) -> torch.Tensor:
         """Which sinks each query sees, `(B or 1, 1, Tq, S)` bool."""
         device = self.q.device
-        left = self.evicted + torch.arange(self.q.shape[2], device=device)[:, None]
-        if self.leftpad is not None:
-            left = left - self.leftpad[:, None, None, None]
-        seen = torch.arange(self.k.shape[2], device=device) < left
-        return seen if seen.ndim == 4 else seen[None, None]
+        query = torch.arange(self.q.shape[2], device=device)[None, None, :, None]
+        leftpad = 0 if self.leftpad is None else self.leftpad[:, None, None, None]
+        return torch.arange(self.k.shape[2], device=device) < self.evicted + query - leftpad
 
 
 @dataclass(slots=True)
@@ -162,8 +160,7 @@ class AttendCall:
         else:
             fits = packed is None and type(tokens) is type(slot) is int and 0 < tokens <= slots and 0 <= slot < slots
         if not fits:
-            start = packed and packed.start
-            raise ValueError(f"k {tuple(k_shape)} does not hold {tokens=} from {slot=} on, or {start=} before blocks")
+            raise ValueError(f"k {tuple(k_shape)} holds no ring of {tokens=} from {slot=} on, or too few beside blocks")
         if self.leftpad is not None:
             check_tensor("leftpad", self.leftpad, (batch,), (torch.int32,), device)
         if self.s_aux is not None:
@@ -171,10 +168,11 @@ class AttendCall:
         if self.mask is not None:
             check_mask(self.mask, q, self.kv_len)
         if (sinks := self.sinks) is not None:
-            count = sinks.k.shape[2:3].numel()
             AttendCall(sinks.q, sinks.k, sinks.v, self.scale, leftpad=sinks.leftpad).check()
             check_tensor("sinks' q", sinks.q, q_shape, (dtype,), device)
-            check_tensor("sinks' k", sinks.k, (batch, kv_heads, min(count, _MAX_SINKS), dim), (dtype,), device)
+            check_tensor(
+                "sinks' k", sinks.k, (batch, kv_heads, min(sinks.k.shape[2], _MAX_SINKS), dim), (dtype,), device
+            )
             if type(sinks.evicted) is not int or abs(sinks.evicted) > 2**60:
                 raise ValueError(f"evicted must be an int, got {sinks.evicted!r}")
 
@@ -220,28 +218,26 @@ class AttendCall:
 
     def tiles(self, tile: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """All keys and values in fp32, `tile` quantized tokens at a time: the first one's position, keys, values."""
-        if self.tokens is not None:
-            to_wrap = min(self.tokens, self.k.shape[2] - self.slot)
-            for begin, slots in ((0, slice(self.slot, self.slot + to_wrap)), (to_wrap, slice(self.tokens - to_wrap))):
-                if begin < self.tokens:
+        if self.packed is None:
+            to_wrap = min(self.kv_len, self.k.shape[2] - self.slot)
+            for begin, slots in ((0, slice(self.slot, self.slot + to_wrap)), (to_wrap, slice(self.kv_len - to_wrap))):
+                if begin < self.kv_len:
                     yield begin, self.k[:, :, slots].float(), self.v[:, :, slots].float()
             return
-        packed, start, end = self.packed, 0, 0
-        if packed is not None:
-            start, end = packed.start, packed.start + packed.tokens
-            if start:
-                yield 0, self.k[:, :, :start].float(), self.v[:, :, :start].float()
-            for done in range(0, packed.tokens, tile):
-                yield start + done, *packed.dense(done // BLOCK, min(done + tile, packed.tokens) // BLOCK)
+        start, tokens = self.packed.start, self.packed.tokens
+        if start:
+            yield 0, self.k[:, :, :start].float(), self.v[:, :, :start].float()
+        for done in range(0, tokens, tile):
+            yield start + done, *self.packed.dense(done // BLOCK, min(done + tile, tokens) // BLOCK)
         if self.k.shape[2] > start:
-            yield end, self.k[:, :, start:].float(), self.v[:, :, start:].float()
+            yield start + tokens, self.k[:, :, start:].float(), self.v[:, :, start:].float()
 
     def visible(self) -> torch.Tensor | None:
         """What the rules above allow, as a bool mask `(B or 1, 1, Tq, Tk)`, or None when everything is visible."""
         q_len, kv_len, device = self.q.shape[2], self.kv_len, self.q.device
         rules = []
         key = torch.arange(kv_len, device=device)
-        position = torch.arange(kv_len - q_len, kv_len, device=device)[:, None]
+        position = torch.arange(kv_len - q_len, kv_len, device=device)[None, None, :, None]
         if self.causal and q_len > 1:
             rules.append(key <= position)
         if self.window is not None and self.window < kv_len:
@@ -253,4 +249,4 @@ class AttendCall:
         allowed = rules[0]
         for rule in rules[1:]:
             allowed = allowed & rule
-        return allowed.expand(-1, -1, q_len, kv_len) if allowed.ndim == 4 else allowed.expand(1, 1, q_len, kv_len)
+        return allowed.expand(-1, -1, q_len, kv_len)

@@ -90,8 +90,7 @@ class PackedKV:
 
     def arrays(self) -> tuple[torch.Tensor | None, ...]:
         """Its tensors, in the order of the attributes above; all contiguous."""
-        keys = (self.k_codes, self.k_scale, self.k_zero, self.k_mean)
-        return (*keys, self.v_codes, self.v_scale, self.v_zero)
+        return self.k_codes, self.k_scale, self.k_zero, self.k_mean, self.v_codes, self.v_scale, self.v_zero
 
     def dense(self, first: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 keys and values of the blocks [first, end): `(B, Hkv, (end - first) * 32, D)` each."""

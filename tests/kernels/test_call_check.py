@@ -88,7 +88,7 @@ WRONG = {
     "ring-float": (RING, {"tokens": 65.0}, ["tokens=65.0"]),
     "ring-slot-behind": (RING, {"slot": 70}, ["slot=70"]),
     "ring-slot-before": (RING, {"slot": -1}, ["slot=-1"]),
-    "ring-beside-blocks": (PACKED, {"tokens": PACKED.k.shape[2]}, ["tokens=", "start=4"]),
+    "ring-beside-blocks": (PACKED, {"tokens": PACKED.k.shape[2]}, ["tokens=36", "beside blocks"]),
     "slot-beside-blocks": (PACKED, {"slot": 1}, ["slot=1"]),
     "mask-rows": (MASKED, {"mask": MASKED.mask.repeat(2, 1, 1, 1)[:3]}, ["mask is (3, 6, 5, 77)", "(2, 6, 5, 77)"]),
     "mask-heads": (MASKED, {"mask": MASKED.mask[:, :2]}, ["mask is (2, 2, 5, 77)"]),
@@ -110,7 +110,7 @@ WRONG = {
     "blocks-of-other-channels": (PACKED, {name: getattr(PACKED, name)[..., :32] for name in "qkv"}, ["not (3, 2, 32)"]),
     "blocks-elsewhere": (PACKED, {name: getattr(PACKED, name).to("meta") for name in ("q", "k", "v", "leftpad")},
                          ["k_mean", "on cpu, not", "on meta"]),
-    "too-few-before-blocks": (PACKED, {name: getattr(PACKED, name)[:, :, :3] for name in "kv"}, ["start=4"]),
+    "too-few-before-blocks": (PACKED, {name: getattr(PACKED, name)[:, :, :3] for name in "kv"}, ["(3, 2, 3, 64)"]),
 }  # fmt: skip
 
 
