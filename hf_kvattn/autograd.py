@@ -31,6 +31,8 @@ def cut_graph(out: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
 def outside_autocast(function: Callable, *args: Any) -> Any:
     """`function(*args)`; where autocast is on, without it, and with tensors in its dtype, as PyTorch's SDPA gets them.
 
+    Autocast leaves float64 as it is, and so does this.
+
     The first of `args` is a tensor. What a module makes under autocast may have several dtypes (fp32 keys from a rotary
     embedding, bfloat16 values); a cache holds one.
     """
@@ -39,4 +41,4 @@ def outside_autocast(function: Callable, *args: Any) -> Any:
         return function(*args)
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        return function(*(each.to(dtype) if isinstance(each, torch.Tensor) else each for each in args))
+        return function(*(t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype != torch.float64 else t for t in args))

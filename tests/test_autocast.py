@@ -60,6 +60,15 @@ def test_a_cache_works_as_without_autocast_on_tensors_in_its_dtype(kind, backend
     assert same(*found) and found[0][0].dtype == torch.bfloat16
 
 
+def test_float64_stays_as_autocast_leaves_it():
+    q = torch.randn(1, 4, 3, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, _ = kvattn_attention(torch.nn.Module(), q, q, q, None)
+        stock = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
+    assert ours.dtype == stock.dtype == torch.float64
+    torch.testing.assert_close(ours, stock)
+
+
 @pytest.mark.parametrize("kind", ["static", "int8"])
 def test_entering_or_leaving_autocast_with_a_filled_cache_is_refused(kind):
     for enabled in (True, False):

@@ -221,8 +221,10 @@ def quantized_by_pytorch(bits: tuple[int, int], dtype: torch.dtype) -> list[tupl
         v = torch.randn(2, blocks * BLOCK, 3, dim).transpose(1, 2) * torch.exp(torch.randn(2, 3, blocks * BLOCK, 1))
         k[0, 0, :BLOCK, 3] = k[0, 0, 0, 3]  # a constant channel
         k[1, 2, 7, 5], v[0, 1, 9, 2] = 6e4, -6e4
-        k[1, 0, :, :2], v[0, 0, 4] = 0, 0
+        k[1, 0, :, :2], v[0, 0, 4], v[0, 0, 5] = 0, 0, -0.0
+        k[1, 1] = -0.0  # with a mean of 0, below: its scales are 0, never -0
         empty = blank((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
+        empty.k_mean[1, 1] = 0
         expected = copy.deepcopy(empty)
         quantize_blocks(k.to(dtype), v.to(dtype), expected, slot=2)
         made.append((k.to(dtype), v.to(dtype), empty, expected))
@@ -239,6 +241,7 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(bits, dtype, variant):
         native.quantize_blocks(k, v, ours, slot=2)
         for i, (array, other) in enumerate(zip(ours.arrays(), expected.arrays(), strict=True)):
             assert array is None or torch.equal(array, other), (i, k.shape)
+        assert not any(torch.signbit(scale).any() for scale in (ours.k_scale, ours.v_scale)), "-0 equals 0"
 
 
 @pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)])

@@ -31,7 +31,8 @@ inline void encode(const float *x, int n, int group, int bits, uint8_t *codes, u
   for (int j = 0; j < n; ++j) {
     if (symmetric) {
       const float largest = -low[j] > high[j] ? -low[j] : high[j];
-      low[j] = 0.f, scale[j] = round_to_bf16(largest / 127.f, scale_out + j);
+      // + 0: the largest of zeros may be -0, and PyTorch's is not.
+      low[j] = 0.f, scale[j] = round_to_bf16((largest + 0.f) / 127.f, scale_out + j);
     } else {
       low[j] = round_to_bf16(low[j], zero_out + j);
       const float range = high[j] - low[j];  // the rounded zero may lie above a nearly constant group
