@@ -72,7 +72,7 @@ def bound_of(t: torch.Tensor, dim: int, codec: Codec) -> torch.Tensor:
     """A bound of the error of `codec` along `dim`: a level, since few bits clip, and bf16 scales."""
     low, high = t.amin(dim, keepdim=True), t.amax(dim, keepdim=True)
     size = torch.maximum(high.abs(), low.abs())
-    if codec is CODECS["fp8"]:
+    if codec == CODECS["fp8"]:  # a pickled codec is another object
         return t.abs() * 2**-4 + size * 2**-6 + 1e-6
     return (2 * size if codec.symmetric else high - low) / (2**codec.bits - 1) + size * 2**-6 + 1e-6
 
