@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from .autograd import cut_graph, outside_autocast
+from .caches.layer import as_wide
 from .kernels import dispatch
 from .kernels.call import AttendCall, SinkKV, check_mask
 from .masks import is_compact, read_compact_mask
@@ -83,6 +84,7 @@ class Handle:
     """
 
     attended = False
+    _borrows = False  # whether it attends to another layer's tokens, and is not told which tensors these are
     _new: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __init__(self, index: int, given: Sequence[Any] = ()):
@@ -99,7 +101,7 @@ class Handle:
 
     def take(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Called by the attention function before `attend`, with what `module` handed to it."""
-        same = key is self._new[0] and value is self._new[1] and not self.attended
+        same = (self._borrows or (key is self._new[0] and value is self._new[1])) and not self.attended
         if not same or not (mask is None or any(mask is each for each in self._given)):
             raise self.refusal(module)
         self.attended = True
@@ -137,12 +139,22 @@ class LayerHandle(Handle):
 
     def __init__(self, cache: KVCache, index: int, given: Sequence[Any] = ()):
         if index == 0:  # also where the caller's own masks ask this cache nothing
-            cache.check_consistent_layers()
+            cache.check_lengths()
         super().__init__(index, given)
-        self._cache, self._layer = cache, cache.layer(index)
+        self._cache, lender = cache, cache.lender_of.get(index)
+        if lender is not None:
+            self._new = cache.lent.get(lender, self._new)
+        else:
+            cache.layer(index)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        new = super().update(key_states, value_states, layer_idx)
+        if self._cache.is_open(layer_idx):
+            self._cache.lent[layer_idx] = new
+        return new
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
-        return attend_layer(self._layer, query, key, value, rules)
+        return attend_layer(self._cache, self._index, query, key, value, rules)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # copying and pickling ask an empty instance for these
@@ -208,15 +220,18 @@ def _attend_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
-    call = AttendCall(query, key, value, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    width = value.shape[-1]
+    call = AttendCall(query, *as_wide(key, value), _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     _apply_mask(call, rules)
-    return dispatch.attend(call).contiguous()
+    return dispatch.attend(call)[..., :width].contiguous()
 
 
 def attend_layer(
-    layer: KVLayer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+    cache: KVCache, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> torch.Tensor:
-    """Stores the new tokens `key` and `value`, `(B, Hkv, Tq, D)`, in `layer`; attention over what it then holds.
+    """Stores the new tokens `key` and `value`, `(B, Hkv, Tq, D)`, in layer `index`; attention over what it then holds.
+
+    A layer that attends to another's tokens stores nothing: that other layer has stored them.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous. A backward pass through it raises: a cache holds no autograd graph.
@@ -224,18 +239,24 @@ def attend_layer(
     Raises:
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
-    visible, _ = layer.get_mask_sizes(query.shape[2])
+    lender = cache.lender_of.get(index)
+    layer = cache.layer(index if lender is None else lender)
+    visible, _ = layer.get_mask_sizes(query.shape[2], before=lender is None)
     if rules.mask is not None and not is_compact(rules.mask):
         check_mask(rules.mask, query, visible)
-    layer.append(key, value)
+    if lender is None:
+        layer.append(*as_wide(key, value))
     k, v, packed, tokens, slot = layer.stored_kv()
     call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     call.packed, call.tokens, call.slot = packed, tokens, slot
     _apply_mask(call, rules, call.kv_len - visible)
     _apply_layer_window(call, layer)
     out = dispatch.attend(call)
-    layer.finish_attention(dispatch.quantize_blocks)
-    return cut_graph(out, query, key, value).contiguous()
+    if lender is not None:
+        cache.finish_lent(index, dispatch.quantize_blocks)
+    elif not cache.is_open(index):
+        layer.finish_attention(dispatch.quantize_blocks)
+    return cut_graph(out[..., : value.shape[-1]], query, key, value).contiguous()
 
 
 def _scale(query: torch.Tensor, rules: Rules) -> float:

@@ -121,9 +121,9 @@ class CachedSelfAttention(nn.Module):
 
 
 def _only_layer(cache: KVCache) -> KVLayer:
-    if not isinstance(cache, KVCache) or len(cache.layers) != 1:
+    if not isinstance(cache, KVCache) or len(cache.kv_layers) != 1:
         raise ValueError(f"expected a cache made from the module's config, got {type(cache).__name__}")
-    return cache.layers[0]
+    return cache.kv_layers[0]
 
 
 class FixedLengthDecoder:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .caches.base import KVCache
-from .caches.configs import check_config, kv_shape
+from .caches.configs import check_config
 from .caches.registry import CACHES, COMPLETE
 
 LONGEST = 1 << 24  # tokens; longer contexts are not searched
@@ -136,13 +136,13 @@ def plan(
 def cache_bytes(
     make: Callable[..., KVCache], config: PreTrainedConfig, batch: int, dtype: torch.dtype, context: int
 ) -> int:
-    """Bytes that `make(config, max_cache_len=context)` allocates for `batch` rows."""
-    heads, dim = kv_shape(config.get_text_config(decoder=True))
-    if heads is None or dim is None:
-        raise ValueError(f"{config.model_type}: the config does not say how many KV heads of which size there are")
+    """Bytes that `make(config, max_cache_len=context)` allocates for `batch` rows, recurrent states left out."""
     cache = make(config, max_cache_len=context)
-    token = torch.empty(batch, heads, 1, dim, dtype=dtype, device="meta")
-    for layer in cache.layers:
+    for layer in cache.kv_layers:
+        heads, dim = layer.expected_heads, layer.expected_dim
+        if heads is None or dim is None:
+            raise ValueError(f"{config.model_type}: the config does not say how many KV heads of which size there are")
+        token = torch.empty(batch, heads, 1, dim, dtype=dtype, device="meta")
         layer.append(token, token)
     return cache.nbytes
 

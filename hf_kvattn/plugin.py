@@ -14,6 +14,7 @@ import copy
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Cache,
     CompileConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,7 +33,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .attention import NAME, Handle, LayerHandle, kvattn_attention
 from .caches.base import KVCache
-from .caches.configs import check_config
+from .caches.configs import check_config, layer_needs, uncompiled_kind
 from .caches.quantized import QuantizedKVCache
 from .caches.registry import CACHES, COMPLETE
 from .compiling.decode_steps import DecodeSteps, StepHandle, new_tokens
@@ -45,9 +47,14 @@ logger = logging.getLogger("hf_kvattn")
 _STATE = "_hf_kvattn"
 # What the forward of an attention module may take. Others, such as keys from elsewhere, are not known to be served.
 _ARGUMENTS = frozenset(
-    "hidden_states attention_mask position_embeddings position_ids past_key_values cache_position use_cache "
-    "output_attentions key_value_states encoder_hidden_states encoder_attention_mask kwargs".split()
+    "hidden_states attention_mask position_embeddings position_ids past_key_values layer_past shared_kv_states "
+    "cache_position use_cache output_attentions key_value_states encoder_hidden_states encoder_attention_mask "
+    "kwargs".split()
 )
+)
+# Types of decoders that hand masks on as they are, though transformers' flash attention does not serve them.
+_HAND_MASKS_ON = frozenset({"llama4_text"})
+_CACHE_NAMES = ("past_key_values", "layer_past")  # as modules call their cache; the second is GPT-NeoX's
 LONG_FORWARD = 64  # tokens without a cache from which on somebody seems to measure a model
 
 # Names in tables: they change no model. `from_pretrained(attn_implementation=...)` and pickled models look for them.
@@ -104,6 +111,8 @@ def enable(
     state = getattr(model, _STATE, None)
     if state is not None and state.request == request and is_enabled(model):
         return whole
+    if compile and (obstacle := uncompiled_kind(model.config.get_text_config(decoder=True))):
+        raise ValueError(f"{type(model).__name__}: compile=True does not serve {obstacle}; compile=False does")
     make_cache = _cache_maker(model, cache)
     # Of a name: made once, so that what does not fit is refused now rather than in `generate()`.
     quantizes = isinstance(cache, str) and isinstance(make_cache(model.config), QuantizedKVCache)
@@ -115,6 +124,7 @@ def enable(
     hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
     hooks += [m.register_forward_hook(check_attended, with_kwargs=True) for m in modules]
     hooks.append(decoder.register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
+    hooks.append(decoder.register_forward_hook(_finish_decoder, with_kwargs=True))
     if quantizes:
         hooks.append(decoder.register_forward_pre_hook(_note_exact_forward, with_kwargs=True))
     ours: dict[str, Callable] = {"generate": _generate}
@@ -171,7 +181,8 @@ def _base_model(model: Any) -> Any:
 
 def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
     """The hook before an attention module's forward: puts the layer's handle in the place of one of our caches."""
-    cache = kwargs.get("past_key_values")
+    name = next((name for name in _CACHE_NAMES if name in kwargs), "past_key_values")
+    cache = kwargs.get(name)
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
     if not isinstance(cache, (KVCache, DecodeSteps)) or _implementation(module) != NAME:
         return None
@@ -181,15 +192,17 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
+    if isinstance(cache, KVCache) and index not in cache.lender_of and cache.layer(index).latent is not None:
+        return None  # the module computes keys and values of all tokens from what the cache returns
     handle: Handle
     given = (*args, *kwargs.values())
     if isinstance(cache, DecodeSteps):
         handle = StepHandle(cache, index, given)
     elif torch.compiler.is_compiling():
-        handle = TracedHandle(cache.ticket, index, given)
+        handle = TracedHandle(cache, index, given)
     else:
         handle = LayerHandle(cache, index, given)
-    return args, {**kwargs, "past_key_values": handle, "kv_handle": handle}
+    return args, {**kwargs, name: handle, "kv_handle": handle}
 
 
 def check_attended(module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -219,10 +232,20 @@ def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         return None
     if torch.compiler.is_compiling():
         return args, trace_inputs(decoder, cache, kwargs)
+    if kwargs.get("return_shared_kv_states"):
+        raise ValueError("return_shared_kv_states: keys and values of all tokens are not at hand, the cache holds them")
+    cache.begin_forward(new_tokens(kwargs).shape[0])
     if not cache.counts_positions:
         return None
     positions = stream_positions(cache, new_tokens(kwargs), kwargs.get("position_ids"), kwargs.get("attention_mask"))
     return args, {**kwargs, "position_ids": positions}
+
+
+def _finish_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """The hook after the decoder's forward."""
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache) and not torch.compiler.is_compiling():
+        cache.end_forward()
 
 
 def _note_exact_forward(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -331,31 +354,55 @@ def _cache_maker(model: PreTrainedModel, cache: Any) -> Any:
 
 
 def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The model's attention modules, one a layer; ValueError with the reason where it cannot be served."""
+    """The model's attention modules, one a layer that has keys and values; ValueError where it cannot be served."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"enable() takes a transformers PreTrainedModel, got {type(model).__name__}")
     check_config(model.config)
-    name, n_layers = type(model).__name__, model.config.get_text_config(decoder=True).num_hidden_layers
+    name, needs = type(model).__name__, layer_needs(model.config.get_text_config(decoder=True))
+    if own := [
+        each.__name__ for each in vars(sys.modules[type(model).__module__]).values() if _is_own_cache(each, model)
+    ]:
+        raise ValueError(f"{name} has a cache class of its own, {own[0]}, and takes no other")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} does not use transformers' attention interface")
     modules = [m for m in model.modules() if _is_cached_attention(m)]
-    if sorted(int(m.layer_idx) for m in modules) != list(range(n_layers)):  # type: ignore[arg-type]  # as above
+    expected = [i for i, need in enumerate(needs) if need.keys or need.lender is not None]
+    if any(m.layer_idx is None for m in modules):
+        raise ValueError(f"{name}: one attention module serves several layers ({type(modules[0]).__name__})")
+    if sorted(int(m.layer_idx) for m in modules) != expected:  # type: ignore[arg-type]  # as above
         kinds = ", ".join(sorted({type(m).__name__ for m in modules})) or "none"
-        raise ValueError(f"{name}: {len(modules)} modules take past_key_values, not one a layer of {n_layers}: {kinds}")
+        raise ValueError(
+            f"{name}: {len(modules)} modules take a cache, not one for each of {len(expected)} layers: {kinds}"
+        )
     if unknown := {each for m in modules for each in inspect.signature(m.forward).parameters} - _ARGUMENTS:
         raise ValueError(f"{name}: its attention takes {sorted(unknown)}, which is not known here")
-    if not getattr(model.get_decoder(), "_supports_flash_attn", False):  # it calculates with masks; ours may be compact
+    hands_on = model.config.get_text_config(decoder=True).model_type in _HAND_MASKS_ON
+    if not (hands_on or getattr(model.get_decoder(), "_supports_flash_attn", False)):  # it may calculate with masks
         raise ValueError(f"{name}: its attention needs dense masks, transformers says (_supports_flash_attn=False)")
-    if len({(getattr(m, "head_dim", None), getattr(m, "num_key_value_groups", None)) for m in modules}) > 1:
-        raise ValueError(f"{name}: layers of different shapes are not supported")
+    numbered = [m for m in model.modules() if hasattr(m, "layer_idx")]
+    keeping = {m.layer_idx for m in numbered if _takes(m, *_CACHE_NAMES, "cache_params")}
+    if elsewhere := [i for i, need in enumerate(needs) if need.states and i not in keeping]:
+        raise ValueError(f"{name}: layers {elsewhere} keep their states elsewhere than in a cache")
+    for module in modules:
+        need = needs[int(module.layer_idx)]  # type: ignore[arg-type]  # as above
+        if need.latent is None and getattr(module, "head_dim", need.dim) != need.dim:
+            found = f"layer {module.layer_idx} has heads of {module.head_dim}"
+            raise ValueError(f"{name}: {found}, its config says {need.dim}")
     return modules
 
 
+def _is_own_cache(thing: Any, model: PreTrainedModel) -> bool:
+    return isinstance(thing, type) and issubclass(thing, Cache) and thing.__module__ == type(model).__module__
+
+
 def _is_cached_attention(module: torch.nn.Module) -> bool:
-    if not hasattr(module, "layer_idx") or not hasattr(module, "scaling"):
+    if not hasattr(module, "layer_idx") or not hasattr(module, "scaling") or not _takes(module, *_CACHE_NAMES):
         return False
-    parameters = inspect.signature(module.forward).parameters
-    return "past_key_values" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+
+
+def _takes(module: torch.nn.Module, *names: str) -> bool:
+    return any(name in inspect.signature(module.forward).parameters for name in names)
 
 
 def _use_private_configs(model: PreTrainedModel) -> None:

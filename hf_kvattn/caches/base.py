@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer
 
-from .configs import check_config, fingerprint, kv_shape, native_windows
+from ..quant.blocks import Quantize
+from .configs import check_config, fingerprint, layer_needs
 from .consistency import changing_all, check_consistent_layers, crop
 from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
 from .positions import StreamPosition
+from .recurrent import RecurrentLayer
 from .reorder import reorder_rows
 from .tickets import issue_ticket
 
@@ -54,19 +56,30 @@ def check_max_cache_len(max_cache_len: int | None) -> None:
 
 
 class KVCache(Cache):
-    """A transformers `Cache` whose layers are `KVLayer`s, one for each layer of the model.
+    """A transformers `Cache` that keeps attention's keys and values in `KVLayer`s.
 
     Args:
         config: the model's config, or that of a composite model; its decoder counts.
-        make_layer: called with (layer_idx, KV heads or None, head_dim or None, native sliding window or None).
+        make_layer: called with (layer_idx, KV heads or None, head_dim or None, native sliding window or None) for each
+            layer that stores keys and values.
+
+    Attributes:
+        layers: one for each layer of the model, as transformers asks for them: a `KVLayer`, a `RecurrentLayer` (linear
+            attention, convolutions), or a `DummyLayer` that stores nothing.
+        kv_layers: the keys and values among them, in order; at least one.
+        states: the recurrent ones, which most models do not have.
+        lender_of: of layers that store nothing and attend to another layer's tokens, that other layer.
 
     Raises:
-        ValueError: a model whose keys and values these caches cannot hold, with the reason.
+        ValueError: a model whose layers these caches cannot hold, with the reason.
     """
 
-    layers: list[KVLayer]  # type: ignore[assignment]  # narrower than transformers' list
+    kv_layers: list[KVLayer]
+    states: list[RecurrentLayer]
     # True only during a `generate()` that compiles: transformers compiles by itself where it is True.
     is_compileable = False
+    # Whether recurrent states have moved on in the forward that runs; None outside of those that tell of their end.
+    _moving: bool | None = None
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     counts_positions = False  # whether `positions` answers with other positions than the model's
     # Of `SlidingWindowKVCache`: see `stands_at`. The next token of other caches depends on their layers alone.
@@ -76,15 +89,62 @@ class KVCache(Cache):
     def __init__(self, config: PreTrainedConfig, make_layer: Callable[..., KVLayer]):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
-        heads, dim = kv_shape(decoder)
-        windows = native_windows(decoder)
-        super().__init__(layers=[make_layer(i, heads, dim, window) for i, window in enumerate(windows)])
+        layers: list[Any] = []
+        needs = layer_needs(decoder)
+        for i, need in enumerate(needs):
+            kv = make_layer(i, need.heads, need.dim, need.window) if need.keys else None
+            if kv is not None:
+                kv.latent = need.latent
+            layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or DummyLayer())
+        super().__init__(layers=layers)
+        self._sort_layers()
+        self.lent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # new tokens of lenders, during a forward
+        self.lender_of = {i: need.lender for i, need in enumerate(needs) if need.lender is not None}
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
         # See caches/reorder.py; it holds as far as layers are unchanged.
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
         self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged
         self.ticket = issue_ticket(self)  # by which compiled graphs find this cache
         self.known_prefix: KnownPrefix | None = None  # what a loaded cache knows of the tokens in it
+
+    def _sort_layers(self) -> None:
+        """Finds `kv_layers` and `states` among `layers`."""
+        self.states = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+        held = [layer.kv if isinstance(layer, RecurrentLayer) else layer for layer in self.layers]
+        self.kv_layers = [layer for layer in held if isinstance(layer, KVLayer)]
+        self._kv_of = {layer.layer_idx: layer for layer in self.kv_layers}
+
+    def begin_forward(self, batch_size: int) -> None:
+        """Called before a forward of the model: from here on it is known whether it came to its end.
+
+        Raises:
+            ValueError: an earlier one did not, and moved recurrent states on, or left layers of different lengths; or
+                another batch size than that of recurrent states, which nothing else compares.
+        """
+        self.check_consistent_layers()
+        if self.states and self.get_seq_length() and batch_size != self.kv_layers[0].batch_size:
+            raise ValueError(f"the cache holds a batch of {self.kv_layers[0].batch_size}, got {batch_size}")
+        self.lent.clear()
+        self._moving = False if self.states else None
+
+    def end_forward(self) -> None:
+        self._moving = None
+
+    def _note_moving(self) -> None:
+        self._moving = None if self._moving is None else True
+
+    def update_conv_state(self, *args, **kwargs) -> torch.Tensor:
+        self._note_moving()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> torch.Tensor:
+        self._note_moving()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def get_conv_state(self, *args, **kwargs) -> torch.Tensor | None:
+        """As in transformers. What it returns is written to in place by some models."""
+        self._note_moving()
+        return super().get_conv_state(*args, **kwargs)
 
     def check_prompt(self, input_ids: torch.Tensor) -> None:
         """Raises ValueError if the cache is known to hold other tokens than the first ones of `input_ids` `(B, T)`."""
@@ -104,20 +164,45 @@ class KVCache(Cache):
 
     def check_consistent_layers(self) -> None:
         """Raises ValueError, with the way out, if an interrupted forward left the layers inconsistent."""
-        check_consistent_layers(self.layers)
+        if self._moving:
+            raise ValueError(
+                "a forward was interrupted half way, and recurrent states cannot go back: only reset() makes the cache "
+                "usable again"
+            )
+        self.check_lengths()
+
+    def check_lengths(self) -> None:
+        """The same within a forward, which moves recurrent states on."""
+        check_consistent_layers(self.kv_layers)
 
     def _note_changes(self) -> None:
         """Limits what is known of rows and forks to the tokens that no layer has changed since the last call."""
         self._shared = None  # first: an interrupt must not leave shared memory beside layers that look unchanged
-        self._common_prefix = self._common_prefix.clamp(max=min(layer.unchanged_prefix for layer in self.layers))
-        for layer in self.layers:
+        self._common_prefix = self._common_prefix.clamp(max=min(layer.unchanged_prefix for layer in self.kv_layers))
+        for layer in self.kv_layers:
             layer.unchanged_prefix = layer.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in transformers, which asks layer 0 before any layer stores: the time to find an inconsistent cache."""
         if layer_idx == 0:
-            self.check_consistent_layers()
-        return super().get_mask_sizes(query_length, layer_idx)
+            self.check_lengths()
+        return self._tokens_of(layer_idx).get_mask_sizes(query_length)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens ever seen and not cropped."""
+        return self._tokens_of(layer_idx).seen
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self._tokens_of(layer_idx or 0).get_max_length()
+
+    def _tokens_of(self, layer_idx: int) -> KVLayer:
+        """The layer whose tokens stand for those of layer `layer_idx`: 0 is asked for without looking what it is."""
+        return self.kv_layers[0] if layer_idx == 0 else self.layer(layer_idx)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have recurrent states alone; others tell lengths."""
+        return [isinstance(layer, RecurrentLayer) and layer.kv is None for layer in self.layers]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens from all layers, or from none.
@@ -128,13 +213,19 @@ class KVCache(Cache):
         Raises:
             ValueError: a number of tokens that not all layers hold; nothing has changed then.
         """
-        crop(self.layers, tokens_to_remove)
-        if self.known_prefix is not None and self.layers[0].seen < self.known_prefix.length:
+        if self._moving and tokens_to_remove != -self.get_seq_length():
+            self.check_consistent_layers()
+        crop(self.kv_layers, tokens_to_remove, self.states)
+        self._moving = None
+        if self.known_prefix is not None and self.get_seq_length() < self.known_prefix.length:
             self.known_prefix = None
 
     def reset(self) -> None:
-        super().reset()
-        self.known_prefix = None
+        for layer in self.kv_layers:
+            layer.reset()
+        for state in self.states:
+            state.reset()
+        self.known_prefix = self._moving = None
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """For beam search: row i becomes what row `beam_idx[i]` was. Only tokens that differ between rows are moved."""
@@ -144,8 +235,8 @@ class KVCache(Cache):
         """Repeats each row `repeats` times, one copy after the other."""
         if type(repeats) is not int or repeats < 1:
             raise ValueError(f"repeats must be an int of at least 1, got {repeats!r}")
-        if self.layers[0].seen:
-            self.batch_select_indices(torch.arange(self.layers[0].batch_size).repeat_interleave(repeats))
+        if self.get_seq_length():
+            self.batch_select_indices(torch.arange(self.kv_layers[0].batch_size).repeat_interleave(repeats))
 
     @torch.inference_mode(False)
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -155,16 +246,18 @@ class KVCache(Cache):
             ValueError: rows that are not there; nothing has changed then.
         """
         self.check_consistent_layers()
-        if not self.layers[0].seen:
+        if not self.get_seq_length():
             return
-        batch_size = self.layers[0].batch_size
+        batch_size = self.kv_layers[0].batch_size
         rows = check_rows(indices.cpu(), batch_size)
         if torch.equal(rows, torch.arange(batch_size)):
             return
         self._note_changes()
         self.known_prefix = None
-        with changing_all(self.layers, "reordering of the batch"):
-            self._common_prefix = reorder_rows(self.layers, rows, self._common_prefix)
+        with changing_all(self.kv_layers, "reordering of the batch"):
+            self._common_prefix = reorder_rows(self.kv_layers, rows, self._common_prefix)
+            for state in self.states:
+                state.select(rows)
 
     @torch.inference_mode(False)
     def fork(self) -> KVCache:
@@ -175,17 +268,20 @@ class KVCache(Cache):
         other systems and devices, and where the system allows no more open files, a fork is a deep copy.
         """
         self.check_consistent_layers()
-        tensors = [pair for layer in self.layers for pair in layer.buffers().values()]
-        if not self.layers[0].seen or not can_share([tensor for tensor, _ in tensors]):
+        tensors = [pair for layer in self.kv_layers for pair in layer.buffers().values()]
+        if not self.get_seq_length() or not can_share([tensor for tensor, _ in tensors]):
             return copy.deepcopy(self)
         same = self._shared is not None and self._shared.fits([tensor for tensor, _ in tensors])
         try:
-            if not same or any(layer.unchanged_prefix != layer.seen for layer in self.layers):
+            if not same or any(layer.unchanged_prefix != layer.seen for layer in self.kv_layers):
                 self._note_changes()
                 self._shared = SharedTensors(tensors)
                 self._replace_buffers(self._shared)
             forked = shallow_copy(self)
-            forked.layers = [shallow_copy(layer) for layer in self.layers]
+            forked.layers = [
+                layer.fork() if isinstance(layer, RecurrentLayer) else shallow_copy(layer) for layer in self.layers
+            ]
+            forked._sort_layers()
             forked._replace_buffers(self._shared)
         except (OSError, RuntimeError):  # the second from PyTorch
             log_copy()
@@ -195,7 +291,7 @@ class KVCache(Cache):
 
     def _replace_buffers(self, shared: SharedTensors) -> None:
         views = iter(shared.views())
-        for layer in self.layers:
+        for layer in self.kv_layers:
             layer.replace_buffers({name: next(views) for name in layer.buffers()})
 
     def __deepcopy__(self, memo: dict) -> KVCache:
@@ -225,7 +321,7 @@ class KVCache(Cache):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        used = [layer for layer in self.layers if layer.is_initialized]
+        used = [layer for layer in self.kv_layers if layer.is_initialized]
         for layer in used:
             if dtype not in (None, layer.dtype):
                 raise ValueError(
@@ -238,6 +334,8 @@ class KVCache(Cache):
                     continue
                 layer.move(torch.device(device))
                 layer.device = next(iter(layer.filled().values())).device
+            for state in self.states:
+                state.move(torch.device(device))
         return self
 
     def positions(
@@ -246,8 +344,26 @@ class KVCache(Cache):
         """Position ids `(B or 1, T)` of the next `new` tokens, where the model would use `asked`; None for its own."""
         return asked
 
+    def is_open(self, layer_idx: int) -> bool:
+        """Whether later layers attend to the newest tokens of layer `layer_idx`: only then is its attention done."""
+        return layer_idx in self.lender_of.values()
+
+    def finish_lent(self, layer_idx: int, quantize: Quantize) -> None:
+        """Called when layer `layer_idx` has attended to another's tokens: after the last one all may be compressed."""
+        if layer_idx == max(self.lender_of):
+            self.lent.clear()
+            for lender in {*self.lender_of.values()}:
+                self.layer(lender).finish_attention(quantize)
+
     def graph_obstacle(self) -> str | None:
         """What a CUDA graph requires and this cache does not have, or None."""
+        if len(self.kv_layers) != len(self.layers) or self.states:
+            return "a model whose layers all store keys and values, and nothing else"
+        if any(layer.latent for layer in self.kv_layers):
+            return "a model that stores keys and values, not latents"
+        return self._graph_obstacle()
+
+    def _graph_obstacle(self) -> str | None:
         return f"a StaticKVCache or QuantizedKVCache with max_cache_len, not a {type(self).__name__}"
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
@@ -255,10 +371,13 @@ class KVCache(Cache):
         return self.layer(layer_idx).update(key_states, value_states, *args, **kwargs)
 
     def layer(self, layer_idx: int) -> KVLayer:
-        """One layer; ValueError where there is none of that index."""
+        """One layer's keys and values; ValueError where there are none of that index."""
         if layer_idx >= len(self.layers):
             raise ValueError(f"the cache has {len(self.layers)} layers, the model asks for layer {layer_idx}")
-        return self.layers[layer_idx]
+        layer = self._kv_of.get(layer_idx)
+        if layer is None:
+            raise ValueError(f"layer {layer_idx} of the model stores no keys and values")
+        return layer
 
     @property
     def max_cache_len(self) -> int:
@@ -267,17 +386,17 @@ class KVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for all keys and values, capacity that is not filled yet included."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes allocated: keys and values, capacity that is not filled yet included, and recurrent states."""
+        return sum(layer.nbytes for layer in self.kv_layers) + sum(state.nbytes for state in self.states)
 
     @property
     def bits_per_element(self) -> float:
-        """Average bits per cached number when full: 8 `nbytes` over the numbers that fit."""
+        """Average bits per number of keys and values when full: their bytes over the numbers that fit."""
         numbers = sum(
             2 * layer.batch_size * layer.kv_heads * layer.capacity * layer.head_dim
-            for layer in self.layers
+            for layer in self.kv_layers
             if layer.is_initialized
         )
         if not numbers:
             raise ValueError("an empty cache has no bits per element: its dtype is known after the first forward")
-        return 8 * self.nbytes / numbers
+        return 8 * sum(layer.nbytes for layer in self.kv_layers) / numbers

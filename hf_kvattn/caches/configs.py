@@ -1,61 +1,116 @@
-"""Reads from a model's config what its layers keep: KV heads, head_dim, sliding windows; refuses other models."""
+"""What a model's config says about each layer's keys, values and recurrent states, and which models are refused."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+_WITH_STATES = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+_WITH_KEYS = {"full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding"}
+_WITH_WINDOW = {"sliding_attention", "chunked_attention", "hybrid_sliding"}
+_SERVED = _WITH_KEYS | _WITH_STATES | {"dummy"}  # a dummy layer stores nothing
+# Layers that have more KV heads than the config says, by how many times, since the model's code says so.
+_MORE_HEADS = {("mimo_v2_flash", "sliding_attention"): 2}
+
+
+class LayerNeeds(NamedTuple):
+    """What one layer of a model keeps between two forwards.
+
+    Attributes:
+        keys: whether it stores keys and values.
+        heads, dim: KV heads and head_dim; None where the config does not say.
+        window: tokens that its queries see at most, their own included; None for all.
+        states: how many convolution and recurrent states of each kind it has; 0 for none.
+        latent: of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), the widths of the two latents that stand
+            for all keys and values; None elsewhere.
+        lender: the earlier layer whose keys and values it attends to, in the place of its own (Gemma 3n), or None.
+    """
+
+    keys: bool = True
+    heads: int | None = None
+    dim: int | None = None
+    window: int | None = None
+    states: int = 0
+    latent: tuple[int, int] | None = None
+    lender: int | None = None
+
 
 def kv_shape(decoder: PreTrainedConfig) -> tuple[int | None, int | None]:
-    """KV heads and head_dim of a decoder's config; None where it does not say."""
-    heads = getattr(decoder, "num_key_value_heads", None) or getattr(decoder, "num_attention_heads", None)
-    dim = getattr(decoder, "head_dim", None)
-    if dim is None and hasattr(decoder, "hidden_size") and hasattr(decoder, "num_attention_heads"):
-        dim = decoder.hidden_size // decoder.num_attention_heads
-    return heads, dim
+    """KV heads and head_dim of a decoder's config, or of one layer's; None where it does not say, or layers differ."""
+    names = ("num_key_value_heads", "num_attention_heads", "head_dim", "hidden_size")
+    kv_heads, q_heads, dim, hidden = (_of_all(decoder, name) for name in names)
+    differ = "head_dim" in (getattr(decoder, "per_layer_attributes", None) or ())
+    return kv_heads or q_heads, hidden // q_heads if not (dim or differ) and hidden and q_heads else dim
 
 
-def native_windows(decoder: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each layer of a decoder's config, None for full attention."""
-    layer_types, kwargs = get_layer_types_and_kwargs(decoder)
+def _of_all(config: PreTrainedConfig, name: str) -> Any:
+    """An attribute of `config`; None where it has none, or where it differs by layer."""
+    return None if name in (getattr(config, "per_layer_attributes", None) or ()) else getattr(config, name, None)
+
+
+def layer_needs(decoder: PreTrainedConfig) -> list[LayerNeeds]:
+    """What each layer of a decoder's config needs; `check_config` comes first."""
+    kinds, kwargs = get_layer_types_and_kwargs(decoder)
     if isinstance(kwargs, dict):  # transformers 5.17: one dict for all layers
-        kwargs = [kwargs] * len(layer_types)
-    pairs = zip(layer_types, kwargs, strict=True)
-    return [each["sliding_window"] if kind == "sliding_attention" else None for kind, each in pairs]
+        kwargs = [kwargs] * len(kinds)
+    configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(kinds)
+    modes = getattr(decoder, "kv_sharing_modes", None) or [None] * len(kinds)
+    kind_of = getattr(decoder, "layer_types", None) or kinds  # of layers that reuse, too
+    needs: list[LayerNeeds] = []
+    for kind, given, config, mode in zip(kinds, kwargs, configs, modes, strict=True):
+        heads, dim = kv_shape(config)
+        heads = heads and heads * _MORE_HEADS.get((decoder.model_type, kind), 1)
+        latent = None
+        if rank := getattr(config, "kv_lora_rank", None):
+            latent = (rank, config.qk_rope_head_dim)
+            heads, dim = 1, sum(latent) // 2  # as two halves of equal width: `KVLayer.halves`
+        states = given.get("number_of_states", 1) if kind in _WITH_STATES else 0
+        window = given.get("sliding_window") if kind in _WITH_WINDOW else None
+        # The layer that stores what others of its kind reuse; it lends to itself where the config names none.
+        lenders = [j for j, own in enumerate(kind_of) if own == kind_of[len(needs)] and modes[j] == "store"]
+        lender = None if mode != "reuse" else lenders[-1] if lenders else len(needs)
+        needs.append(LayerNeeds(kind in _WITH_KEYS, heads, dim, window, states, latent, lender))
+    return needs
+
+
+def uncompiled_kind(decoder: PreTrainedConfig) -> str | None:
+    """The kind of layers that no compiled step serves, or None."""
+    if any(need.latent for need in layer_needs(decoder)):
+        return "multi-head latent attention, whose modules ask the cache for all tokens"
+    if "chunked_attention" in get_layer_types_and_kwargs(decoder)[0]:
+        return "chunked attention, whose masks grow with each step"
+    return None
 
 
 def fingerprint(decoder: PreTrainedConfig) -> dict[str, Any]:
     """A copy of what the meaning of cached keys and values depends on in a decoder's config."""
     names = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "rope_parameters")
-    heads, dim = kv_shape(decoder)
-    shapes = {"num_key_value_heads": heads, "head_dim": dim, "sliding_windows": native_windows(decoder)}
-    return copy.deepcopy({name: getattr(decoder, name, None) for name in names} | shapes)
+    needs, (heads, dim) = layer_needs(decoder), kv_shape(decoder)
+    shapes = {"num_key_value_heads": heads, "head_dim": dim, "sliding_windows": [need.window for need in needs]}
+    layers = {"layers": [list(need) for need in needs]}
+    return copy.deepcopy({name: _of_all(decoder, name) for name in names} | shapes | layers)
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Raises ValueError, with the reason, for models whose attention keeps other things than plain keys and values."""
+    """Raises ValueError, with the reason, for models whose layers keep other things than these caches can hold."""
     name = getattr(config, "model_type", type(config).__name__)
     decoder = config.get_text_config(decoder=True)
-    if getattr(decoder, "is_heterogeneous", False):  # first: what differs by layer cannot be read below
-        raise ValueError(f"{name}: layers whose shapes differ (config.per_layer_config) are not supported")
     if not hasattr(decoder, "num_hidden_layers"):
         raise ValueError(f"{name}: models that are not one stack of layers (num_hidden_layers) are not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported (cross-attention has a cache of its own)")
-    if getattr(decoder, "kv_lora_rank", None):
-        raise ValueError(
-            f"{name}: multi-head latent attention (kv_lora_rank={decoder.kv_lora_rank}) is not supported: it caches "
-            "latents, not keys and values"
-        )
-    if (width := getattr(decoder, "v_head_dim", None)) not in (None, kv_shape(decoder)[1]):
-        raise ValueError(f"{name}: values of another width than keys are not supported (v_head_dim={width})")
-    shared = getattr(decoder, "num_kv_shared_layers", None)
-    modes = getattr(decoder, "kv_sharing_modes", None) or ()
-    if shared or any(mode == "reuse" for mode in modes):
-        raise ValueError(f"{name}: layers that share another layer's KV cache are not supported ({shared or modes})")
-    layer_types, _ = get_layer_types_and_kwargs(decoder)
-    if other := sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
-        raise ValueError(f"{name}: layer types {other} are not supported, only full and sliding attention")
+    kinds, _ = get_layer_types_and_kwargs(decoder)
+    if other := sorted(set(kinds) - _SERVED):
+        raise ValueError(f"{name}: layers of type {other} are not supported; served are {sorted(_SERVED)}")
+    if not _WITH_KEYS & set(kinds):
+        raise ValueError(f"{name}: its layers, of type {sorted(set(kinds))}, store no keys and values")
+    if getattr(decoder, "num_kv_shared_layers", None) and not hasattr(decoder, "kv_sharing_modes"):
+        raise ValueError(f"{name}: layers that share another's keys and values are served with newer transformers")
+    for i, need in enumerate(layer_needs(decoder)):
+        if need.lender == i:
+            raise ValueError(f"{name}: no layer stores the keys and values that layer {i} reuses")
+        if need.latent is not None and sum(need.latent) % 2:
+            raise ValueError(f"{name}: layer {i} has latents of {need.latent} numbers, which do not make two halves")

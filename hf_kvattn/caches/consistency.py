@@ -13,6 +13,7 @@ import operator
 from collections.abc import Iterator, Sequence
 
 from .layer import KVLayer
+from .recurrent import RecurrentLayer
 
 
 def check_consistent_layers(layers: Sequence[KVLayer]) -> None:
@@ -35,8 +36,10 @@ def changing_all(layers: Sequence[KVLayer], change: str) -> Iterator[None]:
         layer.inconsistent = None
 
 
-def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
+def crop(layers: Sequence[KVLayer], tokens_to_remove: int, states: Sequence[RecurrentLayer] = ()) -> None:
     """Removes the last `-tokens_to_remove` tokens, counted from the longest layer, from all layers or from none.
+
+    Where nothing is left, recurrent `states` begin anew. Else they go back as far as they can.
 
     Raises:
         ValueError: a length that not all layers hold, or that one of them cannot go back to; nothing has changed then.
@@ -53,10 +56,19 @@ def crop(layers: Sequence[KVLayer], tokens_to_remove: int) -> None:
         )
     for layer in layers:
         layer.check_crop(kept - layer.seen)
-    if number:
+    if states and kept:
+        if complete != longest:
+            raise ValueError(
+                "a forward was interrupted half way, and recurrent states cannot go back: crop to nothing, or reset()"
+            )
+        for state in states:
+            state.check_crop(-number)
+    if number or states:
         with changing_all(layers, "crop"):
             for layer in layers:
                 layer.crop(kept - layer.seen)
+            for state in states:
+                state.crop(number) if kept else state.reset()
 
 
 def _lengths(layers: Sequence[KVLayer]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from ..autograd import cut_graph, outside_autocast
@@ -43,6 +44,7 @@ class KVLayer(CacheLayerMixin):
     is_croppable = True
     forces_window = False  # whether the window is the cache's own, not the model's
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
+    latent: tuple[int, int] | None = None  # widths of two latents, where they stand for keys and values
 
     # Set at the first append.
     batch_size: int
@@ -169,10 +171,24 @@ class KVLayer(CacheLayerMixin):
 
     def _append_dense(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         visible, _ = self.get_mask_sizes(key_states.shape[2])
-        self.append(key_states, value_states)
+        width = value_states.shape[-1]
+        self.append(
+            *(as_wide(key_states, value_states) if self.latent is None else self._halves(key_states, value_states))
+        )
         k, v = (tensor[:, :, -visible:] for tensor in self.dense())
+        if self.latent is not None:
+            k, v = torch.cat((k, v), 3).split(self.latent, 3)
         self.finish_attention()
-        return cut_graph(k, key_states), cut_graph(v, value_states)
+        return cut_graph(k, key_states), cut_graph(v[..., :width], value_states)
+
+    def _halves(self, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two latents, `(B, 1, T, width)` of their widths, as two tensors of equal width: what layers can store."""
+        widths = tuple(t.shape[3] if t.ndim == 4 else None for t in (one, other))
+        if widths != self.latent or one.shape[:3] != other.shape[:3] or one.dtype != other.dtype:
+            given = f"{tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"
+            raise ValueError(f"layer {self.layer_idx}: latents are {given}, of widths {self.latent} in the config")
+        k, v = torch.cat((one, other), 3).chunk(2, 3)
+        return k, v
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuses tokens that do not fit: the ValueError names both values, and nothing has been written."""
@@ -241,13 +257,17 @@ class KVLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, before: bool = True) -> tuple[int, int]:
         """Length and first position of the range of keys that `query_length` new tokens see.
 
         It follows from the window alone: masks are made for all layers of one window, in whatever way they store.
+
+        Args:
+            before: whether the new tokens have not been stored yet.
         """
-        past = self.seen if self.sliding_window is None else min(self.seen, self.sliding_window - 1)
-        return past + query_length, self.seen - past
+        seen = self.seen if before else self.seen - query_length
+        past = seen if self.sliding_window is None else min(seen, self.sliding_window - 1)
+        return past + query_length, seen - past
 
 
 def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str, torch.Tensor]:
@@ -255,6 +275,12 @@ def ring_spans(name: str, ring: torch.Tensor, slot: int, count: int) -> dict[str
     to_wrap = min(count, ring.shape[2] - slot)
     spans = {name: ring[:, :, slot : slot + to_wrap]}
     return spans if to_wrap == count else {**spans, f"{name}_wrapped": ring[:, :, : count - to_wrap]}
+
+
+def as_wide(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`k`, and `v` with zeros up to its width where it is narrower (MiMo): layers and kernels have one for both."""
+    missing = k.shape[-1] - v.shape[-1] if k.shape[:-1] == v.shape[:-1] else 0
+    return k, pad(v, (0, missing)) if missing > 0 else v
 
 
 def check_rows(indices: torch.Tensor, batch_size: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ..quant.calibration import Calibration, check_group_size, default_group_size
 from ..quant.codecs import codec_for
 from .base import KVCache, check_max_cache_len
-from .configs import check_config, kv_shape
+from .configs import check_config, kv_shape, layer_needs
 from .layer import KVLayer
 from .quantized_layer import KVQuantizedLayer, QuantSettings
 from .static_layer import make_static_layer
@@ -68,15 +68,17 @@ class QuantizedKVCache(KVCache):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
         n_layers = decoder.num_hidden_layers
-        heads, dim = kv_shape(decoder)
+        needs = layer_needs(decoder)
+        dims = {need.dim for need in needs if need.keys}
         are_layers = isinstance(skip_layers, Collection) and all(type(i) is int for i in skip_layers)
         if not are_layers or any(not -n_layers <= i < n_layers for i in skip_layers):
             raise ValueError(f"skip_layers must be ints, layers of a model of {n_layers}, got {skip_layers!r}")
         if calibration is None:
             k_codecs = [codec_for(bits if key_bits is None else key_bits)] * n_layers
             v_codecs = [codec_for(bits if value_bits is None else value_bits)] * n_layers
-            group_size = default_group_size(dim) if group_size is None else group_size
-            check_group_size(group_size, dim)
+            group_size = min(map(default_group_size, dims)) if group_size is None else group_size
+            for dim in dims:
+                check_group_size(group_size, dim)
         else:
             if (bits, key_bits, value_bits, group_size, tuple(skip_layers)) != (4, None, None, None, ()):
                 raise ValueError(
@@ -86,7 +88,7 @@ class QuantizedKVCache(KVCache):
             if isinstance(calibration, dict):
                 calibration = Calibration.of_json(calibration)
             made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-            made.check_model(decoder.model_type, n_layers, heads, dim)
+            made.check_model(decoder.model_type, n_layers, *kv_shape(decoder))
             k_codecs, v_codecs = ([codec_for(each) for each in widths] for widths in (made.key_bits, made.value_bits))
             group_size, skip_layers = made.group_size, made.skip_layers
         residual = 0 if residual_length is None else residual_length
@@ -111,9 +113,9 @@ class QuantizedKVCache(KVCache):
             made_with = {"calibration": made.as_json()}
         self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}
 
-    def graph_obstacle(self) -> str | None:
+    def _graph_obstacle(self) -> str | None:
         if self.settings["max_cache_len"] is None:
             return "a cache that does not grow: give QuantizedKVCache a max_cache_len"
-        if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in self.layers):
+        if any(isinstance(layer, KVQuantizedLayer) and layer.is_sliding for layer in self.kv_layers):
             return "blocks in order, not in rings, as a QuantizedKVCache of a model with sliding windows keeps them"
         return None

@@ -5,7 +5,8 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 
 - `hf_kvattn`: JSON with the keys of `_KEYS`: the version of this format, the cache's class and settings (the codec:
   bits of keys and values and group size or a calibration, exact first tokens, skipped layers), the model's
-  fingerprint, the dtype, where a stream stands, counts and sizes of each layer, and what is known of the token ids;
+  fingerprint, the dtype, where a stream stands, counts and sizes of each layer, dtypes and shapes of each layer's
+  recurrent states (`states.<i>.<name>` are their tensors), and what is known of the token ids;
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
@@ -33,9 +34,10 @@ from transformers import PreTrainedConfig
 
 from .base import KnownPrefix, KVCache, TokenIds, hash_ids
 from .positions import StreamPosition
+from .recurrent import KINDS
 from .registry import CLASSES
 
-VERSION = 3
+VERSION = 4
 MAX_HEADER_BYTES = 4 << 20  # some 1 KiB a layer is written
 _MAX_MESSAGE = 2000  # characters: what a file says may be long
 
@@ -44,7 +46,7 @@ _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
           torch.uint8: "U8", torch.int32: "I32"}  # fmt: skip
 _DTYPES = {str(dtype): dtype for dtype in _TYPES if dtype.is_floating_point}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
-_KEYS = {"version", "cache", "settings", "model", "dtype", "stream", "layers", "prefix"}
+_KEYS = {"version", "cache", "settings", "model", "dtype", "stream", "layers", "states", "prefix"}
 _LARGEST = 1 << 40
 
 
@@ -135,7 +137,10 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
-    return {f"layers.{i}.{name}": t for i, layer in enumerate(cache.layers) for name, t in layer.filled().items()}
+    tensors = {f"layers.{layer.layer_idx}.{name}": t for layer in cache.kv_layers for name, t in layer.filled().items()}
+    return tensors | {
+        f"states.{each.layer_idx}.{name}": t for each in cache.states for name, t in each.tensors().items()
+    }
 
 
 def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
@@ -143,11 +148,11 @@ def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
     if CLASSES.get(type(cache).__name__) is not type(cache):
         way_out = "make one, as cache = StaticKVCache(model.config), and fill it with model(ids, past_key_values=cache)"
         raise ValueError(f"caches that can be saved are {list(CLASSES)}, got {type(cache).__name__}: {way_out}")
-    empty = [layer.layer_idx for layer in cache.layers if not (layer.is_initialized and layer.seen)]
+    empty = [layer.layer_idx for layer in cache.kv_layers if not (layer.is_initialized and layer.seen)]
     if empty:
         raise ValueError(f"layers {empty} of the cache hold no tokens: there is nothing to save")
     cache.check_consistent_layers()
-    first, prefix = cache.layers[0], cache.known_prefix
+    first, prefix = cache.kv_layers[0], cache.known_prefix
     if token_ids is not None:
         prefix = KnownPrefix(hash_ids(token_ids, first.batch_size, first.seen), first.seen)
     return {
@@ -157,7 +162,8 @@ def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:
         "model": _plain(cache.fingerprint),
         "dtype": str(first.dtype),
         "stream": cache.stands_at()[:2],
-        "layers": [{name: getattr(layer, name) for name in (*_SIZES, *layer.counts)} for layer in cache.layers],
+        "layers": [{name: getattr(layer, name) for name in (*_SIZES, *layer.counts)} for layer in cache.kv_layers],
+        "states": [{name: [str(t.dtype), *t.shape] for name, t in each.tensors().items()} for each in cache.states],
         "prefix": prefix,
     }
 
@@ -202,7 +208,7 @@ def _load(file: BinaryIO, config: PreTrainedConfig, token_ids: TokenIds | None) 
         digest = _digest(strings["hf_kvattn"], header, [found.result() for found in hashes])
     if digest != strings["sha256"]:
         raise ValueError(f"it is damaged: its sha256 is {digest}, and was {strings['sha256']}")
-    for layer in cache.layers:
+    for layer in cache.kv_layers:
         layer.check_loaded()
     start, end = said["stream"]
     cache._next_position = StreamPosition(start, end, cache.get_seq_length())
@@ -268,10 +274,10 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
             f"it, set config.get_text_config().dtype = {said['dtype']}"
         )
     layers = said["layers"]
-    if not isinstance(layers, list) or len(layers) != len(cache.layers):
+    if not isinstance(layers, list) or len(layers) != len(cache.kv_layers):
         found = len(layers) if isinstance(layers, list) else repr(layers)
-        raise ValueError(f"it has {found} layers, the model {len(cache.layers)}")
-    for layer, found in zip(cache.layers, layers, strict=True):
+        raise ValueError(f"it has {found} layers, the model {len(cache.kv_layers)}")
+    for layer, found in zip(cache.kv_layers, layers, strict=True):
         names = {*_SIZES, *layer.counts}
         if not isinstance(found, dict) or set(found) != names or not all(map(_is_count, found.values())):
             raise ValueError(f"layer {layer.layer_idx} is {found!r}: {sorted(names)} should be 0 to {_LARGEST}")
@@ -281,11 +287,29 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
         values = sorted({layer[name] for layer in layers if name in layer})
         if len(values) > 1:
             raise ValueError(f"the layers do not agree on {name}, which is {values}")
+    _check_states(said["states"], cache, layers[0]["batch_size"])
     stream, fields = said["stream"], ("start", "end")
     numbers = stream if isinstance(stream, list) else ()
     are_numbers = all(n is None or (type(n) is int and abs(n) <= _LARGEST) for n in numbers)
     if not are_numbers or len(numbers) != len(fields):
         raise ValueError(f"its stream is {stream!r}: {fields} should be None or {-_LARGEST} to {_LARGEST}")
+
+
+def _check_states(said: Any, cache: KVCache, batch_size: int) -> None:
+    """Raises ValueError unless `said` describes tensors for each layer's states."""
+    if not isinstance(said, list) or len(said) != len(cache.states):
+        raise ValueError(f"its states are {said!r}, the model has {len(cache.states)} layers of them")
+    for state, named in zip(cache.states, said, strict=True):
+        known = {f"{kind}.{i}" for kind in KINDS for i in range(state.number_of_states)}
+        if not isinstance(named, dict) or not named or not set(named) <= known:
+            raise ValueError(f"the states of layer {state.layer_idx} are {named!r}, known are {sorted(known)}")
+        for name, each in named.items():
+            dtype, *shape = each if isinstance(each, list) and each else [None]
+            sized = len(shape) > 1 and all(map(_is_count, shape)) and shape[0] == batch_size
+            if not isinstance(dtype, str) or dtype not in _DTYPES or not sized:
+                raise ValueError(
+                    f"{name} of layer {state.layer_idx} is {each!r}: no dtype and shape of {batch_size} rows"
+                )
 
 
 def _check_prefix(said: dict[str, Any], token_ids: TokenIds | None) -> KnownPrefix | None:
@@ -307,9 +331,12 @@ def _check_prefix(said: dict[str, Any], token_ids: TokenIds | None) -> KnownPref
 def _prepare(cache: KVCache, said: dict[str, Any], device: str) -> None:
     """Makes the buffers that the file's sizes and counts need; on `meta` only their shapes."""
     one = torch.zeros((), dtype=_DTYPES[said["dtype"]], device=device)
-    for layer, found in zip(cache.layers, said["layers"], strict=True):
+    for layer, found in zip(cache.kv_layers, said["layers"], strict=True):
         like = one.expand(found["batch_size"], found["kv_heads"], found["seen"], found["head_dim"])
         layer.allocate_for(like, {name: found[name] for name in layer.counts})
+    for state, named in zip(cache.states, said["states"], strict=True):
+        for name, (dtype, *shape) in named.items():
+            state.put(name, torch.empty(shape, dtype=_DTYPES[dtype], device=device))
 
 
 def _check_tensors(header: dict[str, Any], expected: dict[str, torch.Tensor], data_bytes: int) -> None:

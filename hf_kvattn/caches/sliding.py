@@ -93,12 +93,12 @@ class SlidingWindowKVCache(KVCache):
                 f"{new} tokens at once exceed the {self._limit.positions} positions at which the model's rotary "
                 "frequencies change; give generate() a prefill_chunk_size"
             )
-        rings = [layer for layer in self.layers if isinstance(layer, KVSlidingLayer)]
+        rings = [layer for layer in self.kv_layers if isinstance(layer, KVSlidingLayer)]
         rebased = rings[0].rebased
         by = min(ring.oldest for ring in rings) - rebased
         if seen + new - rebased > self._limit.positions and by > 0:
             self.check_consistent_layers()  # or an inconsistent cache would look consistent afterwards
-            with changing_all(self.layers, "rotation of keys"):
+            with changing_all(self.kv_layers, "rotation of keys"):
                 for ring in rings:
                     ring.rebase(by)
             rebased += by

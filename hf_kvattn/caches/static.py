@@ -41,11 +41,11 @@ class StaticKVCache(KVCache):
         full = KVOffloadedLayer if offload else KVStaticLayer  # a layer with a window is small: it stays on the device
         super().__init__(config, functools.partial(make_static_layer, max_cache_len, full=full))
         if offload:
-            link_offloaded(self.layers)
+            link_offloaded(self.kv_layers)
         self.offloads = offload
         self.settings = {"max_cache_len": max_cache_len}  # `offload` is left out: it does not change what is stored
 
-    def graph_obstacle(self) -> str | None:
+    def _graph_obstacle(self) -> str | None:
         if self.offloads:
             return "layers that stay on the GPU: a StaticKVCache without offload=True"
         if self.settings["max_cache_len"] is None:
@@ -55,5 +55,5 @@ class StaticKVCache(KVCache):
     def fork(self) -> KVCache:
         forked = super().fork()
         if self.offloads:
-            link_offloaded(forked.layers)
+            link_offloaded(forked.kv_layers)
         return forked

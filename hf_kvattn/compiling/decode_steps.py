@@ -65,9 +65,9 @@ class DecodeSteps:
             return model(**kwargs)
         self._begin(new_tokens(kwargs), kwargs.get("attention_mask"))
         out = compiled(**{**kwargs, "past_key_values": self, "attention_mask": None})
-        for layer in self.cache.layers:
+        for layer in self.cache.kv_layers:
             layer.seen += 1
-        for layer in self.cache.layers:
+        for layer in self.cache.kv_layers:
             layer.finish_attention(dispatch.quantize_blocks)
         out.past_key_values = self.cache
         return out
@@ -75,7 +75,7 @@ class DecodeSteps:
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
         """The host's work before a step: checks, lengths, buffers."""
         self.cache.check_consistent_layers()
-        layers = self.cache.layers
+        layers = self.cache.kv_layers
         quantized = [layer for layer in layers if isinstance(layer, KVQuantizedLayer)]
         buffer, _ = next(iter(layers[0].buffers().values()))
         new = buffer[:1, :, :1].expand(tokens.shape[0], -1, -1, -1)
@@ -115,7 +115,7 @@ class DecodeSteps:
     @torch.inference_mode(False)
     def _prepare_buffers(self) -> None:
         """Prepares new buffers for graphs: marks their addresses as fixed, and makes every slot finite."""
-        found = [pair for layer in self.cache.layers for pair in layer.buffers().values()]
+        found = [pair for layer in self.cache.kv_layers for pair in layer.buffers().values()]
         if self._buffers and all(one is other for one, (other, _) in zip(self._buffers, found, strict=True)):
             return
         devices = {str(tensor.device) for tensor, _ in found}
@@ -123,7 +123,7 @@ class DecodeSteps:
             raise ValueError(f"CUDA graphs hold the work of one GPU, the cache lies on {', '.join(sorted(devices))}")
         for tensor, filled in found:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
-        self.layers = [self._part(layer) for layer in self.cache.layers]
+        self.layers = [self._part(layer) for layer in self.cache.kv_layers]
         for part in self.layers:
             for each in (part.k, part.v, *part.packed):
                 if each is not None:

@@ -60,7 +60,7 @@ def _begin_fake(ticket, tokens, position_ids, mask):
 
 def _leftpad(ticket: torch.Tensor, mask: torch.Tensor, new: int, sliding: bool) -> torch.Tensor:
     """First visible key of each row, `(B,)` int32, counted from the first that layers see; `mask` is `(B, tokens)`."""
-    layer = next(layer for layer in cache_of(ticket).layers if layer.is_sliding is sliding)
+    layer = next(layer for layer in cache_of(ticket).kv_layers if layer.is_sliding is sliding)
     leftpad = left_padding(mask.bool(), *layer.get_mask_sizes(new))
     if isinstance(leftpad, bool):
         raise ValueError(
@@ -84,16 +84,16 @@ def _attend_fake(q, k, v, *rules):
 def _append_and_attend(
     ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
 ) -> torch.Tensor:
-    """Stores `k` and `v` `(B, Hkv, T, D)` in layer `layer_idx`, and gives the attention of `q`."""
-    return attend_layer(cache_of(ticket).layers[layer_idx], q, k, v, Rules(*rules))
+    """Stores `k` and `v` `(B, Hkv, T, D)` in layer `layer_idx`, and gives the attention of `q`: `attend_layer`."""
+    return attend_layer(cache_of(ticket), layer_idx, q, k, v, Rules(*rules))
 
 
 class TracedHandle(Handle):
     """The handle of layer `index` while a model is traced: an op stores and attends when the graph runs."""
 
-    def __init__(self, ticket: torch.Tensor, index: int, given: Sequence[Any]):
+    def __init__(self, cache: KVCache, index: int, given: Sequence[Any]):
         super().__init__(index, given)
-        self._ticket = ticket
+        self._ticket, self._borrows = cache.ticket, index in cache.lender_of
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         rules.check_inference(query)

@@ -72,7 +72,7 @@ def measure(
     kept |= {bits: QuantizedKVCache(config, bits, group_size=group_size, max_cache_len=context) for bits in (8, 4, 2)}
     calls: dict[int | None, list[AttendCall]] = {bits: [] for bits in kept}
     for bits, cache in kept.items():
-        for layer in cache.layers:
+        for layer in cache.kv_layers:
             layer.append(*torch.randn(2, 1, kv_heads, context, head_dim).to(dtype))
             layer.finish_attention(dispatch.quantize_blocks)
             k, v, packed, *_ = layer.stored_kv()

@@ -140,10 +140,10 @@ def _caches(model: PreTrainedModel, length: int, window: int, rounds: int) -> di
         copies = LAYERS_BYTES // (2 * keys.nbytes) + 1
         caches = [StaticKVCache(config, max_cache_len=length) for _ in range(copies)]
         for cache in caches:
-            cache.layers[0].append(keys, keys)
-            cache.layers[0].finish_attention()
+            cache.kv_layers[0].append(keys, keys)
+            cache.kv_layers[0].finish_attention()
         layouts[name] = {"kv_heads": kv_heads, "window": limit, "cache_bytes": caches[0].nbytes, "copies": copies}
-        stored = [cache.layers[0].dense() for cache in caches]
+        stored = [cache.kv_layers[0].dense() for cache in caches]
         calls = [AttendCall(q, k, v, CACHE_DIM**-0.5, window=limit) for k, v in stored]
         actions[name] = [partial(dispatch.attend, call) for call in calls]
     times_ms = _time_in_turns(actions, rounds, model.device)

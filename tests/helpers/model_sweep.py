@@ -69,6 +69,13 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys("max_position_embeddings n_positions n_ctx max_seq_len context_length".split(), 512),
     **dict.fromkeys("kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim".split(), 16),
     **dict.fromkeys("initializer_range init_std".split(), 0.2),  # wide enough that the tokens wander
+    **dict.fromkeys("mamba_d_state ssm_state_size linear_key_head_dim linear_value_head_dim".split(), 16),
+    **dict.fromkeys("mamba_chunk_size chunk_size linear_head_dim mamba_head_dim".split(), 16),
+    **dict.fromkeys("mamba_n_heads mamba_num_heads linear_num_value_heads".split(), 8),
+    **dict.fromkeys("linear_num_key_heads linear_num_heads".split(), 4),
+    "mamba_d_ssm": 128,
+    "n_mamba_heads": 2,
+    "use_mamba_kernels": False,
     "rotary_dim": 8,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
@@ -84,9 +91,12 @@ SIZES: dict[str, Any] = {
 }
 
 MIXED = {"layer_types": ["full_attention", "sliding_attention"] * 2}  # the default has one kind only
+HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+LATENT = {"num_key_value_heads": 4}  # keys and values of every query head are computed from latents
 # What a type needs beside its fields' usual sizes; the kinds of layers that its checkpoints have, where its default has
 # others.
 EXTRA: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "cohere_compass_text": MIXED
     | {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in MIXED["layer_types"]}},
@@ -104,10 +114,13 @@ EXTRA: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": HYBRID,
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "laguna": MIXED | {"num_attention_heads_per_layer": [4, 8, 4, 8]},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "longcat_flash": {"zero_expert_num": 2},
+    "longcat_flash": LATENT | {"zero_expert_num": 2},
+    "minicpm3": LATENT | {"scale_emb": 1, "dim_model_base": 64},
     "mamba2": {"num_heads": 8},
     "mellum": MIXED,
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
@@ -116,6 +129,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
     "xmod": {"default_language": "en_XX"},
+    **dict.fromkeys("axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4".split(), LATENT),
+    **dict.fromkeys("youtu bailing_hybrid kimi_linear".split(), LATENT),
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -291,7 +308,7 @@ def from_same_codes(model: PreTrainedModel, way: str, cache, tokens: torch.Tenso
     """What is wrong with one step over the codes in `cache`, which has seen all of `tokens` but the last."""
     if "num_beams" in WAYS[way][2]:
         return None
-    if not any(layer.packed_tokens for layer in cache.layers):
+    if not any(layer.packed_tokens for layer in cache.kv_layers):
         return "nothing was quantized"
     mask = torch.cat([inputs(way)["attention_mask"], torch.ones(len(tokens), NEW, dtype=torch.long)], 1)
     step = functools.partial(generate, model, way, new=1, input_ids=tokens, attention_mask=mask)
