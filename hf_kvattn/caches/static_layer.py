@@ -53,7 +53,6 @@ class KVStaticLayer(KVLayer):
         self._k, self._v, self.capacity = k, v, capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens; 0 does nothing."""
         self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
         self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
