@@ -51,7 +51,6 @@ _ARGUMENTS = frozenset(
     "cache_position use_cache output_attentions key_value_states encoder_hidden_states encoder_attention_mask "
     "kwargs".split()
 )
-)
 # Types of decoders that hand masks on as they are, though transformers' flash attention does not serve them.
 _HAND_MASKS_ON = frozenset({"llama4_text"})
 _CACHE_NAMES = ("past_key_values", "layer_past")  # as modules call their cache; the second is GPT-NeoX's

@@ -2,6 +2,6 @@
 
 import sys
 
-from hf_kvattn.__main__ import script
+from hf_kvattn.tools.commands import script
 
 sys.exit(script("convert-gqa"))

@@ -42,7 +42,7 @@ def fresh_choice(monkeypatch):
     """The test begins without a choice of backend, and without reasons that were logged already."""
     monkeypatch.setattr(dispatch, "_for_process", [])
     monkeypatch.delenv("HF_KVATTN_BACKEND", raising=False)
-    dispatch._log_once.cache_clear()
+    dispatch.logger.info_once.cache_clear()
 
 
 @pytest.fixture

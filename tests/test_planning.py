@@ -10,10 +10,10 @@ import torch
 from models import generate, prompt, tiny_config, tiny_model
 
 import hf_kvattn
-from hf_kvattn import __main__ as command_line
 from hf_kvattn import planning
 from hf_kvattn.caches.registry import CACHES, COMPLETE
 from hf_kvattn.planning import Plan, cache_bytes, model_bytes
+from hf_kvattn.tools import commands as command_line
 
 BIG = {"num_hidden_layers": 2, "hidden_size": 128}  # heads of 32: groups of 32 divide them
 MODELS = {

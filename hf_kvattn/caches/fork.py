@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import os
 import weakref
@@ -26,14 +27,12 @@ class SharedTensors:
     """
 
     def __init__(self, tensors: list[tuple[torch.Tensor, int]]):
-        self._like, self._offsets, end = [t for t, _ in tensors], [], 0
-        for tensor in self._like:
-            self._offsets.append(end)
-            end += -(-tensor.nbytes // _ALIGN) * _ALIGN
-        self._like = [torch.empty_like(t, device="meta") for t in self._like]
-        self._nbytes, self._fd = end, os.memfd_create("hf_kvattn")
+        self._like = [torch.empty_like(tensor, device="meta") for tensor, _ in tensors]
+        sizes = (-(-like.nbytes // _ALIGN) * _ALIGN for like in self._like)
+        *self._offsets, self._nbytes = itertools.accumulate(sizes, initial=0)
+        self._fd = os.memfd_create("hf_kvattn")
         weakref.finalize(self, os.close, self._fd)
-        os.truncate(self._fd, end)
+        os.truncate(self._fd, self._nbytes)
         for view, (tensor, filled) in zip(self._map(shared=True), tensors, strict=True):
             view[:, :, :filled] = tensor[:, :, :filled]
 

@@ -165,6 +165,22 @@ class KVLayer(CacheLayerMixin):
             self.is_initialized = False
             self.lazy_initialization(k, v)
 
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Makes buffers for tokens of this shape, dtype and device, `(B, Hkv, T, D)`."""
+        self.batch_size, self.kv_heads, new, self.head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._allocate(new)
+        self.is_initialized = True
+
+    @abstractmethod
+    def _allocate(self, needed: int) -> None:
+        """Makes room for `needed` tokens in all, as far as they stay, and sets `capacity`."""
+
+    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
+    def _empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A new buffer, `(B, Hkv, *shape)`, uninitialised; of the layer's dtype unless another is given."""
+        return torch.empty(self.batch_size, self.kv_heads, *shape, dtype=dtype or self.dtype, device=self.device)
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """For a model that is not enabled: appends, and returns dense keys and values of all tokens."""
         return outside_autocast(self._append_dense, key_states, value_states)

@@ -110,8 +110,7 @@ class KVQuantizedLayer(KVLayer):
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         super().check(k, v)
-        if self._finite_checks:
-            self.raise_if_not_finite(wait=False)
+        self.raise_if_not_finite(wait=False)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.make_ready(k, v)
@@ -126,18 +125,15 @@ class KVQuantizedLayer(KVLayer):
             self._exact_k, self._exact_v = k.detach(), v.detach()
         self.seen += k.shape[2]
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
+    def _allocate(self, needed: int) -> None:
         check_group_size(self.settings.group_size, self.head_dim)  # of a model whose config does not say it
         blocks = 0 if self.max_cache_len is None else max(0, self.max_cache_len - self._least_exact) // BLOCK
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
         self._packed = {}
-        self._allocate(blocks)
+        self._allocate_blocks(blocks)
         self._resize_exact(self._least_exact + BLOCK, 0)
-        self.is_initialized = True
 
     @property
     def _least_exact(self) -> int:
@@ -184,7 +180,7 @@ class KVQuantizedLayer(KVLayer):
             dropped = max(dropped, first + blocks - slots)
             dropped += dropped % 2
         elif first + blocks > slots:
-            self._allocate(max(first + blocks, int((first + blocks) * GROWTH)))
+            self._allocate_blocks(max(first + blocks, int((first + blocks) * GROWTH)))
         return dropped
 
     def _write_blocks(self, first: int, start: int, stop: int, quantize: Quantize) -> None:
@@ -232,34 +228,28 @@ class KVQuantizedLayer(KVLayer):
                 )
         self._finite_checks = tuple(pending)
 
-    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
-    def _allocate(self, blocks: int) -> None:
+    def _allocate_blocks(self, blocks: int) -> None:
         """Makes room for `blocks` blocks. Codes that are there are copied, not quantized again."""
-        lead, dim = (self.batch_size, self.kv_heads), self.head_dim
-        codecs, groups = {"k": self.settings.k_codec, "v": self.settings.v_codec}, dim // self.settings.group_size
-        scales: dict[str, tuple[int, ...]] = {"k": (*lead, blocks, dim), "v": (*lead, blocks, groups, BLOCK)}
-        shapes: dict[str, tuple[int, ...]] = {
-            f"{x}_codes": (*lead, blocks, 4 * codec.bits * dim) for x, codec in codecs.items()
-        }
-        shapes |= {f"{x}_scale": scales[x] for x in "kv"}
-        shapes |= {f"{x}_zero": scales[x] for x in "kv" if not codecs[x].symmetric}
-        used = self.packed_tokens // BLOCK
+        settings, dim, used = self.settings, self.head_dim, self.packed_tokens // BLOCK
+        key_scales, value_scales = (dim,), (dim // settings.group_size, BLOCK)  # of a block
+        shapes: dict[str, tuple[int, ...]] = {}
+        for x, codec, scales in (("k", settings.k_codec, key_scales), ("v", settings.v_codec, value_scales)):
+            shapes |= {f"{x}_codes": (4 * codec.bits * dim,), f"{x}_scale": scales}
+            shapes |= {} if codec.symmetric else {f"{x}_zero": scales}
         self._last_packed = None  # else it would keep the old arrays
         grown = {}
         for name, shape in shapes.items():
             dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
-            grown[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            grown[name] = self._empty(blocks, *shape, dtype=dtype)
             if used:
                 grown[name][:, :, :used] = self._packed[name][:, :, :used]
-        empty_mean = torch.zeros(*lead, dim, dtype=torch.float32, device=self.device)
-        self._packed = {**grown, "k_mean": self._packed.get("k_mean", empty_mean)}
+        mean = self._packed["k_mean"] if self._packed else self._empty(dim, dtype=torch.float32).zero_()
+        self._packed = {**grown, "k_mean": mean}
         room = blocks * BLOCK + self._least_exact + BLOCK
         self.capacity = room if self.max_cache_len is None else min(room, self.max_cache_len)
 
-    @torch.inference_mode(False)
     def _resize_exact(self, capacity: int, keep: int) -> None:
-        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
-        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        k, v = (self._empty(capacity, self.head_dim) for _ in range(2))
         if keep:
             k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
@@ -308,10 +298,8 @@ class KVQuantizedLayer(KVLayer):
         return super().__deepcopy__(memo)
 
     def select(self, rows: torch.Tensor) -> None:
-        self._packed, self._last_packed = {name: tensor[rows] for name, tensor in self._packed.items()}, None
-        self._exact_k, self._exact_v = self._exact_k[rows], self._exact_v[rows]
-        self.batch_size = self._exact_k.shape[0]
-        self.unchanged_prefix = 0
+        self.replace_buffers({name: tensor[rows] for name, (tensor, _) in self.buffers().items()})
+        self.batch_size, self.unchanged_prefix = len(rows), 0
 
     def filled(self) -> dict[str, torch.Tensor]:
         self.raise_if_not_finite(wait=True)
@@ -350,7 +338,7 @@ class KVQuantizedLayer(KVLayer):
         if packed // BLOCK > slots:
             if window is not None:
                 raise ValueError(f"layer {self.layer_idx}: {packed} tokens do not fit into a window of {window}")
-            self._allocate(packed // BLOCK)
+            self._allocate_blocks(packed // BLOCK)
         if seen - dropped - packed > self._exact_k.shape[2]:
             self._resize_exact(seen - dropped - packed, 0)
         self.packed_tokens, self.dropped = packed, dropped

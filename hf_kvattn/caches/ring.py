@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ..quant.blocks import Quantize, quantize_blocks
@@ -11,16 +9,6 @@ from .layer import KVLayer, Stored, ring_spans
 from .rope import Rope
 
 SLACK = 64  # tokens that `crop` can remove after the ring has wrapped; also how many are appended without a copy
-
-
-class SinkInputs(NamedTuple):
-    """What a layer's queries see beside their window; the fields are those of `kernels.call.SinkKV`."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    q: torch.Tensor
-    evicted: int
-    leftpad: torch.Tensor | None
 
 
 class KVSlidingLayer(KVLayer):
@@ -100,28 +88,17 @@ class KVSlidingLayer(KVLayer):
         self.begin = self.seen - min(self.seen, self.sliding_window - 1)
         self.oldest = max(self.oldest, self.seen + 1 - self._k.shape[2])
 
-    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
+    def _allocate(self, needed: int) -> None:
         slots = min(self.sliding_window + SLACK, self.max_cache_len or self.sliding_window + SLACK)
         self.capacity = slots + self.sinks
-
-        def buffer(tokens: int) -> torch.Tensor:
-            shape = (self.batch_size, self.kv_heads, tokens, self.head_dim)
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-        self._k, self._v = buffer(slots), buffer(slots)
-        self._sink_k, self._sink_v = buffer(self.sinks).zero_(), buffer(self.sinks).zero_()
-        self.is_initialized = True
+        self._k, self._v = (self._empty(slots, self.head_dim) for _ in range(2))
+        self._sink_k, self._sink_v = (self._empty(self.sinks, self.head_dim).zero_() for _ in range(2))
 
     def stored_kv(self) -> Stored:
-        if self._chunk is not None:
-            return Stored(*self._chunk)
-        tokens, slot = self.seen - self.begin, self.begin % self._k.shape[2]
-        if slot + tokens <= self._k.shape[2]:
-            return Stored(*self._in_order(self.begin))
-        return Stored(self._k, self._v, tokens=tokens, slot=slot)
+        slots, slot, tokens = self._k.shape[2], self.begin % self._k.shape[2], self.seen - self.begin
+        if self._chunk is None and slot + tokens > slots:  # in place, where it wraps
+            return Stored(self._k, self._v, tokens=tokens, slot=slot)
+        return super().stored_kv()
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the newest forward sees, without sinks, in order; a copy if the ring wraps."""
@@ -136,8 +113,8 @@ class KVSlidingLayer(KVLayer):
         k, v = (torch.cat([ring[:, :, slot:], ring[:, :, :rest]], 2) for ring in (self._k, self._v))
         return k, v
 
-    def sink_inputs(self, q: torch.Tensor, leftpad: torch.Tensor | None) -> SinkInputs | None:
-        """The sinks for the queries of the newest tokens; None while the window still covers them for every query.
+    def sink_inputs(self, q: torch.Tensor, leftpad: torch.Tensor | None) -> tuple | None:
+        """See `KVLayer.sink_inputs`; None while the window still covers the sinks for every query of the newest tokens.
 
         Args:
             q: `(B, Hq, Tq, D)`, rotated as for the window's keys.
@@ -155,7 +132,7 @@ class KVSlidingLayer(KVLayer):
             return None
         gap = evicted - self.sinks
         rotated = q if self.rope is None else self.rope.rerotate_back(q, gap, self.rebased, self._leftpad)
-        return SinkInputs(self._sink_k, self._sink_v, rotated, evicted, self._leftpad)
+        return self._sink_k, self._sink_v, rotated, evicted, self._leftpad
 
     def _note_leftpad(self, before: int, leftpad: torch.Tensor | None) -> None:
         """Notes the left padding of rows: known once a row's first token that is not padding has come."""
@@ -224,7 +201,7 @@ class KVSlidingLayer(KVLayer):
         super().reset()
 
     def select(self, rows: torch.Tensor) -> None:
-        self._k, self._v, self._sink_k, self._sink_v = (t[rows] for t in (self._k, self._v, self._sink_k, self._sink_v))
+        self.replace_buffers({name: tensor[rows] for name, (tensor, _) in self.buffers().items()})
         self._leftpad = None if self._leftpad is None else self._leftpad[rows]
         self.batch_size = self._k.shape[0]
         self._chunk, self.unchanged_prefix = None, 0

@@ -288,11 +288,10 @@ def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig)
         if len(values) > 1:
             raise ValueError(f"the layers do not agree on {name}, which is {values}")
     _check_states(said["states"], cache, layers[0]["batch_size"])
-    stream, fields = said["stream"], ("start", "end")
-    numbers = stream if isinstance(stream, list) else ()
-    are_numbers = all(n is None or (type(n) is int and abs(n) <= _LARGEST) for n in numbers)
-    if not are_numbers or len(numbers) != len(fields):
-        raise ValueError(f"its stream is {stream!r}: {fields} should be None or {-_LARGEST} to {_LARGEST}")
+    stream = said["stream"]
+    is_pair = isinstance(stream, list) and len(stream) == 2
+    if not is_pair or any(n is not None and (type(n) is not int or abs(n) > _LARGEST) for n in stream):
+        raise ValueError(f"its stream is {stream!r}: ('start', 'end') should be None or {-_LARGEST} to {_LARGEST}")
 
 
 def _check_states(said: Any, cache: KVCache, batch_size: int) -> None:

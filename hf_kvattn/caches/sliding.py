@@ -67,9 +67,7 @@ class SlidingWindowKVCache(KVCache):
     def positions(
         self, asked: torch.Tensor | None, new: int, device: torch.device, padded: bool = False
     ) -> torch.Tensor | None:
-        """Position ids `(B or 1, T)` of the next `new` tokens, where the model would use `asked`; None for its own.
-
-        Rotates stored keys back first, where positions would leave the range that the model was trained on.
+        """See `KVCache.positions`. Rotates stored keys back first, where positions would leave the trained range.
 
         Args:
             padded: whether the last of the new tokens is padding in a row.

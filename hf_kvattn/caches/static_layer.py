@@ -44,24 +44,15 @@ class KVStaticLayer(KVLayer):
         self._v[:, :, self.seen : end].copy_(v.detach())
         self.seen = end
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.batch_size, self.kv_heads, _, self.head_dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._allocate(key_states.shape[2])
-        self.is_initialized = True
-
-    @torch.inference_mode(False)  # a buffer is written to by later forwards, in whatever mode
     def _allocate(self, needed: int) -> None:
         """Makes room for `needed` tokens: the whole fixed capacity, else GROWTH times as many. Stored tokens move."""
         capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * GROWTH))
-        shape = (self.batch_size, self.kv_heads, capacity, self.head_dim)
-        k, v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        k, v = (self._empty(capacity, self.head_dim) for _ in range(2))
         if self.seen:
             k[:, :, : self.seen], v[:, :, : self.seen] = self.dense()
         self._k, self._v, self.capacity = k, v, capacity
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last `-tokens_to_remove` tokens; 0 does nothing."""
         self.check_crop(tokens_to_remove)
         self.seen += tokens_to_remove
         self.unchanged_prefix = min(self.unchanged_prefix, self.seen)

@@ -30,10 +30,7 @@ class DecodeSteps:
     """Stands in for a cache in the forward of one decode step, and updates the cache's counts around it.
 
     Args:
-        cache: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`.
-
-    Raises:
-        ValueError: any other cache, with what to give instead.
+        cache: one without a `graph_obstacle`: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`.
 
     Attributes:
         lengths: `(B,)` int32 on the GPU, tokens stored before the step.
@@ -45,8 +42,6 @@ class DecodeSteps:
     """
 
     def __init__(self, cache: KVCache):
-        if obstacle := cache.graph_obstacle():
-            raise ValueError(f"CUDA graphs require {obstacle}")
         self.cache = cache
         self.lengths = self.leftpad = self.counts = torch.empty(0)
         self.leftpad_known = False

@@ -120,7 +120,7 @@ def register_ops() -> torch.library.Library:
     """Defines `torch.ops.hf_kvattn.*`, once; they live as long as the library that is returned."""
     library = torch.library.Library("hf_kvattn", "DEF")
     # A CUDA graph repeats what the device did once: what these ops do first is done in Python.
-    unsafe = [getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name)]
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", ())
     for name, (arguments, run, fake) in {**_OPS, **append_attend.OPS}.items():
         library.define(f"{name}({arguments}) -> Tensor", tags=unsafe if name in _OPS else ())
         library.impl(name, run, "CompositeExplicitAutograd")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from transformers.utils import logging
 
 from ..quant import blocks
 from ..quant.blocks import Quantize
@@ -20,7 +19,7 @@ from . import flash, native, reference, sdpa
 from .call import AttendCall
 from .triton import backend as triton_backend
 
-logger = logging.getLogger("hf_kvattn")
+logger = logging.get_logger("hf_kvattn")
 
 
 class Backend(Protocol):
@@ -135,7 +134,7 @@ def auto_choice(call: AttendCall) -> tuple[str, str | None]:
             break
         passed_over = passed_over or reason
     if passed_over:
-        _log_once(f"auto backend: {name}, because {passed_over}")
+        logger.info_once(f"auto backend: {name}, because {passed_over}")
     return name, passed_over
 
 
@@ -163,7 +162,7 @@ def quantizer(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> Quantize:
     reason = backend.unavailable() or backend.cannot_quantize(k, k_codec, v_codec)
     if reason is None:
         return backend.quantize_blocks
-    _log_once(f"blocks are quantized with PyTorch's operations, because {reason}")
+    logger.info_once(f"blocks are quantized with PyTorch's operations, because {reason}")
     return blocks.quantize_blocks
 
 
@@ -177,8 +176,3 @@ def _usable(name: str, source: str) -> str:
     if _checked(name, source) != "auto" and (reason := BACKENDS[name].unavailable()):
         raise ValueError(f"backend {name!r} in {source} cannot be used here: {reason}")
     return name
-
-
-@functools.lru_cache(maxsize=256)
-def _log_once(message: str) -> None:
-    logger.info(message)

@@ -101,14 +101,10 @@ def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
     q = call.q.reshape(batch, kv_heads, group * q_len, dim)
-    if mask is not None and group > 1:
-        if mask.shape[1] == 1:
-            mask = mask.unsqueeze(2).expand(-1, 1, group, -1, -1)
-        else:
-            mask = mask.unflatten(1, (kv_heads, group))
-        mask = mask.flatten(2, 3)
-    if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(q.dtype)
+    if mask is not None:
+        mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        one_or_all = min(mask.shape[1], kv_heads)
+        mask = mask.unflatten(1, (one_or_all, -1)).expand(-1, -1, group, -1, -1).flatten(2, 3)
     out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=call.dropout, scale=call.scale)
     return out.reshape(batch, q_heads, q_len, dim).transpose(1, 2)
 

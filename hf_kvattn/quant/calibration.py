@@ -67,9 +67,7 @@ class Calibration:
         for name in ("layers", "kv_heads", "head_dim"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be an int of at least 1, got {getattr(self, name)!r}")
-        check_group_size(self.group_size)
-        if self.head_dim % self.group_size:
-            raise ValueError(f"group_size={self.group_size} does not divide head_dim={self.head_dim}")
+        check_group_size(self.group_size, self.head_dim)
         for name in ("key_bits", "value_bits"):
             bits = getattr(self, name)
             if type(bits) is not tuple or len(bits) != self.layers:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import tiny_config, tiny_model
 
-from hf_kvattn import __main__ as command_line
+from hf_kvattn.tools import commands as command_line
 from hf_kvattn.tools import inputs
 from hf_kvattn.tools.files import new_folder
 from hf_kvattn.tools.planning import gib

@@ -10,9 +10,9 @@ import command_lines
 import pytest
 
 import hf_kvattn
-from hf_kvattn import __main__ as command_line
-from hf_kvattn.__main__ import COMMANDS
+from hf_kvattn.tools import commands as command_line
 from hf_kvattn.tools.command_line import program, typed
+from hf_kvattn.tools.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = {"attention_claims": "claims", "make_model_card": "card"}  # the others have their command's name
@@ -48,7 +48,7 @@ def test_without_a_command_the_machine_is_described(capsys):
 
 
 def test_a_command_imports_its_own_module_alone():
-    code = "import sys; from hf_kvattn.__main__ import main; main(['describe']); print(*sys.modules)"
+    code = "import sys; from hf_kvattn.tools.commands import main; main(['describe']); print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = {name for name in out.split() if name.startswith(("hf_kvattn.evaluation.", "hf_kvattn.convert"))}
     assert not loaded and "matplotlib" not in out.split()

@@ -9,9 +9,9 @@ import torch
 from models import tiny_model
 from stand_ins import CharTokenizer
 
-from hf_kvattn import __main__ as command_line
 from hf_kvattn.evaluation import cards, stream
 from hf_kvattn.evaluation.common import report
+from hf_kvattn.tools import commands as command_line
 from hf_kvattn.tools import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

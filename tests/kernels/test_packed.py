@@ -176,7 +176,7 @@ def test_native_with_channels_of_very_different_kinds(bits, variant):
 def test_native_leaves_fp8_to_sdpa_with_one_reason(bits, caplog):
     call = packed_problem("long-split", *bits)
     assert (call.packed.k_codec, call.packed.v_codec) == tuple(map(codec_for, bits))
-    dispatch._log_once.cache_clear()
+    dispatch.logger.info_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):
         for _ in range(2):
             torch.testing.assert_close(dispatch.attend(call), reference.attend(call), rtol=1e-5, atol=1e-5)
@@ -246,7 +246,7 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(bits, dtype, variant):
 
 @pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)])
 def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
-    dispatch._log_once.cache_clear()
+    dispatch.logger.info_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):
         assert dispatch.quantizer(torch.zeros(1, 1, 32, dim), *map(codec_for, bits)) is quantize_blocks
     assert "blocks are quantized with PyTorch's operations, because native kernels quantize" in caplog.text
@@ -264,7 +264,7 @@ def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
 def test_triton_quantizes_where_it_serves_and_one_reason_is_logged_where_not(
     bits, capability, reason, caplog, monkeypatch
 ):
-    dispatch._log_once.cache_clear()
+    dispatch.logger.info_once.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with fake_cuda(capability), caplog.at_level("INFO", "hf_kvattn"):
         k = on_gpu(torch.randn(2, 2, 32, 16))

@@ -27,11 +27,10 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes at once: query rows, blocks of 32 tokens; its warps, and the stages of its loads."""
+    """What a program of 4 warps computes at once: query rows, blocks of 32 tokens; the stages of its loads."""
 
     rows: int
     blocks: int
-    warps: int
     stages: int
 
 
@@ -45,7 +44,7 @@ def tile_for(rows: int, padded: int, three_bits: bool, amd: bool) -> Tile:
     max_rows = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
     # More query rows take several tiles, which read the same keys and values.
     stages = 2 if amd and padded <= 128 else 3
-    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, 4, stages)
+    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, stages)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _queue_decode(
         KV_HEADS=kv_heads, HEADS_PER_KV=heads_per_kv, D=dim, PADDED=max(16, triton.next_power_of_2(dim)),
         ROWS=tile.rows, BLOCKS=tile.blocks,
         CAUSAL=call.causal, SOFTCAP=call.softcap is not None, SINKS=n_splits is not None,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=4, num_stages=tile.stages,
         # With 255 registers a thread two programs of 4 warps fit a multiprocessor. Without this option, which Triton
         # has for NVIDIA only, the assembler spills a few bytes to make room for a third.
         **({} if torch.version.hip else {"maxnreg": 255}),

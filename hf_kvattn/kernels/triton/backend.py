@@ -16,9 +16,10 @@ import torch
 from ...quant.codecs import Codec
 from ...quant.packed import PackedKV
 from ..call import PIECES, QUANTIZED, RULES, AttendCall
-from . import READ_CODECS, WRITTEN_CODECS
 
 SERVED = RULES | PIECES | QUANTIZED
+READ_CODECS = ("int8", "fp8", "int4", "int3", "int2")
+WRITTEN_CODECS = ("int8", "int4")
 MAX_QUERIES = 16
 # In float32 the products leave the tensor cores, and the kernels spill: up to 1,392 bytes a thread on sm_80 (head_dim
 # 256, 4 bits); on gfx942 heads of 256 do not fit into shared memory.
