@@ -60,7 +60,12 @@ def model(family: str) -> PreTrainedModel:
 
 @functools.cache
 def draft(family: str) -> PreTrainedModel:
-    return copy.deepcopy(model(family))
+    drafting = copy.deepcopy(model(family))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in drafting.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return drafting
 
 
 @functools.cache
@@ -208,6 +213,7 @@ def test_recurrent_states_are_refused_before_any_token(family):
         ("llama", 2, functools.partial(StaticKVCache, max_cache_len=LENGTH // 2), "exceed max_cache_len=22"),
         ("lfm2", 1, StaticKVCache, r"its layers, of type \['conv'\], store no keys and values"),
     ],
+    ids=["no room", "no keys"],
 )
 def test_an_early_exit_that_is_refused_leaves_the_model_whole(family, exit, make, message):
     """transformers cuts the model short for its draft, and leaves it so where the draft raises."""
