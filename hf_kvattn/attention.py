@@ -32,8 +32,8 @@ NAME = "kvattn"
 # the mask or the positions already, or concerns other parts of the model.
 _HARMLESS = frozenset(
     "cache_position cu_seq_lens_k cu_seq_lens_q deterministic logits_to_keep max_length_k max_length_q "
-    "num_items_in_batch output_hidden_states output_router_logits position_ids return_dict seq_idx token_type_ids "
-    "use_cache".split()
+    "num_items_in_batch output_hidden_states output_router_logits position_ids return_dict return_shared_kv_states "
+    "seq_idx token_type_ids use_cache".split()
 )
 
 
@@ -229,7 +229,7 @@ def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ru
 def attend_layer(
     cache: KVCache, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> torch.Tensor:
-    """Stores the new tokens `key` and `value`, `(B, Hkv, Tq, D)`, in layer `index`; attention over what it then holds.
+    """Stores the new tokens `key` and `value`, `(B, Hkv, T, D)`, in layer `index`; attention over what it then holds.
 
     A layer that attends to another's tokens stores nothing: that other layer has stored them.
 
@@ -241,7 +241,7 @@ def attend_layer(
     """
     lender = cache.lender_of.get(index)
     layer = cache.layer(index if lender is None else lender)
-    visible = check_rules(layer, query, rules, before=lender is None)
+    visible = check_rules(layer, query, key.shape[2], rules, before=lender is None)
     if lender is None:
         layer.append(*as_wide(key, value))
     out = attend_tokens(layer, query, layer.stored_kv(), rules, visible)
@@ -252,13 +252,14 @@ def attend_layer(
     return cut_graph(out[..., : value.shape[-1]], query, key, value).contiguous()
 
 
-def check_rules(layer: KVLayer, query: torch.Tensor, rules: Rules, before: bool = True) -> int:
-    """How many tokens of `layer` new queries see, themselves included; ValueError where a mask does not fit them.
+def check_rules(layer: KVLayer, query: torch.Tensor, new: int, rules: Rules, before: bool = True) -> int:
+    """How many tokens of `layer` queries see, theirs included; ValueError where a mask does not fit them.
 
     Args:
-        before: whether their own have not been stored yet.
+        new: tokens; a layer that stores nothing may have queries for the last of them alone (Gemma 4).
+        before: whether they have not been stored yet.
     """
-    visible, _ = layer.get_mask_sizes(query.shape[2], before)
+    visible, _ = layer.get_mask_sizes(new, before)
     if rules.mask is not None and not is_compact(rules.mask):
         check_mask(rules.mask, query, visible)
     return visible

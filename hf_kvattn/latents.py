@@ -77,7 +77,7 @@ class LatentHandle(Handle):
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         """`key` and `value`, `(B, Hq, T, D)`, are those of the new tokens alone."""
         layer, module, new = self._layer, self._module, query.shape[2]
-        visible = check_rules(layer, query, rules)
+        visible = check_rules(layer, query, new, rules)
         one, other = self._new
         assert one is not None and other is not None  # taken
         layer.append_latents(one, other)

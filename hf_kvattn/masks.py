@@ -3,11 +3,12 @@
 transformers calls it once per forward and pattern, and hands the result to every layer. There are three results:
 
 - None: causal, no padding.
-- A compact mask, uint32 `(B, 1, 1 + window, 2 or 3)`: causal with a left-padded batch, a sliding window, or both. Its
+- A compact mask, uint32 `(B, 1 + window, 1, 2 or 3)`: causal with a left-padded batch, a sliding window, or both. Its
   numbers are the first visible key of each row (`leftpad`), counted from the first key of the forward's range. The
-  third dimension tells the window; 1 means none. The fourth is 3 if no row is padded. It is an expanded view and takes
+  second dimension tells the window; 1 means none. The fourth is 3 if no row is padded. It is an expanded view and takes
   no memory. It has four dimensions because transformers passes 4-D masks on unchanged, and a dtype that no mask of a
-  caller's has. The window is a shape because reading a number back from a GPU would stall it.
+  caller's has. The window is a shape because reading a number back from a GPU would stall it. The third dimension stays
+  1 where a model takes the last queries alone, `mask[:, :, -n:]` (Gemma 4).
 - A dense bool mask `(B, 1, Tq, Tk)`, as for `sdpa`: everything else (packed sequences, bidirectional, chunked or custom
   masks, right padding, caches whose tail is not filled yet).
 """
@@ -64,21 +65,21 @@ def kvattn_mask(
 def compact_mask(
     leftpad: torch.Tensor | None, window: int, batch_size: int, device: torch.device | str
 ) -> torch.Tensor:
-    """Packs `leftpad` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1, 1 + window, 2 or 3)`."""
+    """Packs `leftpad` `(B,)` (None: all 0) and `window` (0: none) into `(B, 1 + window, 1, 2 or 3)`."""
     unpadded = leftpad is None
     if leftpad is None:
         leftpad = torch.zeros(batch_size, dtype=torch.int32, device=device)
     numbers = leftpad.to(torch.int32).view(torch.uint32)
-    return numbers[:, None, None, None].expand(-1, 1, 1 + window, 2 + unpadded)
+    return numbers[:, None, None, None].expand(-1, 1 + window, 1, 2 + unpadded)
 
 
 def read_compact_mask(mask: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
     """`leftpad` `(B,)` int32 (None: all 0) and the window (None: none) of a compact mask."""
-    return None if mask.shape[3] == 3 else mask[:, 0, 0, 0].view(torch.int32), mask.shape[2] - 1 or None
+    return None if mask.shape[3] == 3 else mask[:, 0, 0, 0].view(torch.int32), mask.shape[1] - 1 or None
 
 
 def is_compact(mask: torch.Tensor) -> bool:
-    return mask.dtype == torch.uint32 and mask.shape[1] == 1 and mask.shape[3] <= 3
+    return mask.dtype == torch.uint32 and mask.shape[2] == 1 and mask.shape[3] <= 3
 
 
 def _window_of(mask_function) -> int | None:

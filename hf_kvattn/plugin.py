@@ -242,10 +242,10 @@ def _prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         return args, cache.inputs(decoder, kwargs)
     if not isinstance(cache, KVCache) or _implementation(decoder) != NAME:
         return None
-    if torch.compiler.is_compiling():
-        return args, trace_inputs(decoder, cache, kwargs)
     if kwargs.get("return_shared_kv_states"):
         raise ValueError("return_shared_kv_states: keys and values of all tokens are not at hand, the cache holds them")
+    if torch.compiler.is_compiling():
+        return args, trace_inputs(decoder, cache, kwargs)
     cache.begin_forward(new_tokens(kwargs).shape[0])
     if not cache.counts_positions:
         return None
@@ -289,19 +289,35 @@ def _generate(model, *args, **kwargs):
     if state.make_cache is not None and cache is None:
         if config.cache_implementation is None and config.use_cache is not False:
             kwargs["past_key_values"] = cache = state.make_cache(model.config)
+            if config.is_assistant and isinstance(cache, KVCache):  # as transformers does with caches that it makes
+                cache.activate_past_recording()
         else:
             asked = f"cache_implementation={config.cache_implementation!r}, use_cache={config.use_cache!r}"
             _log_once(f"generate() does not use the cache that enable() was given: it runs with {asked}")
     generate = state.before.get("generate") or functools.partial(type(model).generate, model)
     if "get_compiled_call" not in state.ours or not isinstance(cache, KVCache):
-        return generate(*args, **kwargs)
+        with _whole_after_errors(model):
+            return generate(*args, **kwargs)
     wish = config.compile_config or model.generation_config.compile_config or default_config()
     kwargs["compile_config"], cache.steps = checked_config(wish, model.device, cache)
     cache.is_compileable = True
     try:
-        return generate(*args, **kwargs)
+        with _whole_after_errors(model):
+            return generate(*args, **kwargs)
     finally:
         cache.is_compileable, cache.steps = False, None
+
+
+@contextlib.contextmanager
+def _whole_after_errors(model: PreTrainedModel) -> Iterator[None]:
+    """Undoes an early exit that raised: transformers leaves the model with the layers of its draft alone."""
+    decoder = model.config.get_text_config(decoder=True)
+    layers = decoder.num_hidden_layers
+    try:
+        yield
+    except BaseException:
+        decoder.num_hidden_layers = layers
+        raise
 
 
 def _check_prompt(cache: Any, ids: Any, kwargs: dict) -> None:

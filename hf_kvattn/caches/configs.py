@@ -51,14 +51,20 @@ def _of_all(config: PreTrainedConfig, name: str) -> Any:
     return None if name in (getattr(config, "per_layer_attributes", None) or ()) else getattr(config, name, None)
 
 
+def _kinds(decoder: PreTrainedConfig) -> tuple[list[str], list[dict[str, Any]]]:
+    """The kind of each layer, and what its cache needs to know. An early exit runs fewer layers than have kinds."""
+    kinds, kwargs = get_layer_types_and_kwargs(decoder)
+    kinds = kinds[: decoder.num_hidden_layers]
+    # transformers 5.17: one dict for all layers
+    return kinds, [kwargs] * len(kinds) if isinstance(kwargs, dict) else kwargs[: len(kinds)]
+
+
 def layer_needs(decoder: PreTrainedConfig) -> list[LayerNeeds]:
     """What each layer of a decoder's config needs; `check_config` comes first."""
-    kinds, kwargs = get_layer_types_and_kwargs(decoder)
-    if isinstance(kwargs, dict):  # transformers 5.17: one dict for all layers
-        kwargs = [kwargs] * len(kinds)
+    kinds, kwargs = _kinds(decoder)
     configs = getattr(decoder, "per_layer_config", None) or [decoder] * len(kinds)
     modes = getattr(decoder, "kv_sharing_modes", None) or [None] * len(kinds)
-    kind_of = getattr(decoder, "layer_types", None) or kinds  # of layers that reuse, too
+    kind_of = (getattr(decoder, "layer_types", None) or kinds)[: len(kinds)]  # of layers that reuse, too
     needs: list[LayerNeeds] = []
     for kind, given, config, mode in zip(kinds, kwargs, configs, modes, strict=True):
         heads, dim = kv_shape(config)
@@ -80,7 +86,7 @@ def uncompiled_kind(decoder: PreTrainedConfig) -> str | None:
     """The kind of layers that no compiled step serves, or None."""
     if any(need.latent for need in layer_needs(decoder)):
         return "multi-head latent attention, whose modules ask the cache for all tokens"
-    if "chunked_attention" in get_layer_types_and_kwargs(decoder)[0]:
+    if "chunked_attention" in _kinds(decoder)[0]:
         return "chunked attention, whose masks grow with each step"
     return None
 
@@ -102,7 +108,7 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"{name}: models that are not one stack of layers (num_hidden_layers) are not supported")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name}: encoder-decoder models are not supported (cross-attention has a cache of its own)")
-    kinds, _ = get_layer_types_and_kwargs(decoder)
+    kinds, _ = _kinds(decoder)
     if other := sorted(set(kinds) - _SERVED):
         raise ValueError(f"{name}: layers of type {other} are not supported; served are {sorted(_SERVED)}")
     if not _WITH_KEYS & set(kinds):

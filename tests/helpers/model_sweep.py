@@ -110,6 +110,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_text": {"num_kv_shared_layers": 2},
     "gemma4_assistant": {
         "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
     },

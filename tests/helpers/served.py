@@ -42,7 +42,7 @@ def served(*caches: KVCache) -> Iterator[list[Served]]:
     Calls that a backend hands to itself count once, as `dispatch` made them. Those of compiled ops count too.
     """
     calls: list[Served] = []
-    layers = [layer for cache in caches for layer in cache.layers]
+    layers = [layer for cache in caches for layer in cache.kv_layers]
     make_ready = KVLayer.make_ready
 
     def noting(layer: KVLayer, k: torch.Tensor, v: torch.Tensor) -> None:
