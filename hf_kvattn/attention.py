@@ -24,7 +24,7 @@ from .masks import is_compact, read_compact_mask
 
 if TYPE_CHECKING:
     from .caches.base import KVCache
-    from .caches.layer import KVLayer
+    from .caches.layer import KVLayer, Stored
 
 NAME = "kvattn"
 
@@ -241,23 +241,42 @@ def attend_layer(
     """
     lender = cache.lender_of.get(index)
     layer = cache.layer(index if lender is None else lender)
-    # Of new tokens, not of queries: a layer that stores nothing may have the last queries alone (Gemma 4).
-    visible, _ = layer.get_mask_sizes(key.shape[2], before=lender is None)
-    if rules.mask is not None and not is_compact(rules.mask):
-        check_mask(rules.mask, query, visible)
+    visible = check_rules(layer, query, key.shape[2], rules, before=lender is None)
     if lender is None:
         layer.append(*as_wide(key, value))
-    k, v, packed, tokens, slot = layer.stored_kv()
-    call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
-    call.packed, call.tokens, call.slot = packed, tokens, slot
-    _apply_mask(call, rules, call.kv_len - visible)
-    _apply_layer_window(call, layer)
-    out = dispatch.attend(call)
+    out = attend_tokens(layer, query, layer.stored_kv(), rules, visible)
     if lender is not None:
         cache.finish_lent(index, dispatch.quantize_blocks)
     elif not cache.is_open(index):
         layer.finish_attention(dispatch.quantize_blocks)
     return cut_graph(out[..., : value.shape[-1]], query, key, value).contiguous()
+
+
+def check_rules(layer: KVLayer, query: torch.Tensor, new: int, rules: Rules, before: bool = True) -> int:
+    """How many tokens of `layer` queries see, theirs included; ValueError where a mask does not fit them.
+
+    Args:
+        new: tokens; a layer that stores nothing may have queries for the last of them alone (Gemma 4).
+        before: whether they have not been stored yet.
+    """
+    visible, _ = layer.get_mask_sizes(new, before)
+    if rules.mask is not None and not is_compact(rules.mask):
+        check_mask(rules.mask, query, visible)
+    return visible
+
+
+def attend_tokens(layer: KVLayer, query: torch.Tensor, stored: Stored, rules: Rules, visible: int) -> torch.Tensor:
+    """Attention over `stored`, what there is of `layer`, under its window: `(B, Tq, Hq, D)`.
+
+    Args:
+        visible: the tokens that `rules.mask` is about, the last ones.
+    """
+    k, v, packed, tokens, slot = stored
+    call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    call.packed, call.tokens, call.slot = packed, tokens, slot
+    _apply_mask(call, rules, call.kv_len - visible)
+    _apply_layer_window(call, layer)
+    return dispatch.attend(call)
 
 
 def _scale(query: torch.Tensor, rules: Rules) -> float:

@@ -143,7 +143,7 @@ def cache_bytes(
         if heads is None or dim is None:
             raise ValueError(f"{config.model_type}: the config does not say how many KV heads of which size there are")
         token = torch.empty(batch, heads, 1, dim, dtype=dtype, device="meta")
-        layer.append(token, token)
+        layer.append(token, token[..., : layer.value_dim])
     return cache.nbytes
 
 

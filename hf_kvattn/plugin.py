@@ -39,6 +39,7 @@ from .caches.registry import CACHES, COMPLETE
 from .compiling.decode_steps import DecodeSteps, StepHandle, new_tokens
 from .compiling.ops import TracedHandle, register_ops, stream_positions, trace_inputs
 from .compiling.step import checked_config, compiled_step, default_config
+from .latents import LatentHandle, absorbs
 from .masks import kvattn_mask
 from .quant.calibration import Calibration, file_name
 
@@ -120,7 +121,10 @@ def enable(
     disable(model)
     decoder, config = model.get_decoder(), model.config.get_text_config(decoder=True)
     implementation, config._attn_implementation = config._attn_implementation, NAME
-    hooks = [m.register_forward_pre_hook(attach_cache, with_kwargs=True) for m in modules]
+    hooks = []
+    for module in modules:
+        attach = functools.partial(attach_cache, absorbing=True) if absorbs(module) else attach_cache
+        hooks.append(module.register_forward_pre_hook(attach, with_kwargs=True))
     hooks += [m.register_forward_hook(check_attended, with_kwargs=True) for m in modules]
     hooks.append(decoder.register_forward_pre_hook(_prepare_decoder, with_kwargs=True))
     hooks.append(decoder.register_forward_hook(_finish_decoder, with_kwargs=True))
@@ -178,8 +182,12 @@ def _base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
-    """The hook before an attention module's forward: puts the layer's handle in the place of one of our caches."""
+def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: bool = False):
+    """The hook before an attention module's forward: puts the layer's handle in the place of one of our caches.
+
+    Args:
+        absorbing: whether `latents.absorbs(module)`.
+    """
     name = next((name for name in _CACHE_NAMES if name in kwargs), "past_key_values")
     cache = kwargs.get(name)
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
@@ -191,11 +199,16 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict):
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
-    if isinstance(cache, KVCache) and index not in cache.lender_of and cache.layer(index).latent is not None:
-        return None  # the module computes keys and values of all tokens from what the cache returns
     handle: Handle
     given = (*args, *kwargs.values())
-    if isinstance(cache, DecodeSteps):
+    if isinstance(cache, KVCache) and index not in cache.lender_of and (layer := cache.layer(index)).latent is not None:
+        if absorbing:
+            handle = LatentHandle(cache, index, given)
+        elif layer.forces_window:
+            raise ValueError(f"layer {index}: a window is forced on latents only where plain weights expand them")
+        else:
+            return None  # the module computes keys and values of all tokens from what the cache returns
+    elif isinstance(cache, DecodeSteps):
         handle = StepHandle(cache, index, given)
     elif torch.compiler.is_compiling():
         handle = TracedHandle(cache, index, given)

@@ -60,8 +60,9 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "masks": set(),
     "caches": {"autograd", "quant"},
     "attention": {"autograd", "caches", "kernels", "masks"},  # of caches: types, and what layers store
+    "latents": {"attention", "autograd", "caches", "kernels"},
     "compiling": {"attention", "caches", "kernels", "masks", "quant"},
-    "plugin": {"attention", "caches", "compiling", "masks", "quant"},
+    "plugin": {"attention", "caches", "compiling", "latents", "masks", "quant"},
     "modules": {"attention", "caches"},
     "planning": {"caches"},
     "describe": {"caches", "kernels"},

@@ -9,31 +9,33 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
 
-GEMMA4 = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8, "head_dim": 16, "num_hidden_layers": 6}
-MIMO = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2}
+MIMO = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2, "v_head_dim": 16}
 MIMO |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
 
 
-@pytest.mark.parametrize("make", [StaticKVCache, QuantizedKVCache])
-def test_layers_of_different_shapes_are_a_valueerror(make):
-    config = AutoConfig.for_model("gemma4_text", **{**SMALL, **GEMMA4})
-    with pytest.raises(ValueError, match="gemma4_text: layers whose shapes differ"):
-        make(config)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "extra", "message"),
-    [
-        ("mimo_v2_flash", {**MIMO, "v_head_dim": 8}, r"values of another width .*v_head_dim=8"),
-        ("mimo_v2_flash", {**MIMO, "v_head_dim": 16}, "layers of different shapes"),
-    ],
-    ids=["widths", "heads"],
-)
-def test_models_that_would_fail_in_a_step_are_refused_by_enable(model_type, extra, message):
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SMALL, **extra}))
-    with pytest.raises(ValueError, match=message):
+def test_a_config_that_lies_about_its_layers_is_refused_by_enable():
+    config = AutoConfig.for_model("mimo_v2_flash", **{**SMALL, **MIMO})
+    model = AutoModelForCausalLM.from_config(config)
+    config.head_dim = 32
+    with pytest.raises(ValueError, match="layer 0 has heads of 16, its config says 32"):
         hf_kvattn.enable(model)
     assert not hf_kvattn.is_enabled(model)
+    config.head_dim, config.num_key_value_heads = 16, 1
+    hf_kvattn.enable(model)
+    cache = StaticKVCache(config)
+    with pytest.raises(ValueError, match="layer 0: the cache was made for 1 KV heads of 16, got 2 of 16"):
+        generate(model, prompt(), past_key_values=cache)
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+
+
+def test_a_layer_that_reuses_what_no_layer_stores_is_refused():
+    types = ["full_attention"] * 3
+    config = AutoConfig.for_model("gemma3n_text", **SMALL, layer_types=types, num_kv_shared_layers=1)
+    assert StaticKVCache(config).lender_of == {2: 1}
+    config = tiny_config()
+    config.kv_sharing_modes = [None, None, "reuse"]
+    with pytest.raises(ValueError, match="no layer stores the keys and values that layer 2 reuses"):
+        StaticKVCache(config)
 
 
 def test_cross_attention_to_images_is_refused_by_enable():
@@ -47,8 +49,8 @@ def test_cross_attention_to_images_is_refused_by_enable():
     [
         # It reads its mask: a compact one crashes it, and without any it sees the future.
         ("doge", {"keep_window_size": 12}, r"its attention needs dense masks, .*_supports_flash_attn=False"),
-        ("gpt_neox", {}, "0 modules take past_key_values, not one a layer of 3: none"),
-        ("bart", {"decoder_layers": 3, "encoder_layers": 3, "d_model": 64}, "6 modules take past_key_values.*BartAtt"),
+        ("zamba", {}, r"one attention module serves several layers \(ZambaAttention\)"),
+        ("bart", {"decoder_layers": 3, "encoder_layers": 3, "d_model": 64}, "6 modules take a cache, .* 3.*BartAtt"),
     ],
 )
 def test_modules_that_are_not_known_to_be_served_are_refused_by_enable(model_type, extra, message):

@@ -93,8 +93,8 @@ class KVCache(Cache):
         needs = layer_needs(decoder)
         for i, need in enumerate(needs):
             kv = make_layer(i, need.heads, need.dim, need.window) if need.keys else None
-            if kv is not None:
-                kv.latent = need.latent
+            if kv is not None and need.latent is not None:
+                kv.keep_latents(need.latent)
             layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or DummyLayer())
         super().__init__(layers=layers)
         self._sort_layers()
@@ -393,9 +393,10 @@ class KVCache(Cache):
     def bits_per_element(self) -> float:
         """Average bits per number of keys and values when full: their bytes over the numbers that fit."""
         numbers = sum(
-            2 * layer.batch_size * layer.kv_heads * layer.capacity * layer.head_dim
+            layer.batch_size * layer.kv_heads * layer.capacity * width
             for layer in self.kv_layers
             if layer.is_initialized
+            for width in (layer.head_dim, layer.head_dim if layer.value_dim is None else layer.value_dim)
         )
         if not numbers:
             raise ValueError("an empty cache has no bits per element: its dtype is known after the first forward")

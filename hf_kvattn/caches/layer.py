@@ -45,6 +45,7 @@ class KVLayer(CacheLayerMixin):
     forces_window = False  # whether the window is the cache's own, not the model's
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
     latent: tuple[int, int] | None = None  # widths of two latents, where they stand for keys and values
+    value_dim: int | None = None  # width of stored values; None is that of keys
 
     # Set at the first append.
     batch_size: int
@@ -132,8 +133,8 @@ class KVLayer(CacheLayerMixin):
         Raises:
             ValueError: `counts` (a number for each name in the class's `counts`) that no layer can have.
         """
-        self.check(like, like)
-        self.lazy_initialization(like, like)
+        self.check(like, like[..., : self.value_dim])
+        self.lazy_initialization(like, like[..., : self.value_dim])
         self.seen = counts["seen"]
 
     def check_loaded(self) -> None:
@@ -188,29 +189,39 @@ class KVLayer(CacheLayerMixin):
     def _append_dense(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         visible, _ = self.get_mask_sizes(key_states.shape[2])
         width = value_states.shape[-1]
-        self.append(
-            *(as_wide(key_states, value_states) if self.latent is None else self._halves(key_states, value_states))
-        )
-        k, v = (tensor[:, :, -visible:] for tensor in self.dense())
-        if self.latent is not None:
-            k, v = torch.cat((k, v), 3).split(self.latent, 3)
+        if self.latent is None:
+            self.append(*as_wide(key_states, value_states))
+            k, v = self.dense()
+        else:
+            self.append_latents(key_states, value_states)
+            k, v = self.latents().split(self.latent, 3)
+        k, v = k[:, :, -visible:], v[:, :, -visible:]
         self.finish_attention()
         return cut_graph(k, key_states), cut_graph(v[..., :width], value_states)
 
-    def _halves(self, one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two latents, `(B, 1, T, width)` of their widths, as two tensors of equal width: what layers can store."""
+    def keep_latents(self, widths: tuple[int, int]) -> None:
+        """Makes an unused layer one of latents, of these widths: it stores them as two halves of equal width."""
+        self.latent = widths
+
+    def latents(self) -> torch.Tensor:
+        """Both latents of the tokens that the newest forward sees, one beside the other, `(B, 1, stored, D)`."""
+        return torch.cat(self.dense(), 3)
+
+    def append_latents(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Stores two latents of new tokens, `(B, 1, T, width)` of their widths; nothing is written when it raises."""
         widths = tuple(t.shape[3] if t.ndim == 4 else None for t in (one, other))
         if widths != self.latent or one.shape[:3] != other.shape[:3] or one.dtype != other.dtype:
             given = f"{tuple(one.shape)} {one.dtype} and {tuple(other.shape)} {other.dtype}"
             raise ValueError(f"layer {self.layer_idx}: latents are {given}, of widths {self.latent} in the config")
-        k, v = torch.cat((one, other), 3).chunk(2, 3)
-        return k, v
+        both = torch.cat((one, other), 3)
+        k_dim = both.shape[3] // 2 if self.value_dim is None else both.shape[3]
+        self.append(both[..., :k_dim], both[..., k_dim:])
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuses tokens that do not fit: the ValueError names both values, and nothing has been written."""
         self.check_consistent()
         where = f"layer {self.layer_idx}"
-        if k.ndim != 4 or k.shape != v.shape:
+        if k.ndim != 4 or (*k.shape[:3], self.value_dim if self.value_dim is not None else k.shape[3]) != v.shape:
             raise ValueError(f"{where}: keys {tuple(k.shape)} and values {tuple(v.shape)} must both be (B, Hkv, T, D)")
         if (k.dtype, k.device) != (v.dtype, v.device):
             raise ValueError(f"{where}: keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}")

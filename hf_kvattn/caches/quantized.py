@@ -69,13 +69,14 @@ class QuantizedKVCache(KVCache):
         decoder = config.get_text_config(decoder=True)
         n_layers = decoder.num_hidden_layers
         needs = layer_needs(decoder)
-        dims = {need.dim for need in needs if need.keys}
+        kept = [i for i, need in enumerate(needs) if need.keys]
+        dims = {needs[i].dim for i in kept}
         are_layers = isinstance(skip_layers, Collection) and all(type(i) is int for i in skip_layers)
         if not are_layers or any(not -n_layers <= i < n_layers for i in skip_layers):
             raise ValueError(f"skip_layers must be ints, layers of a model of {n_layers}, got {skip_layers!r}")
         if calibration is None:
-            k_codecs = [codec_for(bits if key_bits is None else key_bits)] * n_layers
-            v_codecs = [codec_for(bits if value_bits is None else value_bits)] * n_layers
+            k_codecs = dict.fromkeys(kept, codec_for(bits if key_bits is None else key_bits))
+            v_codecs = dict.fromkeys(kept, codec_for(bits if value_bits is None else value_bits))
             group_size = min(map(default_group_size, dims)) if group_size is None else group_size
             for dim in dims:
                 check_group_size(group_size, dim)
@@ -88,9 +89,10 @@ class QuantizedKVCache(KVCache):
             if isinstance(calibration, dict):
                 calibration = Calibration.of_json(calibration)
             made = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
-            made.check_model(decoder.model_type, n_layers, *kv_shape(decoder))
-            k_codecs, v_codecs = ([codec_for(each) for each in widths] for widths in (made.key_bits, made.value_bits))
-            group_size, skip_layers = made.group_size, made.skip_layers
+            made.check_model(decoder.model_type, len(kept), *kv_shape(decoder))
+            k_codecs = dict(zip(kept, map(codec_for, made.key_bits), strict=True))
+            v_codecs = dict(zip(kept, map(codec_for, made.value_bits), strict=True))
+            group_size, skip_layers = made.group_size, [kept[i] for i in made.skip_layers]
         residual = 0 if residual_length is None else residual_length
         if type(residual) is not int or residual < 0:
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
@@ -107,7 +109,7 @@ class QuantizedKVCache(KVCache):
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
-        made_with: dict[str, Any] = {"key_bits": k_codecs[0].argument, "value_bits": v_codecs[0].argument}
+        made_with: dict[str, Any] = {"key_bits": k_codecs[kept[0]].argument, "value_bits": v_codecs[kept[0]].argument}
         made_with |= {"group_size": group_size, "skip_layers": sorted(skipped)}
         if calibration is not None:
             made_with = {"calibration": made.as_json()}

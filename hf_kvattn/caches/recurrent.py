@@ -37,12 +37,12 @@ class RecurrentLayer(LinearAttentionLayer):
     def tensors(self) -> dict[str, torch.Tensor]:
         """The states that are there, as `conv_states.0`, `(B, channels, kernel)`, and `recurrent_states.0`, `(B, ...)`.
 
-        Of recorded columns only the newest, with zeros before the first token.
+        Of recorded columns a copy of the newest, with zeros before the first token.
         """
         found = {}
         for i, state in self._those("conv_states"):
             missing = (self.conv_kernel_size[i] or 0) - state.shape[-1]
-            found[f"conv_states.{i}"] = pad(state, (missing, 0))  # a negative number takes away
+            found[f"conv_states.{i}"] = pad(state, (missing, 0)) if missing else state  # a negative number takes away
         return found | {f"recurrent_states.{i}": t for i, t in self._those("recurrent_states")}
 
     def _those(self, kind: str) -> list[tuple[int, torch.Tensor]]:

@@ -28,6 +28,15 @@ class KVStaticLayer(KVLayer):
         """Views of the filled part; no copy."""
         return self._k[:, :, : self.seen], self._v[:, :, : self.seen]
 
+    def keep_latents(self, widths: tuple[int, int]) -> None:
+        """Both lie beside each other, as if they were keys alone: attention reads them as one."""
+        super().keep_latents(widths)
+        self.expected_dim, self.value_dim = sum(widths), 0
+
+    def latents(self) -> torch.Tensor:
+        """As in the base; no copy."""
+        return self._k[:, :, : self.seen]
+
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         return {"k": (self._k, self.seen), "v": (self._v, self.seen)}
 
@@ -47,7 +56,8 @@ class KVStaticLayer(KVLayer):
     def _allocate(self, needed: int) -> None:
         """Makes room for `needed` tokens: the whole fixed capacity, else GROWTH times as many. Stored tokens move."""
         capacity = self.max_cache_len or max(_MIN_CAPACITY, int(needed * GROWTH))
-        k, v = (self._empty(capacity, self.head_dim) for _ in range(2))
+        k = self._empty(capacity, self.head_dim)
+        v = torch.empty_like(k[..., : self.value_dim])
         if self.seen:
             k[:, :, : self.seen], v[:, :, : self.seen] = self.dense()
         self._k, self._v, self.capacity = k, v, capacity

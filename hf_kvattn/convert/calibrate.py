@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_kvattn.caches.configs import kv_shape
+from hf_kvattn.caches.configs import kv_shape, layer_needs
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.plugin import attention_modules
@@ -44,7 +44,7 @@ class Sensitivity:
     """What quantizing one part costs, in nats a token, and the largest numbers seen.
 
     Attributes:
-        keys: (layers, bits) float64, a column for each of `BITS`.
+        keys: (layers that store keys and values, bits) float64, a column for each of `BITS`.
         values: the same for each group size.
         k_absmax, v_absmax: (layers, KV heads) float32.
         tokens: how many were looked at.
@@ -91,6 +91,20 @@ def group_sizes(head_dim: int) -> list[int]:
     return [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
 
 
+def kept_layers(model: PreTrainedModel) -> list[int]:
+    """The layers that store keys and values; ValueError unless all store as many numbers, and `enable` serves them."""
+    attention_modules(model)
+    needs = layer_needs(model.config.get_text_config(decoder=True))
+    kept = [i for i, need in enumerate(needs) if need.keys]
+    shapes = {needs[i][1:3] for i in kept}
+    if len(shapes) > 1 or any(needs[i].latent for i in kept):
+        raise ValueError(
+            f"{model.config.model_type}: latents, and layers of unlike shapes, are not calibrated; KV heads and widths "
+            f"are {shapes}"
+        )
+    return kept
+
+
 def budget_of(bits: int, group_size: int) -> float:
     """Bits a number, scales included, of an uncalibrated cache."""
     return (bits_with_scales(bits, BLOCK) + bits_with_scales(bits, group_size)) / 2
@@ -131,8 +145,8 @@ def measure(
         seed: of the tokens drawn from the predictions.
         progress: show a bar on stderr.
     """
-    layers = len(attention_modules(model))
-    heads = kv_shape(model.config.get_text_config(decoder=True))[0]
+    kept = kept_layers(model)
+    layers, heads = len(kept), kv_shape(model.config.get_text_config(decoder=True))[0]
     assert heads is not None
     if windows.shape[1] < LEAST_WINDOW:
         raise ValueError(f"windows of {windows.shape[1]} tokens hold no block to quantize: {LEAST_WINDOW} at least")
@@ -148,7 +162,8 @@ def measure(
                 predicted = torch.log_softmax(logits.float(), dim=-1)
                 drawn = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
                 predicted.gather(1, drawn).sum().backward()
-            for i, (k, v) in recorder.recorded.items():
+            for layer_idx, (k, v) in recorder.recorded.items():
+                i = kept.index(layer_idx)
                 for absmax, x in ((k_absmax, k), (v_absmax, v)):
                     absmax[i] = torch.maximum(absmax[i], x.detach().abs().amax((0, 2, 3)).float().cpu())
                 for column, bits in enumerate(BITS):
@@ -252,11 +267,14 @@ def export_scales(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError("the model has a quantization_config already: scales are exported of a plain one")
     names = {id(module): name for name, module in model.named_modules()}
-    modules = attention_modules(model)
+    modules, kept = attention_modules(model), kept_layers(model)
+    needs = layer_needs(model.config.get_text_config(decoder=True))
     scales: dict[str, torch.Tensor] = {}
     for letter, absmax in (("k", found.k_absmax), ("v", found.v_absmax)):
         for module in modules:
-            largest = absmax[int(module.layer_idx)]  # type: ignore[arg-type]  # an nn.Module's attribute
+            index = int(module.layer_idx)  # type: ignore[arg-type]  # an nn.Module's attribute
+            lender = needs[index].lender
+            largest = absmax[kept.index(index if lender is None else lender)]
             largest = largest[:, None, None] if strategy == "head" else largest.amax().reshape(1)
             scale = torch.where(largest > 0, largest / FP8_LARGEST, 1.0)
             scales[f"{names[id(module)]}.{letter}_scale"] = scale.contiguous()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_kvattn.caches.configs import check_config, kv_shape
+from hf_kvattn.caches.configs import kv_shape
 from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.convert import calibrate, output
 from hf_kvattn.evaluation import perplexity
@@ -202,7 +202,7 @@ def _main(args: argparse.Namespace) -> int:
         calibration_text = inputs.load_text(args.calibration_text)
         text = inputs.load_text(args.text) if args.report else ""
         model, tokenizer = inputs.load_model(args.model, torch.float32)
-        check_config(model.config)
+        calibrate.kept_layers(model)
         head_dim = kv_shape(model.config.get_text_config(decoder=True))[1]
         assert head_dim is not None  # checked
         sizes = calibrate.group_sizes(head_dim)

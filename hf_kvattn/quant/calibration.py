@@ -43,7 +43,8 @@ class Calibration:
 
     Attributes:
         model_type: as in the config.
-        layers, kv_heads, head_dim: of the model.
+        layers: of the model, those that store keys and values; all numbers of layers here count these alone.
+        kv_heads, head_dim: of the model.
         group_size: channels that share a value scale.
         key_bits, value_bits: 8, 4, 3 or 2 for each layer.
         skip_layers: layers that are not quantized; their bits above count for nothing.

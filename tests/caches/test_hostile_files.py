@@ -132,7 +132,7 @@ def rename(old: str, new: str):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("static", say("version", 1), "version 1 of the format, and 3 is read here"),
+        ("static", say("version", 1), "version 1 of the format, and 4 is read here"),
         ("static", say("version", "1"), "version '1'"),
         ("static", say("cache", "os.system"), "class 'os.system', known are"),
         ("static", say("cache", ["StaticKVCache"]), "class \\['StaticKVCache'\\]"),
