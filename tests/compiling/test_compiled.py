@@ -382,7 +382,7 @@ def test_the_ops_do_what_they_declare():
     checks = ("test_schema", "test_faketensor")
     q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 1, 16)
     past = torch.randn(2, 2, 9, 24)[..., :16]
-    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 1, 5, 2, dtype=torch.uint32)):
+    for mask in (None, torch.ones(2, 1, 1, 9, dtype=torch.bool), torch.zeros(2, 5, 1, 2, dtype=torch.uint32)):
         torch.library.opcheck(ops.attend.default, (q, past, past, mask, None, True, None, None, None))
     for kind, make in CACHES.items():
         cache = make(tiny_model().config)
