@@ -134,27 +134,23 @@ class LayerHandle(Handle):
     Anything else that a module asks of its cache is the cache's own answer.
 
     Raises:
-        ValueError: the cache has no such layer, or an interrupted forward left its layers inconsistent.
+        ValueError: the cache has no such layer.
     """
 
     def __init__(self, cache: KVCache, index: int, given: Sequence[Any] = ()):
-        if index == 0:  # also where the caller's own masks ask this cache nothing
-            cache.check_lengths()
         super().__init__(index, given)
-        self._cache, lender = cache, cache.lender_of.get(index)
+        self._cache, self._layer, lender = cache, cache.attended_layer(index), cache.lender_of.get(index)
         if lender is not None:
             self._new = cache.lent.get(lender, self._new)
-        else:
-            cache.layer(index)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         new = super().update(key_states, value_states, layer_idx)
-        if self._cache.is_open(layer_idx):
+        if layer_idx in self._cache.lenders:
             self._cache.lent[layer_idx] = new
         return new
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
-        return attend_layer(self._cache, self._index, query, key, value, rules)
+        return attend_layer(self._cache, self._layer, self._index, query, key, value, rules)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # copying and pickling ask an empty instance for these
@@ -227,11 +223,19 @@ def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ru
 
 
 def attend_layer(
-    cache: KVCache, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+    cache: KVCache,
+    layer: KVLayer,
+    index: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rules: Rules,
 ) -> torch.Tensor:
-    """Stores the new tokens `key` and `value`, `(B, Hkv, T, D)`, in layer `index`; attention over what it then holds.
+    """Stores the new tokens `key` and `value`, `(B, Hkv, T, D)`, in `layer`; attention over what it then holds.
 
-    A layer that attends to another's tokens stores nothing: that other layer has stored them.
+    Args:
+        cache, index: the attention is that of layer `index` of `cache`, and `layer` is its `attended_layer`. Where that
+            is another one's, nothing is stored: that other layer has done so.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous. A backward pass through it raises: a cache holds no autograd graph.
@@ -239,15 +243,14 @@ def attend_layer(
     Raises:
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
-    lender = cache.lender_of.get(index)
-    layer = cache.layer(index if lender is None else lender)
-    visible = check_rules(layer, query, key.shape[2], rules, before=lender is None)
-    if lender is None:
+    stores = index not in cache.lender_of
+    visible = check_rules(layer, query, key.shape[2], rules, before=stores)
+    if stores:
         layer.append(*as_wide(key, value))
     out = attend_tokens(layer, query, layer.stored_kv(), rules, visible)
-    if lender is not None:
+    if not stores:
         cache.finish_lent(index, dispatch.quantize_blocks)
-    elif not cache.is_open(index):
+    elif index not in cache.lenders:
         layer.finish_attention(dispatch.quantize_blocks)
     return cut_graph(out[..., : value.shape[-1]], query, key, value).contiguous()
 

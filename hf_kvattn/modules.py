@@ -92,6 +92,7 @@ class CachedSelfAttention(nn.Module):
         handle = None
         if cache is not None:
             _only_layer(cache)
+            cache.check_consistent_layers()
             handle = LayerHandle(cache, 0)
             handle.update(k, v, 0)
         out, _ = kvattn_attention(self, q, k, v, None, is_causal=True, sliding_window=self.window, kv_handle=handle)

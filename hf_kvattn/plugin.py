@@ -188,7 +188,7 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
     Args:
         absorbing: whether `latents.absorbs(module)`.
     """
-    name = next((name for name in _CACHE_NAMES if name in kwargs), "past_key_values")
+    name = "past_key_values" if "past_key_values" in kwargs else "layer_past"
     cache = kwargs.get(name)
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
     if not isinstance(cache, (KVCache, DecodeSteps)) or _implementation(module) != NAME:
@@ -201,10 +201,10 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
     handle: Handle
     given = (*args, *kwargs.values())
-    if isinstance(cache, KVCache) and index not in cache.lender_of and (layer := cache.layer(index)).latent is not None:
+    if isinstance(cache, KVCache) and index in cache.latent_layers:
         if absorbing:
             handle = LatentHandle(cache, index, given)
-        elif layer.forces_window:
+        elif cache.layer(index).forces_window:
             raise ValueError(f"layer {index}: a window is forced on latents only where plain weights expand them")
         else:
             return None  # the module computes keys and values of all tokens from what the cache returns

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DummyLayer
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache
 
 from ..quant.blocks import Quantize
 from .configs import check_config, fingerprint, layer_needs
@@ -69,6 +69,8 @@ class KVCache(Cache):
         kv_layers: the keys and values among them, in order; at least one.
         states: the recurrent ones, which most models do not have.
         lender_of: of layers that store nothing and attend to another layer's tokens, that other layer.
+        lenders: those others. Their attention is done when that of the last layer in `lender_of` is.
+        latent_layers: layers that store latents in the place of keys and values.
 
     Raises:
         ValueError: a model whose layers these caches cannot hold, with the reason.
@@ -95,11 +97,13 @@ class KVCache(Cache):
             kv = make_layer(i, need.heads, need.dim, need.window) if need.keys else None
             if kv is not None and need.latent is not None:
                 kv.keep_latents(need.latent)
-            layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or DummyLayer())
+            layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or cache_utils.DummyLayer())
         super().__init__(layers=layers)
         self._sort_layers()
         self.lent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # new tokens of lenders, during a forward
         self.lender_of = {i: need.lender for i, need in enumerate(needs) if need.lender is not None}
+        self.lenders = frozenset(self.lender_of.values())
+        self.latent_layers = frozenset(i for i, need in enumerate(needs) if need.keys and need.latent is not None)
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
         # See caches/reorder.py; it holds as far as layers are unchanged.
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
@@ -344,22 +348,18 @@ class KVCache(Cache):
         """Position ids `(B or 1, T)` of the next `new` tokens, where the model would use `asked`; None for its own."""
         return asked
 
-    def is_open(self, layer_idx: int) -> bool:
-        """Whether later layers attend to the newest tokens of layer `layer_idx`: only then is its attention done."""
-        return layer_idx in self.lender_of.values()
-
     def finish_lent(self, layer_idx: int, quantize: Quantize) -> None:
         """Called when layer `layer_idx` has attended to another's tokens: after the last one all may be compressed."""
         if layer_idx == max(self.lender_of):
             self.lent.clear()
-            for lender in {*self.lender_of.values()}:
+            for lender in self.lenders:
                 self.layer(lender).finish_attention(quantize)
 
     def graph_obstacle(self) -> str | None:
         """What a CUDA graph requires and this cache does not have, or None."""
         if len(self.kv_layers) != len(self.layers) or self.states:
             return "a model whose layers all store keys and values, and nothing else"
-        if any(layer.latent for layer in self.kv_layers):
+        if self.latent_layers:
             return "a model that stores keys and values, not latents"
         return self._graph_obstacle()
 
@@ -378,6 +378,10 @@ class KVCache(Cache):
         if layer is None:
             raise ValueError(f"layer {layer_idx} of the model stores no keys and values")
         return layer
+
+    def attended_layer(self, layer_idx: int) -> KVLayer:
+        """The layer whose tokens the attention of layer `layer_idx` is over: itself, or its lender."""
+        return self.layer(self.lender_of.get(layer_idx, layer_idx))
 
     @property
     def max_cache_len(self) -> int:

@@ -41,7 +41,7 @@ class StaticKVCache(KVCache):
         full = KVOffloadedLayer if offload else KVStaticLayer  # a layer with a window is small: it stays on the device
         super().__init__(config, functools.partial(make_static_layer, max_cache_len, full=full))
         if offload:
-            if any(layer.latent for layer in self.kv_layers):
+            if self.latent_layers:
                 raise ValueError(f"{offload=} does not serve multi-head latent attention: latents are small")
             link_offloaded(self.kv_layers)
         self.offloads = offload

@@ -19,7 +19,6 @@ from models import tiny_config
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
-from hf_kvattn.attention import LayerHandle
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
@@ -179,7 +178,7 @@ class Caches(RuleBasedStateMachine):
             self.compare(cache.layers[index], oracle.layers[index])
         for use in (
             lambda: cache.get_mask_sizes(1, 0),
-            lambda: LayerHandle(cache, 0),
+            lambda: cache.begin_forward(1),
             lambda: cache.crop(0),
             cache.fork,
         ):
