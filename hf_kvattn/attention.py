@@ -2,7 +2,7 @@
 
     kvattn_attention(module, q, k, v, mask, ..., kv_handle=handle)  ->  handle.attend(q, k, v, rules)
 
-The hook of `enable` (`plugin.py`) adds `kv_handle`. There are three kinds of handle, all with that one method:
+The hook of `enable` (`hooks.py`) adds `kv_handle`. There are three kinds of handle, all with that one method:
 `LayerHandle` here, `TracedHandle` while a model is traced (`compiling/ops.py`), and `StepHandle` in a step that a CUDA
 graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over the keys and values it is given.
 """

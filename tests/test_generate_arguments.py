@@ -8,7 +8,7 @@ from models import generate, prompt, tiny_model
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import hf_kvattn
-from hf_kvattn import StaticKVCache, plugin
+from hf_kvattn import StaticKVCache, generation, hooks
 
 SHORT = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
 
@@ -16,7 +16,7 @@ SHORT = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": Tru
 @pytest.fixture
 def logged(caplog):
     """The lines that are logged, as if none had been before."""
-    plugin._log_once.cache_clear()
+    generation.logger.warning_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="hf_kvattn")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "hf_kvattn"]
 
@@ -131,7 +131,7 @@ def test_a_cache_that_knows_another_prompt_is_asked_before_anything_happens(monk
 
 
 def test_a_long_forward_beside_a_quantized_cache_is_noted_once(logged):
-    model, ids = hf_kvattn.enable(tiny_model(), cache="int4"), prompt(plugin.LONG_FORWARD + 1)["input_ids"]
+    model, ids = hf_kvattn.enable(tiny_model(), cache="int4"), prompt(hooks.LONG_FORWARD + 1)["input_ids"]
     with torch.no_grad():
         model(ids[:, 1:])  # not long
         model(ids, past_key_values=StaticKVCache(model.config))
@@ -148,7 +148,7 @@ def test_a_long_forward_beside_a_quantized_cache_is_noted_once(logged):
     (line,) = logged()
     assert "a forward of more than 64 tokens without past_key_values" in line
     hf_kvattn.disable(model)
-    plugin._log_once.cache_clear()
+    generation.logger.warning_once.cache_clear()
     with torch.no_grad():
         model(ids)
     assert len(logged()) == 1
@@ -157,8 +157,10 @@ def test_a_long_forward_beside_a_quantized_cache_is_noted_once(logged):
 def test_compile_config_is_merged_too(monkeypatch):
     """That of the model's defaults counts where the caller gives a configuration without one."""
     taken, model = [], tiny_model()
-    checked = plugin.checked_config
-    monkeypatch.setattr(plugin, "checked_config", lambda config, *rest: taken.append(config) or checked(config, *rest))
+    checked = generation.checked_config
+    monkeypatch.setattr(
+        generation, "checked_config", lambda config, *rest: taken.append(config) or checked(config, *rest)
+    )
     from transformers import CompileConfig
 
     mine, theirs = (CompileConfig(fullgraph=True, mode=None, backend="eager", dynamic=d) for d in (True, False))

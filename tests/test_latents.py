@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
 from hf_kvattn.latents import FEW, absorbs
-from hf_kvattn.plugin import attention_modules
+from hf_kvattn.models import attention_modules
 
 FAMILIES = ("deepseek_v3", "deepseek_v2", "minicpm3", "glm4_moe_lite")
 RANK, ROPE = 16, 16  # of the tiny models

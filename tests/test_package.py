@@ -62,7 +62,10 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "attention": {"autograd", "caches", "kernels", "masks"},  # of caches: types, and what layers store
     "latents": {"attention", "autograd", "caches", "kernels"},
     "compiling": {"attention", "caches", "kernels", "masks", "quant"},
-    "plugin": {"attention", "caches", "compiling", "latents", "masks", "quant"},
+    "models": {"caches"},
+    "hooks": {"attention", "caches", "compiling", "latents"},
+    "generation": {"caches", "compiling"},
+    "plugin": {"attention", "caches", "compiling", "generation", "hooks", "latents", "masks", "models", "quant"},
     "modules": {"attention", "caches"},
     "planning": {"caches"},
     "describe": {"caches", "kernels"},
@@ -70,7 +73,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "tools": {"describe", "planning"},
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
     "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
-    "convert": {"caches", "evaluation", "kernels", "plugin", "quant", "tools"},
+    "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
 }
 
 

@@ -26,7 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hf_kvattn.caches.configs import kv_shape, layer_needs
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
 from hf_kvattn.kernels import dispatch
-from hf_kvattn.plugin import attention_modules
+from hf_kvattn.models import attention_modules
 from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
