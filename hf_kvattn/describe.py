@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .caches.configs import kv_shape
+from .caches.configs import layer_needs
 from .kernels import dispatch, native
 from .kernels.call import AttendCall
 
@@ -72,8 +72,8 @@ def _cases(model: PreTrainedModel | None) -> dict[str, AttendCall]:
     if model is not None:
         config = model.config.get_text_config(decoder=True)
         q_heads = config.num_attention_heads
-        shape = kv_shape(config)
-        kv_heads, dim = shape[0] or q_heads, shape[1] or dim
+        widest = max((need for need in layer_needs(config) if need.keys), key=lambda need: need.dim or 0)
+        kv_heads, dim = widest.heads or q_heads, sum(widest.latent or ()) or widest.dim or dim
         dtype, device = model.dtype, model.device
         softcap = getattr(config, "attn_logit_softcapping", None)
 

@@ -10,6 +10,8 @@ from transformers import DynamicCache
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, StaticKVCache
+from hf_kvattn.kernels import native, reference, sdpa
+from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.latents import FEW, absorbs
 from hf_kvattn.models import attention_modules
 
@@ -121,6 +123,19 @@ def test_a_forced_window_hides_what_lies_before_it():
         cache = SlidingWindowKVCache(model("deepseek_v2").config, window=window)
         ends.append(logits("deepseek_v2", cache, [head, tail, *more]))
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_serve_the_width_of_latents(dtype):
+    """Of DeepSeek's: keys of 512 + 64 numbers, one for all heads, which are the values too."""
+    both = torch.randn(2, 1, 130, 576).to(dtype)
+    call = AttendCall(torch.randn(2, 16, 3, 576).to(dtype), both, both, 0.07)
+    expected = reference.attend(call)
+    for backend in (sdpa, native):
+        if backend.unavailable() is None:
+            assert backend.unsupported(call) is None
+            bound = 1e-5 if dtype == torch.float32 else 2**-6
+            torch.testing.assert_close(backend.attend(call), expected, rtol=bound, atol=bound)
 
 
 def test_compiled_steps_are_refused_with_the_reason():

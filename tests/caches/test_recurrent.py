@@ -10,6 +10,7 @@ from model_sweep import model_of
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, load_cache, save_cache
+from hf_kvattn.convert import calibrate
 
 # Linear attention, convolutions, and layers that have both.
 FAMILIES = ("qwen3_next", "lfm2", "falcon_h1")
@@ -184,6 +185,26 @@ def test_a_file_that_lies_about_states_is_refused(what, tmp_path, monkeypatch):
     save_cache(filled("qwen3_next"), tmp_path / "cache")
     with pytest.raises(ValueError, match="states|tensors are missing"):
         load_cache(tmp_path / "cache", model("qwen3_next").config)
+
+
+def test_a_calibration_counts_the_layers_that_have_keys():
+    found = calibrate.measure(hf_kvattn.disable(model("qwen3_next")), ids(2, 70), [16])
+    made, _ = calibrate.choose(model("qwen3_next"), found, 4.5)
+    hf_kvattn.enable(model("qwen3_next"))
+    assert found.keys.shape[0] == made.layers == 2 and bool((found.keys > 0).all())
+    cache = QuantizedKVCache(model("qwen3_next").config, calibration=made)
+    forward("qwen3_next", cache, ids())
+    kept = {1: 0, 3: 1}
+    for layer in cache.kv_layers:
+        assert layer.settings.k_codec.argument == made.key_bits[kept[layer.layer_idx]]
+    with pytest.raises(ValueError, match="latents, and layers of unlike shapes, are not calibrated"):
+        calibrate.measure(model_of("deepseek_v3"), ids(2, 70), [16])
+
+
+def test_plan_counts_keys_and_values_of_layers_that_have_them():
+    config = model("qwen3_next").config
+    rows = hf_kvattn.plan(config, 1, 1000, torch.bfloat16, 1 << 30, weights_bytes=0).rows
+    assert rows["static"].cache_bytes == 2 * 2 * 2 * 16 * 1000 * 2  # layers, keys and values, heads of 16, bytes
 
 
 def test_graphs_name_what_they_cannot_hold():
