@@ -66,9 +66,7 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
 
     Positions of an endless stream are the cache's: the model's would leave what it was trained on.
     """
-    if args:
-        kwargs, args = {**inspect.signature(decoder.forward).bind(*args, **kwargs).arguments}, ()
-        kwargs |= kwargs.pop("kwargs", {})
+    kwargs, args = _by_name(decoder, args, kwargs), ()
     cache = kwargs.get("past_key_values")
     if isinstance(cache, DecodeSteps):
         if implementation_of(decoder) != NAME:
@@ -92,7 +90,7 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
 
 def finish_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     """The hook after the decoder's forward."""
-    cache = kwargs.get("past_key_values")
+    cache = _by_name(decoder, args, kwargs).get("past_key_values")
     if isinstance(cache, KVCache) and not torch.compiler.is_compiling():
         cache.end_forward()
 
@@ -105,6 +103,14 @@ def note_exact_forward(decoder: torch.nn.Module, args: tuple, kwargs: dict) -> N
             f"a forward of more than {LONG_FORWARD} tokens without past_key_values: enable(cache=) is for generate(); "
             "what is measured here is not its quantized cache, as hf-kvattn perplexity measures it"
         )
+
+
+def _by_name(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a module's forward by their names."""
+    if not args:
+        return kwargs
+    named = {**inspect.signature(module.forward).bind(*args, **kwargs).arguments}
+    return named | named.pop("kwargs", {})
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:

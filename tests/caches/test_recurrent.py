@@ -145,6 +145,14 @@ def test_an_interrupted_forward_is_noticed(family, number):
     assert torch.equal(forward(family, cache, ids()), forward(family, StaticKVCache(model(family).config), ids()))
 
 
+def test_a_decoder_that_is_called_without_names_comes_to_its_end():
+    cache, decoder = StaticKVCache(model("lfm2").config), model("lfm2").get_decoder()
+    with torch.no_grad():
+        for tokens in (ids(), ids(2, 1), ids(2, 1)):
+            decoder(tokens, None, None, cache)
+    assert cache.get_seq_length() == 52
+
+
 def test_a_refused_mask_leaves_no_states_behind_that_go_unnoticed():
     cache = filled("qwen3_next")
     with pytest.raises(ValueError):
