@@ -23,7 +23,7 @@ from transformers import CompileConfig, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache, plugin
+from hf_kvattn import QuantizedKVCache, StaticKVCache, generation
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.compiling import step as compiled
 from hf_kvattn.compiling.decode_steps import DecodeSteps
@@ -93,7 +93,7 @@ def recordings(monkeypatch):
     monkeypatch.setattr(torch, "compile", Recorded)
     checked = compiled.checked_config
     gpu = torch.device("cuda")
-    monkeypatch.setattr(plugin, "checked_config", lambda config, device, cache: checked(config, gpu, cache))
+    monkeypatch.setattr(generation, "checked_config", lambda config, device, cache: checked(config, gpu, cache))
     return made
 
 
