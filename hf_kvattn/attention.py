@@ -2,9 +2,10 @@
 
     kvattn_attention(module, q, k, v, mask, ..., kv_handle=handle)  ->  handle.attend(q, k, v, rules)
 
-The hook of `enable` (`hooks.py`) adds `kv_handle`. There are three kinds of handle, all with that one method:
-`LayerHandle` here, `TracedHandle` while a model is traced (`compiling/ops.py`), and `StepHandle` in a step that a CUDA
-graph holds (`compiling/decode_steps.py`). Without a handle, attention runs over the keys and values it is given.
+The hook of `enable` (`hooks.py`) adds `kv_handle`. There are four kinds of handle, all with that one method:
+`LayerHandle` here, `LatentHandle` where a layer stores latents (`latents.py`), `TracedHandle` while a model is traced
+(`compiling/ops.py`), and `StepHandle` in a step that a CUDA graph holds (`compiling/decode_steps.py`). Without one,
+attention runs over the keys and values it is given.
 """
 
 from __future__ import annotations
@@ -84,7 +85,6 @@ class Handle:
     """
 
     attended = False
-    _borrows = False  # whether it attends to another layer's tokens, and is not told which tensors these are
     _new: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __init__(self, index: int, given: Sequence[Any] = ()):
@@ -101,10 +101,14 @@ class Handle:
 
     def take(self, module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Called by the attention function before `attend`, with what `module` handed to it."""
-        same = (self._borrows or (key is self._new[0] and value is self._new[1])) and not self.attended
-        if not same or not (mask is None or any(mask is each for each in self._given)):
+        mask_is_given = mask is None or any(mask is each for each in self._given)
+        if self.attended or not mask_is_given or not self.handed_out(key, value):
             raise self.refusal(module)
         self.attended = True
+
+    def handed_out(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether these are the very tensors that `update` returned."""
+        return key is self._new[0] and value is self._new[1]
 
     def refusal(self, module: torch.nn.Module) -> ValueError:
         return ValueError(
@@ -216,10 +220,9 @@ def _attend_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
-    width = value.shape[-1]
     call = AttendCall(query, *as_wide(key, value), _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     _apply_mask(call, rules)
-    return dispatch.attend(call)[..., :width].contiguous()
+    return _narrowed(dispatch.attend(call), value).contiguous()
 
 
 def attend_layer(
@@ -252,7 +255,7 @@ def attend_layer(
         cache.finish_lent(index, dispatch.quantize_blocks)
     elif index not in cache.lenders:
         layer.finish_attention(dispatch.quantize_blocks)
-    return cut_graph(out[..., : value.shape[-1]], query, key, value).contiguous()
+    return cut_graph(_narrowed(out, value), query, key, value).contiguous()
 
 
 def check_rules(layer: KVLayer, query: torch.Tensor, new: int, rules: Rules, before: bool = True) -> int:
@@ -280,6 +283,11 @@ def attend_tokens(layer: KVLayer, query: torch.Tensor, stored: Stored, rules: Ru
     _apply_mask(call, rules, call.kv_len - visible)
     _apply_layer_window(call, layer)
     return dispatch.attend(call)
+
+
+def _narrowed(out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`out` without the channels that `as_wide` gave to `value`."""
+    return out if out.shape[3] == value.shape[3] else out[..., : value.shape[3]]
 
 
 def _scale(query: torch.Tensor, rules: Rules) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate as stock_masks_for_generate
 from transformers.utils import logging
 
@@ -59,29 +58,19 @@ def generate(model, *args, **kwargs):
             asked = f"cache_implementation={config.cache_implementation!r}, use_cache={config.use_cache!r}"
             logger.warning_once(f"generate() does not use the cache that enable() was given: it runs with {asked}")
     stock = state.before.get("generate") or functools.partial(type(model).generate, model)
-    if "get_compiled_call" not in state.ours or not isinstance(cache, KVCache):
-        with _whole_after_errors(model):
-            return stock(*args, **kwargs)
-    wish = config.compile_config or model.generation_config.compile_config or default_config()
-    kwargs["compile_config"], cache.steps = checked_config(wish, model.device, cache)
-    cache.is_compileable = True
-    try:
-        with _whole_after_errors(model):
-            return stock(*args, **kwargs)
-    finally:
-        cache.is_compileable, cache.steps = False, None
-
-
-@contextlib.contextmanager
-def _whole_after_errors(model: PreTrainedModel) -> Iterator[None]:
-    """Undoes an early exit that raised: transformers leaves the model with the layers of its draft alone."""
+    compiling = cache if "get_compiled_call" in state.ours and isinstance(cache, KVCache) else None
+    if compiling is not None:
+        wish = config.compile_config or model.generation_config.compile_config or default_config()
+        kwargs["compile_config"], compiling.steps = checked_config(wish, model.device, compiling)
+        compiling.is_compileable = True
     decoder = model.config.get_text_config(decoder=True)
     layers = decoder.num_hidden_layers
     try:
-        yield
-    except BaseException:
-        decoder.num_hidden_layers = layers
-        raise
+        return stock(*args, **kwargs)
+    finally:
+        decoder.num_hidden_layers = layers  # an early exit that raised leaves those of its draft alone
+        if compiling is not None:
+            compiling.is_compileable, compiling.steps = False, None
 
 
 def _check_prompt(cache: Any, ids: Any, kwargs: dict) -> None:

@@ -12,7 +12,7 @@ from .attention import NAME, Handle, LayerHandle
 from .caches.base import KVCache
 from .compiling.decode_steps import DecodeSteps, StepHandle, new_tokens
 from .compiling.ops import TracedHandle, stream_positions, trace_inputs
-from .latents import LatentHandle
+from .latents import LatentHandle, is_plain
 
 logger = logging.get_logger("hf_kvattn")
 
@@ -23,7 +23,7 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
     """The hook before an attention module's forward: puts the layer's handle in the place of one of our caches.
 
     Args:
-        absorbing: whether `latents.absorbs(module)`.
+        absorbing: whether `latents.absorbs(module)`, when it was enabled.
     """
     name = "past_key_values" if "past_key_values" in kwargs else "layer_past"
     cache = kwargs.get(name)
@@ -39,8 +39,8 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
     handle: Handle
     given = (*args, *kwargs.values())
     if isinstance(cache, KVCache) and index in cache.latent_layers:
-        if absorbing:
-            handle = LatentHandle(cache, index, given)
+        if absorbing and is_plain(module):
+            handle = LatentHandle(cache, index, given, module)
         elif cache.layer(index).forces_window:
             raise ValueError(f"layer {index}: a window is forced on latents only where plain weights expand them")
         else:

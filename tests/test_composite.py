@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from model_sweep import CACHES, CLOSE, FAR, far, sized
+from model_sweep import CACHES, CLOSE, FAR, far, sized, varied
 from served import served
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
@@ -71,14 +71,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def model(family: str) -> PreTrainedModel:
     torch.manual_seed(1)
     config = sized(CONFIG_MAPPING[family], FAMILIES[family])
-    seeing = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in seeing.parameters():
-            if not parameter.isfinite().all():
-                parameter.normal_(std=0.2)
-            elif (parameter == parameter.flatten()[0]).all():  # or a wrong use of it would not show
-                parameter += 0.2 * torch.randn_like(parameter)
-    return seeing
+    return varied(AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval())
 
 
 def pixels(family: str, images: int, seed: int = 2) -> dict[str, torch.Tensor]:

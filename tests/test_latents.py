@@ -30,6 +30,10 @@ def ids(count: int, batch: int = 2) -> torch.Tensor:
 
 
 def logits(family: str, cache, parts: list[torch.Tensor], padding: int = 0) -> torch.Tensor:
+    return logits_of(model(family), cache, parts, padding)
+
+
+def logits_of(model, cache, parts: list[torch.Tensor], padding: int = 0) -> torch.Tensor:
     """Of the last part; the first row begins with `padding` tokens that nobody sees."""
     done = 0
     for part in parts:
@@ -37,7 +41,7 @@ def logits(family: str, cache, parts: list[torch.Tensor], padding: int = 0) -> t
         mask = torch.ones(len(part), done, dtype=torch.long)
         mask[0, :padding] = 0
         with torch.no_grad():
-            out = model(family)(part, past_key_values=cache, attention_mask=mask).logits
+            out = model(part, past_key_values=cache, attention_mask=mask).logits
     return out
 
 
@@ -81,6 +85,32 @@ def test_latents_are_all_that_is_stored():
     assert packed.nbytes < 0.3 * 1024 / 64 * cache.nbytes
 
 
+def test_an_adapter_that_comes_after_enable_is_not_passed_over():
+    """A wrapped matrix still has a `weight`, without what the adapter adds."""
+    peft = pytest.importorskip("peft")
+    adapted = hf_kvattn.enable(model_of("deepseek_v3"))
+    settings = peft.LoraConfig(target_modules=["kv_b_proj"], r=4, init_lora_weights=False)
+    tokens, without = [ids(40), ids(1)], logits_of(adapted, StaticKVCache(adapted.config), [ids(40), ids(1)])
+    peft.inject_adapter_in_model(settings, adapted)
+    got = logits_of(adapted, StaticKVCache(adapted.config), tokens)
+    expected = logits_of(hf_kvattn.disable(adapted), DynamicCache(config=adapted.config), tokens)
+    assert not torch.allclose(without, expected, rtol=0.1)
+    torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("parts", [[40, 1, 1], [30, FEW + 1]], ids=["steps", "many"])
+@pytest.mark.parametrize("kind", [StaticKVCache, functools.partial(QuantizedKVCache, bits=8)], ids=["static", "int8"])
+def test_autocast_settles_the_dtype(kind, parts):
+    """Weights and latents are float32, queries bfloat16. The family has no experts, whose choice may flip."""
+    tokens, config = [ids(count) for count in parts], model("minicpm3").config
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = kind(config)
+        got = logits("minicpm3", cache, tokens).float()
+    expected = logits("minicpm3", kind(config), tokens)
+    assert cache.kv_layers[0].dtype == torch.bfloat16
+    assert 0 < float((got - expected).abs().max()) < 0.1 * float(expected.abs().max())
+
+
 def test_weights_that_are_not_plain_are_served_by_expanding():
     """Such as adapters beside them: what is not known to be a plain matrix is not taken apart."""
     plain = model_of("deepseek_v3")
@@ -95,7 +125,10 @@ def test_weights_that_are_not_plain_are_served_by_expanding():
         cache = kind(plain.config)
         got = plain.generate(prompt, past_key_values=cache, **greedy)
         assert cache.get_seq_length() == 34
-        assert kind is QuantizedKVCache or torch.equal(got, expected)
+        if kind is QuantizedKVCache:
+            with hf_kvattn.backend("reference"):
+                expected = plain.generate(prompt, past_key_values=kind(plain.config), **greedy)
+        assert torch.equal(got, expected)
     with pytest.raises(ValueError, match="a window is forced on latents"):
         plain.generate(prompt, past_key_values=SlidingWindowKVCache(plain.config, window=8), **greedy)
 

@@ -85,7 +85,7 @@ def layer_needs(decoder: PreTrainedConfig) -> list[LayerNeeds]:
 def uncompiled_kind(decoder: PreTrainedConfig) -> str | None:
     """The kind of layers that no compiled step serves, or None."""
     if any(need.latent for need in layer_needs(decoder)):
-        return "multi-head latent attention, whose modules ask the cache for all tokens"
+        return "multi-head latent attention, whose steps are no op of a graph"
     if "chunked_attention" in _kinds(decoder)[0]:
         return "chunked attention, whose masks grow with each step"
     return None

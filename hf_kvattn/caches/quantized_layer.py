@@ -110,7 +110,8 @@ class KVQuantizedLayer(KVLayer):
 
     def check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         super().check(k, v)
-        self.raise_if_not_finite(wait=False)
+        if self._finite_checks:
+            self.raise_if_not_finite(wait=False)
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.make_ready(k, v)

@@ -96,6 +96,9 @@ class TracedHandle(Handle):
         super().__init__(index, given)
         self._ticket, self._borrows = cache.ticket, index in cache.lender_of
 
+    def handed_out(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        return self._borrows or super().handed_out(key, value)  # a trace does not tell which tensors a lender got
+
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
         rules.check_inference(query)
         append_and_attend = torch.ops.hf_kvattn.append_and_attend

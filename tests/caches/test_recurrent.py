@@ -155,7 +155,7 @@ def test_a_decoder_that_is_called_without_names_comes_to_its_end():
 
 def test_a_refused_mask_leaves_no_states_behind_that_go_unnoticed():
     cache = filled("qwen3_next")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"mask is \(2, 1, 1, 7\)"):
         model("qwen3_next")(ids(2, 1), attention_mask=torch.ones(2, 1, 1, 7, dtype=torch.bool), past_key_values=cache)
     with pytest.raises(ValueError, match=r"only reset\(\)"):
         forward("qwen3_next", cache, ids(2, 1))
@@ -168,13 +168,18 @@ def test_states_count_as_bytes_but_not_as_bits():
     assert cache.bits_per_element == 32
 
 
-HOSTILE = {
-    "another batch": lambda states: states[0].update({"conv_states.0": ["torch.float32", 3, 4, 4]}),
-    "an unknown name": lambda states: states[0].update({"conv_states.7": ["torch.float32", 2, 4, 4]}),
-    "an unknown dtype": lambda states: states[0].update({"conv_states.0": ["torch.int8", 2, 4, 4]}),
-    "no list": lambda states: states[0].update({"conv_states.0": 5}),
-    "nothing": lambda states: states[0].clear(),
-    "one layer less": lambda states: states.pop(),
+def say(name: str, value):
+    return lambda states: states[0].update({name: value})
+
+
+HOSTILE = {  # what becomes of the states in a file, and what is said of it
+    "another batch": (say("conv_states.0", ["torch.float32", 3, 4, 4]), "no dtype and shape of 2 rows"),
+    "an unknown name": (say("conv_states.7", ["torch.float32", 2, 4, 4]), "the states of layer 0 are .*, known are"),
+    "an unknown dtype": (say("conv_states.0", ["torch.int8", 2, 4, 4]), "no dtype and shape of 2 rows"),
+    "another width": (say("conv_states.0", ["torch.float32", 2, 4, 4]), r"states.0.conv_states.0 is .*, should be"),
+    "no list": (say("conv_states.0", 5), "no dtype and shape of 2 rows"),
+    "nothing": (lambda states: states[0].clear(), "the states of layer 0 are {}, known are"),
+    "one layer less": (lambda states: states.pop(), "the model has 2 layers of them"),
 }
 
 
@@ -182,16 +187,16 @@ HOSTILE = {
 def test_a_file_that_lies_about_states_is_refused(what, tmp_path, monkeypatch):
     from hf_kvattn.caches import serialize
 
-    describe = serialize._describe
+    (change, message), describe = HOSTILE[what], serialize._describe
 
     def lie(*args):
         said = describe(*args)
-        HOSTILE[what](said["states"])
+        change(said["states"])
         return said
 
     monkeypatch.setattr(serialize, "_describe", lie)
     save_cache(filled("qwen3_next"), tmp_path / "cache")
-    with pytest.raises(ValueError, match="states|tensors are missing"):
+    with pytest.raises(ValueError, match=message):
         load_cache(tmp_path / "cache", model("qwen3_next").config)
 
 

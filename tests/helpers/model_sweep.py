@@ -171,13 +171,17 @@ def model_of(model_type: str) -> PreTrainedModel:
     """A tiny model with random weights. None is constant, or a wrong use of it would not show."""
     torch.manual_seed(1)
     config = sized(CONFIG_MAPPING[model_type], EXTRA.get(model_type, {}))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.isfinite().all():  # transformers leaves it as it was allocated
-                parameter.normal_(std=0.2)
-            elif (parameter == parameter.flatten()[0]).all():
-                parameter += 0.2 * torch.randn_like(parameter)
+    return varied(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+
+
+@torch.no_grad()
+def varied(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` without a parameter that is constant, or that transformers leaves as it was allocated."""
+    for parameter in model.parameters():
+        if not parameter.isfinite().all():
+            parameter.normal_(std=0.2)
+        elif (parameter == parameter.flatten()[0]).all():
+            parameter += 0.2 * torch.randn_like(parameter)
     return model
 
 
