@@ -143,9 +143,11 @@ class LayerHandle(Handle):
 
     def __init__(self, cache: KVCache, index: int, given: Sequence[Any] = ()):
         super().__init__(index, given)
-        self._cache, self._layer, lender = cache, cache.attended_layer(index), cache.lender_of.get(index)
-        if lender is not None:
-            self._new = cache.lent.get(lender, self._new)
+        self._cache = cache
+        if index not in cache.attended:
+            cache.layer(index)  # raises
+        if index in cache.lender_of:
+            self._new = cache.lent.get(cache.lender_of[index], self._new)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         new = super().update(key_states, value_states, layer_idx)
@@ -154,7 +156,7 @@ class LayerHandle(Handle):
         return new
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
-        return attend_layer(self._cache, self._layer, self._index, query, key, value, rules)
+        return attend_layer(self._cache, self._index, query, key, value, rules)
 
     def __getattr__(self, name: str):
         if name.startswith("__"):  # copying and pickling ask an empty instance for these
@@ -226,19 +228,11 @@ def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ru
 
 
 def attend_layer(
-    cache: KVCache,
-    layer: KVLayer,
-    index: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rules: Rules,
+    cache: KVCache, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
 ) -> torch.Tensor:
-    """Stores the new tokens `key` and `value`, `(B, Hkv, T, D)`, in `layer`; attention over what it then holds.
+    """Stores the new tokens `key` and `value`, `(B, Hkv, T, D)`, in layer `index`; attention over what it then holds.
 
-    Args:
-        cache, index: the attention is that of layer `index` of `cache`, and `layer` is its `attended_layer`. Where that
-            is another one's, nothing is stored: that other layer has done so.
+    A layer that attends to another's tokens stores nothing: that other layer has done so.
 
     Returns:
         `(B, Tq, Hq, D)`, contiguous. A backward pass through it raises: a cache holds no autograd graph.
@@ -246,7 +240,7 @@ def attend_layer(
     Raises:
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
-    stores = index not in cache.lender_of
+    layer, stores = cache.attended[index], index not in cache.lender_of
     visible = check_rules(layer, query, key.shape[2], rules, before=stores)
     if stores:
         layer.append(*as_wide(key, value))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
@@ -28,10 +27,10 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
         raise ValueError(f"enable() takes a transformers PreTrainedModel, got {type(model).__name__}")
     check_config(model.config)
     name, needs = type(model).__name__, layer_needs(model.config.get_text_config(decoder=True))
-    if own := [
-        each.__name__ for each in vars(sys.modules[type(model).__module__]).values() if _is_own_cache(each, model)
-    ]:
-        raise ValueError(f"{name} has a cache class of its own, {own[0]}, and takes no other")
+    classes = [each for each in vars(sys.modules[type(model).__module__]).values() if inspect.isclass(each)]
+    for own in classes:
+        if issubclass(own, Cache) and own.__module__ == type(model).__module__:
+            raise ValueError(f"{name} has a cache class of its own, {own.__name__}, and takes no other")
     if not model._can_set_attn_implementation():
         raise ValueError(f"{name} does not use transformers' attention interface")
     modules = [m for m in model.modules() if _is_cached_attention(m)]
@@ -58,10 +57,6 @@ def attention_modules(model: PreTrainedModel) -> list[torch.nn.Module]:
             found = f"layer {module.layer_idx} has heads of {module.head_dim}"
             raise ValueError(f"{name}: {found}, its config says {need.dim}")
     return modules
-
-
-def _is_own_cache(thing: Any, model: PreTrainedModel) -> bool:
-    return isinstance(thing, type) and issubclass(thing, Cache) and thing.__module__ == type(model).__module__
 
 
 def _is_cached_attention(module: torch.nn.Module) -> bool:

@@ -69,6 +69,7 @@ class KVCache(Cache):
         kv_layers: the keys and values among them, in order; at least one.
         states: the recurrent ones, which most models do not have.
         lender_of: of layers that store nothing and attend to another layer's tokens, that other layer.
+        attended: of each layer with attention, the one whose tokens it is over: its own, or its lender's.
         lenders: those others. Their attention is done when that of the last layer in `lender_of` is.
         latent_layers: layers that store latents in the place of keys and values.
 
@@ -99,10 +100,10 @@ class KVCache(Cache):
                 kv.keep_latents(need.latent)
             layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or cache_utils.DummyLayer())
         super().__init__(layers=layers)
-        self._sort_layers()
         self.lent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # new tokens of lenders, during a forward
         self.lender_of = {i: need.lender for i, need in enumerate(needs) if need.lender is not None}
         self.lenders = frozenset(self.lender_of.values())
+        self._sort_layers()
         self.latent_layers = frozenset(i for i, need in enumerate(needs) if need.keys and need.latent is not None)
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
         # See caches/reorder.py; it holds as far as layers are unchanged.
@@ -112,11 +113,12 @@ class KVCache(Cache):
         self.known_prefix: KnownPrefix | None = None  # what a loaded cache knows of the tokens in it
 
     def _sort_layers(self) -> None:
-        """Finds `kv_layers` and `states` among `layers`."""
+        """Finds `kv_layers`, `states` and `attended` among `layers`."""
         self.states = [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
         held = [layer.kv if isinstance(layer, RecurrentLayer) else layer for layer in self.layers]
         self.kv_layers = [layer for layer in held if isinstance(layer, KVLayer)]
         self._kv_of = {layer.layer_idx: layer for layer in self.kv_layers}
+        self.attended = self._kv_of | {index: self._kv_of[lender] for index, lender in self.lender_of.items()}
 
     def begin_forward(self, batch_size: int) -> None:
         """Called before a forward of the model: from here on it is known whether it came to its end.
@@ -261,7 +263,7 @@ class KVCache(Cache):
         with changing_all(self.kv_layers, "reordering of the batch"):
             self._common_prefix = reorder_rows(self.kv_layers, rows, self._common_prefix)
             for state in self.states:
-                state.select(rows)
+                state.change(lambda t: t[rows.to(t.device)])
 
     @torch.inference_mode(False)
     def fork(self) -> KVCache:
@@ -339,7 +341,7 @@ class KVCache(Cache):
                 layer.move(torch.device(device))
                 layer.device = next(iter(layer.filled().values())).device
             for state in self.states:
-                state.move(torch.device(device))
+                state.change(lambda t: t.to(device))
         return self
 
     def positions(
@@ -378,10 +380,6 @@ class KVCache(Cache):
         if layer is None:
             raise ValueError(f"layer {layer_idx} of the model stores no keys and values")
         return layer
-
-    def attended_layer(self, layer_idx: int) -> KVLayer:
-        """The layer whose tokens the attention of layer `layer_idx` is over: itself, or its lender."""
-        return self.layer(self.lender_of.get(layer_idx, layer_idx))
 
     @property
     def max_cache_len(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
@@ -80,17 +81,12 @@ class RecurrentLayer(LinearAttentionLayer):
     def update_recurrent_state(self, recurrent_states: torch.Tensor, state_idx: int = 0, **kwargs) -> torch.Tensor:
         return super().update_recurrent_state(recurrent_states.detach(), state_idx, **kwargs)
 
-    def select(self, rows: torch.Tensor) -> None:
-        """Keeps the batch rows `rows` (indices), in that order."""
+    def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Each state becomes what `function` makes of it."""
         for kind in KINDS:
             for i, state in self._those(kind):
-                getattr(self, kind)[i] = state[rows.to(state.device)]
-
-    def move(self, device: torch.device) -> None:
-        for kind in KINDS:
-            for i, state in self._those(kind):
-                getattr(self, kind)[i] = state.to(device)
-        self.device = device  # type: ignore[assignment]  # as above
+                changed = getattr(self, kind)[i] = function(state)
+                self.device = changed.device  # type: ignore[assignment]  # as above
 
     def check_crop(self, tokens: int) -> None:
         """Raises ValueError unless the states can go back by `tokens` tokens."""

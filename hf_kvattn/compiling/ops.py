@@ -85,8 +85,7 @@ def _append_and_attend(
     ticket: torch.Tensor, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rules: Any
 ) -> torch.Tensor:
     """Stores `k` and `v` `(B, Hkv, T, D)` in layer `layer_idx`, and gives the attention of `q`: `attend_layer`."""
-    cache: KVCache = cache_of(ticket)
-    return attend_layer(cache, cache.attended_layer(layer_idx), layer_idx, q, k, v, Rules(*rules))
+    return attend_layer(cache_of(ticket), layer_idx, q, k, v, Rules(*rules))
 
 
 class TracedHandle(Handle):
