@@ -9,7 +9,7 @@
 # `--slow` runs what the first command leaves out, and nothing else: builds, long sweeps, whole measurements.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-environment=$(bash scripts/environment.sh test test | tail -n 1)
+environment=$(bash scripts/environment.sh test test,doors | tail -n 1)
 bin=$environment/bin
 bash scripts/flash_attn.sh "$environment"
 export OMP_NUM_THREADS=1
@@ -52,6 +52,7 @@ if [ $# -eq 0 ]; then
     echo "tests/jobs/graphs_on_fakes: not run, there is no g++"
   fi
   job tests/jobs/model_sweep
+  job tests/jobs/doors
 fi
 echo "transformers $("$bin/python" -c 'import transformers; print(transformers.__version__)'):"
 exec "$bin/pytest" "${parallel[@]}" "$@"

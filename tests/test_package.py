@@ -73,6 +73,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "tools": {"describe", "planning"},
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
     "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
+    "integrations": {"caches", "evaluation", "models", "planning", "plugin", "tools"},
     "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
 }
 
@@ -123,10 +124,11 @@ def test_transformers_cache_module_is_met_in_the_caches_bases_alone():
 def test_the_runtime_imports_no_measurement_and_none_of_their_packages():
     loaded = python("import sys, hf_kvattn; print(*sys.modules)").split()
     assert "hf_kvattn.plugin" in loaded
-    assert not {name for name in loaded if re.match(r"hf_kvattn\.(evaluation|convert|tools)\b|matplotlib\b", name)}
+    above = r"hf_kvattn\.(convert|evaluation|integrations|tools)\b|matplotlib\b"
+    assert not {name for name in loaded if re.match(above, name)}
     theirs = {"accelerate", "datasets", "gguf", "matplotlib", "tqdm"}  # transformers itself loads some of them
     for path in ROOT.glob("hf_kvattn/**/*.py"):
-        if path.relative_to(ROOT / "hf_kvattn").parts[0] not in ("evaluation", "convert", "tools"):
+        if path.relative_to(ROOT / "hf_kvattn").parts[0] not in ("convert", "evaluation", "integrations", "tools"):
             assert not {name.split(".")[0] for name in imports(path)} & theirs, path
 
 
