@@ -2,10 +2,10 @@
 
     kvattn_attention(module, q, k, v, mask, ..., kv_handle=handle)  ->  handle.attend(q, k, v, rules)
 
-The hook of `enable` (`hooks.py`) adds `kv_handle`. There are four kinds of handle, all with that one method:
-`LayerHandle` here, `LatentHandle` where a layer stores latents (`latents.py`), `TracedHandle` while a model is traced
-(`compiling/ops.py`), and `StepHandle` in a step that a CUDA graph holds (`compiling/decode_steps.py`). Without one,
-attention runs over the keys and values it is given.
+The hook of `enable` (`hooks.py`) adds `kv_handle`. There are five kinds of handle, all with that one method:
+`LayerHandle` here, `LatentHandle` where a layer stores latents (`latents.py`), `PagedHandle` in a continuous batch
+(`paged.py`), `TracedHandle` while a model is traced (`compiling/ops.py`), and `StepHandle` in a step that a CUDA graph
+holds (`compiling/decode_steps.py`). Without one, attention runs over the keys and values it is given.
 """
 
 from __future__ import annotations

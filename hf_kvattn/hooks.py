@@ -13,6 +13,7 @@ from .caches.base import KVCache
 from .compiling.decode_steps import DecodeSteps, StepHandle, new_tokens
 from .compiling.ops import TracedHandle, stream_positions, trace_inputs
 from .latents import LatentHandle, is_plain
+from .paged import PagedHandle, batch_inputs
 
 logger = logging.get_logger("hf_kvattn")
 
@@ -25,6 +26,10 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
     Args:
         absorbing: whether `latents.absorbs(module)`, when it was enabled.
     """
+    handle: Handle
+    if (batch := kwargs.get("kv_batch")) is not None:
+        handle = PagedHandle(int(module.layer_idx), batch)  # type: ignore[arg-type]  # as below
+        return args, {name: given for name, given in kwargs.items() if name != "kv_batch"} | {"kv_handle": handle}
     name = "past_key_values" if "past_key_values" in kwargs else "layer_past"
     cache = kwargs.get(name)
     # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
@@ -36,7 +41,6 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
             f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
         )
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
-    handle: Handle
     given = (*args, *kwargs.values())
     if isinstance(cache, KVCache) and index in cache.latent_layers:
         if absorbing and is_plain(module):
@@ -75,7 +79,11 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
                 f"graph, as {NAME!r} has; generate(disable_compile=True) does without them"
             )
         return args, cache.inputs(decoder, kwargs)
-    if not isinstance(cache, KVCache) or implementation_of(decoder) != NAME:
+    if implementation_of(decoder) != NAME:
+        return None
+    if "read_index" in kwargs:
+        return args, batch_inputs(kwargs)
+    if not isinstance(cache, KVCache):
         return None
     if kwargs.get("return_shared_kv_states"):
         raise ValueError("return_shared_kv_states: keys and values of all tokens are not at hand, the cache holds them")

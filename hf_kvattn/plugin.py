@@ -29,6 +29,7 @@ from .hooks import attach_cache, check_attended, finish_decoder, implementation_
 from .latents import absorbs
 from .masks import kvattn_mask
 from .models import attention_modules
+from .paged import init_continuous_batching
 from .quant.calibration import Calibration, file_name
 
 logger = logging.getLogger("hf_kvattn")
@@ -90,7 +91,8 @@ def enable(
     hooks.append(decoder.register_forward_hook(finish_decoder, with_kwargs=True))
     if quantizes:
         hooks.append(decoder.register_forward_pre_hook(note_exact_forward, with_kwargs=True))
-    ours: dict[str, Callable] = {"generate": generate}
+    batching = functools.partial(init_continuous_batching, implementation=implementation, cache=cache)
+    ours: dict[str, Callable] = {"generate": generate, "init_continuous_batching": batching}
     if compile:
         ours |= {"get_compiled_call": get_compiled_call, "create_masks_for_generate": create_masks_for_generate}
     before = {name: model.__dict__[name] for name in ours if name in model.__dict__}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from enum import IntFlag, auto
+from itertools import pairwise
 
 import torch
 
@@ -29,6 +30,7 @@ class Feature(IntFlag):
     WINDOW_SINKS = auto()
     LEARNED_SINKS = auto()
     GRADIENTS = auto()
+    REQUESTS = auto()
 
 
 # Groups of features that backends have in common. Plain ints: they are compared in every layer of every step.
@@ -37,6 +39,7 @@ PIECES = int(Feature.RING_BUFFERS | Feature.WINDOW_SINKS | Feature.LEARNED_SINKS
 QUANTIZED = int(Feature.QUANTIZED_TOKENS)
 MASKS = int(Feature.DENSE_MASK)
 TRAINING = int(Feature.DROPOUT | Feature.GRADIENTS)
+BATCHES = int(Feature.REQUESTS)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # of queries, keys and values
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels hold numbers in fp32
@@ -77,6 +80,23 @@ class SinkKV:
 
 
 @dataclass(slots=True)
+class Requests:
+    """Requests of any lengths that share one call, as a continuous batch has them: queries and keys side by side.
+
+    Attributes:
+        q_begin: `(n + 1,)` int32, not falling, from 0 to Tq: request `i` has the query tokens from `q_begin[i]` up to
+            `q_begin[i + 1]`.
+        kv_begin: `(n + 1,)` int32, from 0 on: the same of its keys. Its last query stands at its last key.
+        kv_rows: `(kv_begin[n],)` int64, which of the Tk rows of `k` and `v` holds each key; None where key `j` of all
+            lies in row `j`.
+    """
+
+    q_begin: torch.Tensor
+    kv_begin: torch.Tensor
+    kv_rows: torch.Tensor | None = None
+
+
+@dataclass(slots=True)
 class AttendCall:
     """`softmax(softcap(q k^T * scale)) v` over the visible keys, for `G = Hq // Hkv` query heads per KV head.
 
@@ -113,6 +133,8 @@ class AttendCall:
         sinks: tokens visible beside the window, with a mask of their own, or None. Tk does not count them.
         s_aux: learned sinks, `(Hq,)` of one of `FLOATS`: a score for each query head that takes part in the softmax and
             has no value (gpt-oss; the name is transformers'), or None. It is neither scaled nor capped.
+        requests: several requests in one row (B is 1), each with causality and window of its own, or None. Then there
+            are no `leftpad`, `mask`, `packed`, `tokens` and `sinks`.
     """
 
     q: torch.Tensor
@@ -130,6 +152,7 @@ class AttendCall:
     slot: int = 0
     sinks: SinkKV | None = None
     s_aux: torch.Tensor | None = None
+    requests: Requests | None = None
 
     def check(self) -> None:
         """Raises ValueError, saying what differs, unless all is as described above: backends rely on it.
@@ -176,6 +199,41 @@ class AttendCall:
             if type(sinks.evicted) is not int or abs(sinks.evicted) > 2**60:
                 raise ValueError(f"evicted must be an int, got {sinks.evicted!r}")
 
+        if (requests := self.requests) is not None:
+            others = (self.leftpad, self.mask, packed, tokens, sinks)
+            if batch != 1 or any(other is not None for other in others):
+                raise ValueError(f"requests share one row without masks, rings or blocks, not {batch} rows or these")
+            begins = requests.q_begin.shape if requests.q_begin.dim() == 1 and len(requests.q_begin) > 1 else (2,)
+            check_tensor("q_begin", requests.q_begin, begins, (torch.int32,), device)
+            check_tensor("kv_begin", requests.kv_begin, begins, (torch.int32,), device)
+            if (rows := requests.kv_rows) is not None:
+                check_tensor("kv_rows", rows, (rows.numel(),), (torch.int64,), device)
+
+    def by_request(self, attend: Callable[[AttendCall], torch.Tensor]) -> torch.Tensor:
+        """The result of `attend` over each request alone, joined: `(1, Tq, Hq, D)`.
+
+        Raises:
+            ValueError: numbers of `requests` that are not as described there.
+        """
+        assert self.requests is not None
+        q_begin, kv_begin, rows = self.requests.q_begin.tolist(), self.requests.kv_begin.tolist(), self.requests.kv_rows
+        spans = [(range(*q), range(*kv)) for q, kv in zip(pairwise(q_begin), pairwise(kv_begin), strict=True)]
+        whole = (q_begin[0], kv_begin[0], q_begin[-1]) == (0, 0, self.q.shape[2])
+        held = self.k.shape[2] if rows is None else len(rows)
+        if not whole or kv_begin[-1] > held or any(q.start > q.stop or len(kv) < len(q) for q, kv in spans):
+            raise ValueError(
+                f"requests with queries {q_begin} and keys {kv_begin} do not fit {self.q.shape[2]} queries, {held} keys"
+            )
+        parts = []
+        for q, kv in spans:
+            if q:
+                k, v = (
+                    t[:, :, kv.start : kv.stop] if rows is None else t.index_select(2, rows[kv.start : kv.stop])
+                    for t in (self.k, self.v)
+                )
+                parts.append(attend(replace(self, q=self.q[:, :, q.start : q.stop], k=k, v=v, requests=None)))
+        return torch.cat(parts, 1)
+
     @property
     def kv_len(self) -> int:
         """Tk: all keys, packed ones included."""
@@ -198,6 +256,7 @@ class AttendCall:
             | (self.sinks is not None) << 8
             | (self.s_aux is not None) << 9
             | (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) << 10
+            | (self.requests is not None) << 11
         )
 
     def beyond(self, served: int) -> str | None:

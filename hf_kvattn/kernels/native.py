@@ -21,21 +21,22 @@ from ..quant import rotation
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
-from .call import PIECES, QUANTIZED, RULES, AttendCall, SinkKV
+from .call import BATCHES, PIECES, QUANTIZED, RULES, AttendCall, Requests, SinkKV
 
-SERVED = RULES | PIECES | QUANTIZED
+SERVED = RULES | PIECES | QUANTIZED | BATCHES
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
 # `kvattn_attend_args` in `csrc/kvattn.h`, packed in one call: setting 50 ctypes fields costs 10 us a layer. The fields
 # from `packed_start` on stay the same for 32 steps, so they are packed separately. `_load` compares the sizes with C's.
-_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q")
+_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q3P")
 _PACKED_ARGS = struct.Struct("@6q2i7P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
 _NO_SINKS = (0,) * 12
+_NO_REQUESTS = (0,) * 3
 _NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 7)
 
 
@@ -124,6 +125,9 @@ def unsupported(call: AttendCall) -> str | None:
             return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if beyond := call.beyond(SERVED):
         return f"native kernels serve {beyond}"
+    if (requests := call.requests) is not None:
+        if not all(t is None or t.is_contiguous() for t in (requests.q_begin, requests.kv_begin, requests.kv_rows)):
+            return "native kernels take the numbers of requests side by side"
     if (sinks := call.sinks) is not None:
         side_by_side = sinks.q.stride(-1) == sinks.k.stride(-1) == 1 and sinks.k.stride() == sinks.v.stride()
         if not (call.causal and side_by_side):
@@ -142,6 +146,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
+    requests = call.requests
     out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
     leftpad = None if call.leftpad is None else call.leftpad.contiguous()
     sinks = call.sinks
@@ -149,13 +154,14 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     # In the order of the struct, a line for each of its lines.
     args = _ARGS.pack(
         _DTYPES[q.dtype], call.causal, torch.get_num_threads(), 0,
-        batch, q_heads, k.shape[1], q_len, call.kv_len, dim,
+        batch if requests is None else len(requests.q_begin) - 1, q_heads, k.shape[1], q_len, call.kv_len, dim,
         call.window or 0, call.scale, call.softcap or 0.0,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr(),
         out.data_ptr(), 0 if lse is None else lse.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
         *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_leftpad)),
+        *(_NO_REQUESTS if requests is None else _request_args(requests)),
     )  # fmt: skip
     packed = _NOTHING_PACKED
     if call.packed is not None:
@@ -181,6 +187,14 @@ def _sink_args(sinks: SinkKV, leftpad: torch.Tensor | None) -> tuple[int, ...]:
     q, k, v = sinks.q, sinks.k, sinks.v
     pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr())
     return k.shape[2], sinks.evicted, *pointers, *q.stride()[:3], *k.stride()[:3]
+
+
+def _request_args(requests: Requests) -> tuple[int, ...]:
+    """The fields of the struct from `q_begin` to `kv_rows`; `requests` must live as long as the call."""
+    rows = requests.kv_rows
+    if rows is not None and len(rows) < requests.kv_begin[-1]:
+        raise ValueError(f"requests have {requests.kv_begin[-1].item()} keys, kv_rows names {len(rows)}")
+    return requests.q_begin.data_ptr(), requests.kv_begin.data_ptr(), 0 if rows is None else rows.data_ptr()
 
 
 def _packed_args(packed: PackedKV) -> bytes:

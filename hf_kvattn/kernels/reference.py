@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .call import MASKS, PIECES, QUANTIZED, RULES, TRAINING, AttendCall
+from .call import BATCHES, MASKS, PIECES, QUANTIZED, RULES, TRAINING, AttendCall
 
-SERVED = RULES | PIECES | TRAINING | MASKS | QUANTIZED
+SERVED = RULES | PIECES | TRAINING | MASKS | QUANTIZED | BATCHES
 
 
 def unavailable() -> str | None:
@@ -20,6 +20,8 @@ def unsupported(call: AttendCall) -> str | None:
 
 def attend(call: AttendCall) -> torch.Tensor:
     """The attention of `call`, computed in fp32 and rounded once: `(B, Tq, Hq, D)` in the dtype of `q`."""
+    if call.requests is not None:
+        return call.by_request(attend)
     return attend_with_lse(call)[0].to(call.q.dtype)
 
 

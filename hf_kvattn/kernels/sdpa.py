@@ -14,11 +14,11 @@ from itertools import chain
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .call import MASKS, QUANTIZED, TRAINING, AttendCall, Feature
+from .call import BATCHES, MASKS, QUANTIZED, TRAINING, AttendCall, Feature
 
 # What torch's function has, with masks where it has no argument, and what is computed here a tile of keys at a time.
 PLAIN = int(Feature.BIDIRECTIONAL_ATTENTION | Feature.LEFT_PADDING | Feature.RING_BUFFERS | Feature.WINDOW) | MASKS
-TILED = int(Feature.LEARNED_SINKS | Feature.WINDOW_SINKS | Feature.SOFTCAP) | QUANTIZED
+TILED = int(Feature.LEARNED_SINKS | Feature.WINDOW_SINKS | Feature.SOFTCAP) | QUANTIZED | BATCHES
 TILE = 1024  # tokens dequantized at once, a multiple of 32
 WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
 
@@ -29,7 +29,8 @@ def unavailable() -> str | None:
 
 def is_plain(call: AttendCall) -> bool:
     """Whether torch's function has all that `call` asks for."""
-    return call.packed is None and call.sinks is None and call.s_aux is None and call.softcap is None
+    parts = (call.packed, call.sinks, call.s_aux, call.softcap, call.requests)
+    return parts == (None,) * 5
 
 
 def unsupported(call: AttendCall) -> str | None:
@@ -37,11 +38,13 @@ def unsupported(call: AttendCall) -> str | None:
         beyond = call.beyond(PLAIN | TRAINING)
         return beyond and f"sdpa serves {beyond}"
     beyond = call.beyond(PLAIN | TILED)
-    return beyond and f"sdpa serves {beyond}; softcap, sinks and quantized tokens in inference only"
+    return beyond and f"sdpa serves {beyond}; softcap, sinks, quantized tokens and requests in inference only"
 
 
 def attend(call: AttendCall) -> torch.Tensor:
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`."""
+    if call.requests is not None:
+        return call.by_request(attend)
     q_len, kv_len = call.q.shape[2], call.kv_len
     windowed = call.window is not None and call.window < kv_len and call.mask is None
     if windowed and call.causal and q_len > WINDOW_BLOCK and call.packed is None and call.tokens is None:

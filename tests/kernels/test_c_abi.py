@@ -31,6 +31,7 @@ class Attend(ctypes.Structure):
         + [(name, I64) for name in ("ring_slots", "ring_slot", "sinks", "sink_evicted")]
         + [(name, POINTER) for name in ("sink_q", "sink_k", "sink_v", "sink_leftpad")]
         + [(name, THREE) for name in ("sink_q_stride", "sink_kv_stride")]
+        + [(name, POINTER) for name in ("q_begin", "kv_begin", "kv_rows")]
         + [(name, I64) for name in ("packed_start", "packed_len", "packed_blocks", "packed_slot")]
         + [("v_group", I64), ("v_rotation", I64), ("k_bits", I32), ("v_bits", I32)]
         + [(name, POINTER) for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")]
@@ -56,11 +57,14 @@ EXACT |= STRIDES
 SINKS = {"sinks": S, "sink_evicted": 9, "sink_q_stride": STRIDES["q_stride"], "sink_kv_stride": (H * S * D, S * D, D)}
 ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
 BLOCKS = {"packed_blocks": 6, "v_group": 32, "v_rotation": 64, "k_bits": 4, "v_bits": 8}
+# What the pointers of requests lead to. Other calls have none.
+REQUESTS = {"q_begin": (I32, [0, 1, TQ]), "kv_begin": (I32, [0, 40, TK]), "kv_rows": (I64, [*range(99, -1, -1)])}
 # Calls that are right: the struct, its numbers, and the pointers that are null beside those of no sinks.
 RIGHT = {
     "exact": (Attend, EXACT | {"window": 70, "softcap": 5.0}, ARRAYS),
     "ring": (Attend, EXACT | SINKS | {"ring_slots": 120, "ring_slot": 90}, ARRAYS),
     "packed": (Attend, EXACT | BLOCKS | {"packed_start": 4, "packed_len": 64, "packed_slot": 2}, ["v_zero"]),
+    "requests": (Attend, EXACT | {"window": 70}, [*ARRAYS, "leftpad"]),
     "quantize": (Quantize, BLOCKS | {k: EXACT[k] for k in ("dtype", "threads", "batch", "kv_heads", "head_dim")}
                  | {k: STRIDES[k] for k in ("k_stride", "v_stride")} | {"blocks": 2, "slot": 3}, ["v_zero"]),
 }  # fmt: skip
@@ -76,6 +80,7 @@ HARMLESS = {
     "exact": OFF | NOT_PACKED | NO_SINKS,
     "ring": OFF | NOT_PACKED | {"causal": (), "sinks": (0,), "sink_evicted": (0, -1), "sink_leftpad": (0,),
                                 "sink_q_stride": (0,), "sink_kv_stride": (0,), "ring_slot": (0,)},
+    "requests": OFF | NOT_PACKED | NO_SINKS | {"kv_rows": (0,)},
     "packed": OFF | NO_SINKS | {"packed_start": (0,), "packed_len": (0,), "packed_slot": (0,)},
     "quantize": {"k_stride": (0,), "v_stride": (0,), "slot": (0,)},
 }  # fmt: skip
@@ -100,7 +105,12 @@ class Problem:
         pointers = [field for field, kind in self.struct._fields_ if kind is POINTER and field not in nulls]
         if not self.numbers.get("sinks"):
             pointers = [field for field in pointers if not field.startswith("sink_")]
+        if name != "requests":
+            pointers = [field for field in pointers if field not in REQUESTS]
         self.places = {field: memory(ROOM_BYTES) for field in pointers}
+        for field in REQUESTS.keys() & self.places:
+            kind, numbers = REQUESTS[field]
+            (kind * len(numbers)).from_address(self.places[field])[:] = numbers
 
     def arguments(self) -> ctypes.Structure:
         made = self.struct()

@@ -143,6 +143,7 @@ def test_features_are_those_that_a_call_uses():
         ("dropout", 0.5, Feature.DROPOUT),
         ("packed", object(), Feature.QUANTIZED_TOKENS),
         ("tokens", 3, Feature.RING_BUFFERS),
+        ("requests", object(), Feature.REQUESTS),
         ("q", call.q.detach().requires_grad_(), Feature.GRADIENTS),
     ):
         assert replace(call, **{name: value}).features() == feature

@@ -1,6 +1,6 @@
 // Flash-decoding over a dense KV cache, written once over the small vector type `Simd` of the including file.
 //
-// One job is a (batch row, KV head, chunk of query rows). All query heads of a group are rows of the same job, so each
+// One job is a (batch row or request, KV head, chunk of query rows). All query heads of a group are rows of the same job, so each
 // key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of all jobs form
 // one line that the threads share out evenly, so a job may be split between threads. Each part keeps an online softmax
 // (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end (flash-decoding, 2023).
@@ -228,9 +228,7 @@ class Attend {
   explicit Attend(const kvattn_attend_args &args)
       : a(args),
         group(static_cast<int>(a.q_heads / a.kv_heads)),
-        rows(group * a.q_len),
         window(min(a.window, a.kv_len)),
-        chunks((rows + kChunk - 1) / kChunk),
         d(static_cast<int>(a.head_dim)),
         d_pad(round_up(d, 64)),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
@@ -238,16 +236,20 @@ class Attend {
         to_wrap(a.ring_slots > 0 ? a.ring_slots - a.ring_slot : a.kv_len),
         lead(lead_tokens()),
         origin(lead > 0 ? lead - tile : 0),
-        jobs(a.batch * a.kv_heads * chunks),
         partial_floats(kChunk * (2 + d_pad)) {}
 
   void run() {
+    int64_t jobs = 0;
+    for (int64_t b = 0; b < a.batch; ++b) jobs += a.kv_heads * chunks(b);
+    Buffer<Job> job(jobs);
     Buffer<int64_t> start(jobs + 1);  // the first tile of each job, counting the tiles of all jobs
     start.data[0] = 0;
-    for (int64_t j = 0; j < jobs; ++j) {
-      Job job = job_at(j);
-      start.data[j + 1] = start.data[j] + job.end_tile - job.tile;
-    }
+    for (int64_t b = 0, j = 0; b < a.batch; ++b)
+      for (int64_t h = 0; h < a.kv_heads; ++h)
+        for (int64_t row = 0; row < rows(b); row += kChunk, ++j) {
+          job.data[j] = job_at(b, h, row);
+          start.data[j + 1] = start.data[j] + job.data[j].end_tile - job.data[j].tile;
+        }
     int64_t tiles = start.data[jobs];
     // Measured: starting a team costs as much as it gains with 8 tiles a thread.
     int threads = static_cast<int>(max<int64_t>(1, min<int64_t>(a.threads, tiles / 8)));
@@ -256,20 +258,21 @@ class Attend {
     Buffer<Scratch> scratch(threads);
     Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
     Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
+    Buffer<T> gathered(a.kv_rows ? threads * 2 * kTile * d_pad : 0);
     int team = 1;
     parallel(threads, [&](int thread, int count) {
       Scratch &mine = scratch.data[thread];
       mine.wide = wide.data + thread * kTile * d_pad;
       mine.q = queries.data + thread * kChunk * d_pad;
       mine.q_bf16 = queries_bf16.data + thread * kChunk * d_pad;
+      mine.gathered = gathered.data + (a.kv_rows ? thread * 2 * kTile * d_pad : 0);
       int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
       while (start.data[j + 1] <= from) ++j;
       for (; j < jobs && start.data[j] < to; ++j) {
         int64_t lo = max(from, start.data[j]) - start.data[j], hi = min(to, start.data[j + 1]) - start.data[j];
-        Job job = job_at(j);
         float *partial = partial_of(partials.data, thread, lo == 0);
-        attend_tiles(job, lo, hi, mine, partial);
-        if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job, partial);
+        attend_tiles(job.data[j], lo, hi, mine, partial);
+        if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job.data[j], partial);
       }
       if (thread == 0) team = count;
     });
@@ -277,7 +280,8 @@ class Attend {
     for (int64_t i = 1, done = -1; i < team; ++i) {
       int64_t j = 0;
       while (start.data[j + 1] <= tiles * i / team) ++j;
-      if (j != done && start.data[j] < tiles * i / team) merge(j, start.data, tiles, team, partials.data);
+      if (j != done && start.data[j] < tiles * i / team)
+        merge(job.data[j], start.data[j], start.data[j + 1], tiles, team, partials.data);
       done = j;
     }
   }
@@ -292,6 +296,7 @@ class Attend {
     float *wide;  // a tile widened to fp32, (kTile, d_pad)
     float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded
     bf16_t *q_bf16;
+    T *gathered;                             // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
     float sum_lanes[kChunk * Simd::kLanes];  // running sums of weights, one for each lane
     float mean_score[kChunk];                // what the mean of the packed keys adds to scores
   };
@@ -300,21 +305,26 @@ class Attend {
     if (a.packed_len > 0) return a.packed_start;
     return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
-  int64_t position(int64_t row) const { return a.kv_len - a.q_len + row / group; }
+  // Query and stored tokens of a batch row or request, its first query token, and the row of the tensors it is in.
+  int64_t q_len(int64_t b) const { return a.q_begin ? a.q_begin[b + 1] - a.q_begin[b] : a.q_len; }
+  int64_t kv_len(int64_t b) const { return a.q_begin ? a.kv_begin[b + 1] - a.kv_begin[b] : a.kv_len; }
+  int64_t first_query(int64_t b) const { return a.q_begin ? a.q_begin[b] : 0; }
+  int64_t tensor_row(int64_t b) const { return a.q_begin ? 0 : b; }
+  int64_t rows(int64_t b) const { return group * q_len(b); }
+  int64_t chunks(int64_t b) const { return (rows(b) + kChunk - 1) / kChunk; }
+  int64_t position(int64_t b, int64_t row) const { return kv_len(b) - q_len(b) + row / group; }
   int64_t leftpad(int64_t b) const { return a.leftpad ? min(a.kv_len, max<int64_t>(0, a.leftpad[b])) : 0; }
   int64_t first_visible(int64_t b, int64_t row) const {
-    return max(leftpad(b), window > 0 ? position(row) + 1 - window : 0);
+    return max(leftpad(b), window > 0 ? position(b, row) + 1 - window : 0);
   }
-  int64_t visible_end(int64_t row) const { return a.causal ? min(a.kv_len, position(row) + 1) : a.kv_len; }
+  int64_t visible_end(int64_t b, int64_t row) const {
+    return a.causal ? min(kv_len(b), position(b, row) + 1) : kv_len(b);
+  }
 
-  Job job_at(int64_t j) const {
-    Job job;
-    job.row = j % chunks * kChunk;
-    job.end_row = min<int64_t>(rows, job.row + kChunk);
-    job.h = j / chunks % a.kv_heads;
-    job.b = j / chunks / a.kv_heads;
-    int64_t begin = first_visible(job.b, job.row);
-    job.end = max(begin, visible_end(job.end_row - 1));
+  Job job_at(int64_t b, int64_t h, int64_t row) const {
+    Job job{b, h, row, min<int64_t>(rows(b), row + kChunk), 0, 0, 0};
+    int64_t begin = first_visible(b, row);
+    job.end = max(begin, visible_end(b, job.end_row - 1));
     job.tile = tile_of(begin);
     job.end_tile = max(job.tile + 1, tile_of(job.end - 1) + 1);
     return job;
@@ -341,7 +351,8 @@ class Attend {
   }
 
   int64_t query(const Job &job, int64_t row, const int64_t *stride) const {
-    return job.b * stride[0] + (job.h * group + row % group) * stride[1] + row / group * stride[2];
+    return tensor_row(job.b) * stride[0] + (job.h * group + row % group) * stride[1] +
+           (first_query(job.b) + row / group) * stride[2];
   }
 
   // The sinks are a tile of their own before tile 0, with queries of their own.
@@ -412,10 +423,15 @@ class Attend {
       });
       // Where the tile's first exact token is stored.
       int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + packed - a.packed_len;
-      if (packed < n) score_tile(k + dense * a.k_stride[2], a.k_stride[2], n - packed, n_rows, scratch, packed);
+      if (a.q_begin) dense = request_row(job.b, t, n);
+      const bool apart = dense < 0;
+      if (apart) gather(job.b, t, n, k, v, scratch);
+      const T *k_tile = apart ? scratch.gathered : k + dense * a.k_stride[2];
+      const T *v_tile = apart ? scratch.gathered + kTile * d_pad : v + dense * a.v_stride[2];
+      if (packed < n) score_tile(k_tile, apart ? d_pad : a.k_stride[2], n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r) {
         int begin = static_cast<int>(min<int64_t>(max<int64_t>(first_visible(job.b, job.row + r) - t, 0), n));
-        int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job.row + r) - t, begin), n));
+        int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job.b, job.row + r) - t, begin), n));
         softmax_tile(begin, end, n, &scratch.scores[r * kTile], references(partial) + r,
                      scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad);
       }
@@ -426,7 +442,7 @@ class Attend {
       });
       if (packed < n) {
         set_rotated(false);
-        value_tile(v + dense * a.v_stride[2], a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(partial));
+        value_tile(v_tile, apart ? d_pad : a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(partial));
       }
     }
     set_rotated(false);
@@ -437,7 +453,7 @@ class Attend {
   int64_t visible_packed_tiles(const Job &job, int64_t t) const {
     if (t < lead || a.softcap > 0 || job.end_row - job.row > kFewRows) return 0;
     if (t < first_visible(job.b, job.end_row - 1)) return 0;
-    return max<int64_t>(0, min(lead + a.packed_len, visible_end(job.row)) - t) / kTile;
+    return max<int64_t>(0, min(lead + a.packed_len, visible_end(job.b, job.row)) - t) / kTile;
   }
 
   int64_t packed_slot(int64_t block) const {
@@ -445,9 +461,26 @@ class Attend {
   }
   int64_t ring_slot(int64_t t) const { return t < to_wrap ? a.ring_slot + t : t - to_wrap; }
 
+  // The row of a request's token t if the n tokens from t on lie side by side, else -1.
+  int64_t request_row(int64_t b, int64_t t, int n) const {
+    if (!a.kv_rows) return a.kv_begin[b] + t;
+    const int64_t *row = a.kv_rows + a.kv_begin[b] + t;
+    int64_t apart = 0;
+    for (int i = 0; i < n; ++i) apart |= row[i] - row[0] - i;
+    return apart ? -1 : row[0];
+  }
+
+  void gather(int64_t b, int64_t t, int n, const T *k, const T *v, Scratch &scratch) const {
+    const int64_t *row = a.kv_rows + a.kv_begin[b] + t;
+    for (int i = 0; i < n; ++i) {
+      memcpy(scratch.gathered + i * d_pad, k + row[i] * a.k_stride[2], d * sizeof(T));
+      memcpy(scratch.gathered + (kTile + i) * d_pad, v + row[i] * a.v_stride[2], d * sizeof(T));
+    }
+  }
+
   // Keys or values of the job's head; null where all are packed.
-  static const T *head(const void *all, const int64_t *stride, const Job &job) {
-    return all ? static_cast<const T *>(all) + job.b * stride[0] + job.h * stride[1] : nullptr;
+  const T *head(const void *all, const int64_t *stride, const Job &job) const {
+    return all ? static_cast<const T *>(all) + tensor_row(job.b) * stride[0] + job.h * stride[1] : nullptr;
   }
 
   static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
@@ -547,22 +580,24 @@ class Attend {
     for (int64_t row = job.row; row < job.end_row; ++row) {
       int64_t r = row - job.row, head = job.h * group + row % group, i = row / group;
       float sum = sums(partial)[r], scale = sum == 0 ? 0.f : 1.f / sum;
-      T *out = static_cast<T *>(a.out) + ((job.b * a.q_len + i) * a.q_heads + head) * d;
+      const int64_t token = first_query(job.b) + i;
+      T *out = static_cast<T *>(a.out) + ((tensor_row(job.b) * a.q_len + token) * a.q_heads + head) * d;
       for (int c = 0; c < d; ++c) narrow(outputs(partial)[r * d_pad + c] * scale, out + c);
       if (a.lse)
-        a.lse[(job.b * a.q_heads + head) * a.q_len + i] = sum == 0 ? -kInf : references(partial)[r] * kLn2 + logf(sum);
+        a.lse[(tensor_row(job.b) * a.q_heads + head) * a.q_len + token] =
+            sum == 0 ? -kInf : references(partial)[r] * kLn2 + logf(sum);
     }
   }
 
-  void merge(int64_t j, const int64_t *start, int64_t tiles, int count, float *partials) const {
+  // Joins the parts of a job that has the tiles [start, stop) of all `tiles`.
+  void merge(const Job &job, int64_t start, int64_t stop, int64_t tiles, int count, float *partials) const {
     auto thread_of = [&](int64_t tile) {  // whose share, from tile tiles * i / count on, has this tile
       int64_t i = tile * count / tiles;
       while (tiles * (i + 1) / count <= tile) ++i;
       while (tiles * i / count > tile) --i;
       return i;
     };
-    int64_t begin = thread_of(start[j]), end = thread_of(start[j + 1] - 1);
-    Job job = job_at(j);
+    int64_t begin = thread_of(start), end = thread_of(stop - 1);
     float *into = partial_of(partials, begin, true);
     for (int64_t i = begin + 1; i <= end; ++i) {
       float *partial = partial_of(partials, i, false);
@@ -581,14 +616,12 @@ class Attend {
 
   const kvattn_attend_args &a;
   int group;
-  int64_t rows;
   int64_t window;  // at most kv_len, which hides nothing either; 0 = all
-  int64_t chunks;
   int d;
   int64_t d_pad, tile;
   int64_t to_wrap;       // tokens before the ring wraps
   int64_t lead, origin;  // tokens of tile 0 where it is shorter, else 0; where tile 0 would begin if it were full
-  int64_t jobs, partial_floats;
+  int64_t partial_floats;
 };
 
 }  // namespace

@@ -138,6 +138,24 @@ bool valid_ring(const kvattn_attend_args &a) {
   return a.packed_len == 0 && a.ring_slots >= a.kv_len && in(a.ring_slot, 0, a.ring_slots - 1);
 }
 
+// Reads the numbers of the requests, which lead to memory.
+bool valid_requests(const kvattn_attend_args &a) {
+  if (!a.q_begin) return !a.kv_begin && !a.kv_rows;
+  const bool alone = a.packed_len == 0 && a.ring_slots == 0 && a.sinks == 0 && !a.leftpad && a.batch < INT32_MAX;
+  if (!alone || !readable(a.q_begin, 4) || !readable(a.kv_begin, 4) || !aligned(a.kv_rows, 8)) return false;
+  if (a.q_begin[0] != 0 || a.kv_begin[0] != 0 || a.q_begin[a.batch] != a.q_len) return false;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const int64_t queries = int64_t{a.q_begin[b + 1]} - a.q_begin[b];
+    const int64_t tokens = int64_t{a.kv_begin[b + 1]} - a.kv_begin[b];
+    if (queries < 0 || tokens < queries) return false;
+  }
+  const int64_t tokens = a.kv_begin[a.batch];
+  if (!a.kv_rows) return tokens <= a.kv_len;
+  bool within = true;
+  for (int64_t i = 0; i < tokens; ++i) within &= 0 <= a.kv_rows[i] && a.kv_rows[i] < a.kv_len;
+  return within;
+}
+
 // After the others.
 bool valid_tensors(const kvattn_attend_args &a) {
   const int64_t bytes = bytes_of(a.dtype), exact = a.ring_slots > 0 ? a.ring_slots : a.kv_len - a.packed_len;
@@ -199,7 +217,8 @@ int kvattn_has_openmp(void) {
 
 int kvattn_attend(const kvattn_attend_args *a) {
   const bool valid =
-      a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_tensors(*a) && valid_sinks(*a);
+      a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_requests(*a) && valid_tensors(*a) &&
+      valid_sinks(*a);
   if (!valid) return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);

@@ -1,0 +1,201 @@
+"""Continuous batching (`generate_batch`) of an enabled model: stock's tokens, each request over its own rows alone."""
+
+import logging
+
+import pytest
+import torch
+from models import tiny_model
+from served import served
+from transformers import CompileConfig, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import cache as paged_cache
+
+import hf_kvattn
+from hf_kvattn.kernels import dispatch
+from hf_kvattn.paged import PagedBatch
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(paged_cache, "ATTN_TYPE_TO_ALLOCATOR"), reason="an older transformers has another paged cache"
+)
+LENGTHS = (5, 40, 131, 17, 63, 64, 65, 200)  # pages of 32, and prompts that are taken in several parts
+NEW = 16
+
+
+def config(**changes) -> ContinuousBatchingConfig:
+    return ContinuousBatchingConfig(**{"page_size": 32, "num_blocks": 64, "max_batch_tokens": 100, **changes})
+
+
+def generation(**changes) -> GenerationConfig:
+    return GenerationConfig(
+        **{"max_new_tokens": NEW, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0, **changes}
+    )
+
+
+def prompts(seed: int = 0) -> list[list[int]]:
+    chance = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 128, (n,), generator=chance).tolist() for n in LENGTHS]
+
+
+def batched(model, inputs, **changes) -> list[list[int]]:
+    results = model.generate_batch(inputs, generation_config=generation(), continuous_batching_config=config(**changes))
+    assert len(results) == len(inputs)
+    assert [result.error for result in results.values()] == [None] * len(inputs)
+    return [result.generated_tokens for result in results.values()]
+
+
+def one_by_one(model, inputs) -> list[list[int]]:
+    rows = [model.generate(torch.tensor([ids]), generation_config=generation())[0].tolist() for ids in inputs]
+    return [row[len(ids) :] for ids, row in zip(inputs, rows, strict=True)]
+
+
+FAMILIES = ("llama", "llama-mqa", "llama-g8", "qwen3", "mistral", "qwen2-sliding", "gemma2", "gemma3", "gpt-oss")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_those_of_generate(family, monkeypatch):
+    """Windows of 6 and 8 wrap in their rings; learned sinks and softcaps are the families' own."""
+    model = tiny_model(family)
+    expected = one_by_one(model, prompts())
+    assert len({tuple(tokens) for tokens in expected}) == len(LENGTHS)
+    hf_kvattn.enable(model)
+    calls = []
+    stock = dispatch.attend
+    monkeypatch.setattr(dispatch, "attend", lambda call: calls.append(call) or stock(call))
+    assert batched(model, prompts()) == expected
+    sizes = {(call.q.shape[2], len(call.requests.q_begin) - 1) for call in calls}
+    assert any(n == queries > 1 for queries, n in sizes) and any(
+        1 < n < queries for queries, n in sizes
+    )  # steps, mixed
+    assert model.config._attn_implementation == "kvattn"
+    assert one_by_one(model, prompts()) == expected  # it is as it was
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_every_backend_serves_batches(backend):
+    model = tiny_model("mistral")
+    expected = one_by_one(model, prompts())
+    with hf_kvattn.enabled(model):
+        hf_kvattn.set_backend(backend)  # the batch runs in a thread of its own
+        try:
+            with served() as calls:
+                assert batched(model, prompts()) == expected
+        finally:
+            hf_kvattn.set_backend("auto")
+    assert {call.backend for call in calls} == {backend}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_half_precision_are_as_near_as_stocks(dtype):
+    """A step's log-probabilities, for tokens that both choose."""
+    model = tiny_model("llama").to(dtype)
+
+    def scored() -> list[tuple[list[int], torch.Tensor]]:
+        results = model.generate_batch(
+            prompts(),
+            generation_config=generation(max_new_tokens=1),
+            continuous_batching_config=config(return_logprobs=True),
+        )
+        return [(result.generated_tokens, torch.tensor(result.logprobs)) for result in results.values()]
+
+    stock = scored()
+    hf_kvattn.enable(model)
+    same = [(a[1], b[1]) for a, b in zip(stock, scored(), strict=True) if a[0] == b[0]]
+    assert len(same) >= 6
+    for theirs, ours in same:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.1)
+
+
+def test_requests_share_the_pages_of_a_common_prefix():
+    model = tiny_model("llama")
+    prefix = prompts()[-1]
+    inputs = [prefix + ids for ids in prompts(seed=1)[:4]]
+    expected = one_by_one(model, inputs)
+    hf_kvattn.enable(model)
+    # Two at a time: the third finds the pages of the first.
+    assert batched(model, inputs, max_requests_per_batch=2, allow_block_sharing=True) == expected
+
+
+def test_several_answers_to_one_prompt():
+    model = tiny_model("llama")
+    expected = one_by_one(model, prompts()[:2])
+    hf_kvattn.enable(model)
+    sampling = generation(num_return_sequences=3, do_sample=True, top_k=1)
+    results = model.generate_batch(prompts()[:2], generation_config=sampling, continuous_batching_config=config())
+    tokens = [result.generated_tokens for result in results.values()]
+    assert tokens == [expected[0]] * 3 + [expected[1]] * 3
+
+
+def test_a_manager_that_is_kept_and_a_request_that_is_cancelled():
+    model = tiny_model("llama")
+    expected = one_by_one(model, prompts())
+    hf_kvattn.enable(model)
+    first = model.generate_batch(
+        prompts(), generation_config=generation(), continuous_batching_config=config(), persistent_manager=True
+    )
+    assert [result.generated_tokens for result in first.values()] == expected
+    assert model.config._attn_implementation == "kvattn"
+    with model.continuous_batching_context_manager(generation_config=generation()) as manager:
+        gone = manager.add_request(prompts()[7], max_new_tokens=200)
+        kept = manager.add_request(prompts()[1], max_new_tokens=NEW)
+        manager.cancel_request(gone)
+        result = None
+        while result is None or result.request_id != kept or not result.is_finished():
+            result = manager.get_result(timeout=30)
+            assert result is not None
+    assert result.generated_tokens == expected[1]
+    model.destroy_cached_continuous_batching_manager()
+    hf_kvattn.disable(model)
+    assert "init_continuous_batching" not in model.__dict__ and batched(model, prompts()) == expected
+
+
+def test_a_cache_that_batches_do_not_use_is_named_once(caplog):
+    model = hf_kvattn.enable(tiny_model("llama"), cache="int4")
+    exact = one_by_one(tiny_model("llama"), prompts()[:1])
+    with caplog.at_level(logging.WARNING, "hf_kvattn"):
+        assert batched(model, prompts()[:1]) == exact
+    assert sum("does not use enable(cache=)" in record.message for record in caplog.records) <= 1  # once a process
+
+
+def test_what_is_refused(monkeypatch):
+    model = hf_kvattn.enable(tiny_model("llama"))
+    with pytest.raises(ValueError, match="is not compiled: leave its compile configs out"):
+        batched(model, prompts(), varlen_compile_config=CompileConfig())
+    assert model.config._attn_implementation == "kvattn"
+    monkeypatch.delattr(paged_cache, "ATTN_TYPE_TO_ALLOCATOR")
+    with pytest.raises(ValueError, match="needs transformers >= 5.20"):
+        batched(model, prompts())
+
+
+def test_on_other_devices_transformers_own_attention_serves(monkeypatch):
+    model = tiny_model("llama")
+    hf_kvattn.enable(model)
+    seen = []
+
+    class Manager:
+        _original_attn_impl = None
+
+    def stock(model, *args, **kwargs):
+        seen.append(model.config._attn_implementation)
+        return Manager()
+
+    monkeypatch.setattr(type(model), "init_continuous_batching", stock)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert model.init_continuous_batching()._original_attn_impl == "kvattn"  # which transformers sets when it stops
+    assert seen == ["sdpa"]
+
+
+def test_another_implementation_that_was_set_since_is_left_alone():
+    model = hf_kvattn.enable(tiny_model("llama"))
+    expected = one_by_one(model, prompts())
+    model.set_attn_implementation("sdpa")
+    assert batched(model, prompts()) == expected
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 8), (1, 3, 3, 16)])
+def test_tokens_of_another_shape_are_refused_before_they_are_stored(shape):
+    allocator = type("Allocator", (), {"num_key_value_heads": 2, "head_dim": 16, "index": 0})()
+    cache = type("Cache", (), {"layer_to_allocator": {0: allocator}})()
+    batch = PagedBatch(cache, [torch.arange(9)], [torch.arange(3)], torch.tensor([0, 3]), {})
+    with pytest.raises(ValueError, match="holds 2 KV heads of 16, got keys"):
+        batch.store(0, torch.zeros(shape), torch.zeros(1, 2, 3, 16))
