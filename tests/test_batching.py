@@ -1,6 +1,7 @@
 """Continuous batching (`generate_batch`) of an enabled model: stock's tokens, each request over its own rows alone."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import cache as paged_cache
 
 import hf_kvattn
+from hf_kvattn.evaluation import batching, cards
+from hf_kvattn.evaluation.common import report
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.paged import PagedBatch
+from hf_kvattn.tools import conditions as recording
 
 pytestmark = pytest.mark.skipif(
     not hasattr(paged_cache, "ATTN_TYPE_TO_ALLOCATOR"), reason="an older transformers has another paged cache"
@@ -199,3 +203,23 @@ def test_tokens_of_another_shape_are_refused_before_they_are_stored(shape):
     batch = PagedBatch(cache, [torch.arange(9)], [torch.arange(3)], torch.tensor([0, 3]), {})
     with pytest.raises(ValueError, match="holds 2 KV heads of 16, got keys"):
         batch.store(0, torch.zeros(shape), torch.zeros(1, 2, 3, 16))
+
+
+def test_the_measurement(tmp_path):
+    model, ids = tiny_model("llama"), torch.randint(3, 128, (400,))
+    sizes = {"requests": 4, "shortest": 9, "longest": 120, "new_tokens": 8, "batch_tokens": 64, "rounds": 2}
+    found = batching.measure(model, ids, **sizes)
+    assert not hf_kvattn.is_enabled(model) and batching.lengths_of(4, 9, 120) == [9, 21, 51, 120]
+    assert [(row["variant"], row["same_tokens"]) for row in found["rows"]] == [("stock", 1), ("kvattn", 1)]
+    assert all(0 < row["step_ms"]["median"] < row["whole_ms"]["median"] for row in found["rows"])
+    conditions = recording.conditions(model, SimpleNamespace(model="tiny", text="x", backend="auto"))
+    report.write({"kind": "batching", "conditions": conditions} | found, tmp_path)
+    assert "| kvattn | " in (tmp_path / "report.md").read_text() and (tmp_path / "batching.png").is_file()
+    assert "new tokens a second, steps: kvattn" in cards.render(tmp_path)
+    for wrong, said in (
+        ({"new_tokens": 3}, "new_tokens=3"),
+        ({"shortest": 121}, "shortest=121"),
+        ({"longest": 999}, "has 400"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            batching.measure(model, ids, **sizes | wrong)
