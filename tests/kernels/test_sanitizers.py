@@ -64,7 +64,7 @@ def test_a_read_beyond_a_tensor_is_reported(package):
     assert report.returncode != 0 and "heap-buffer-overflow" in report.stderr and "kvattn" in report.stderr
 
 
-@pytest.mark.parametrize("name", ["random_calls", "call_check", "c_abi", "kernels", "packed"])
+@pytest.mark.parametrize("name", ["random_calls", "call_check", "c_abi", "kernels", "packed", "requests"])
 def test_nothing_is_reported(name, package):
     test = Path(__file__).parent / f"test_{name}.py"
     done = run(package, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-x", "--timeout=0", test)
