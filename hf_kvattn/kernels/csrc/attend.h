@@ -1,9 +1,10 @@
 // Flash-decoding over a dense KV cache, written once over the small vector type `Simd` of the including file.
 //
-// One job is a (batch row or request, KV head, chunk of query rows). All query heads of a group are rows of the same job, so each
-// key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of all jobs form
-// one line that the threads share out evenly, so a job may be split between threads. Each part keeps an online softmax
-// (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end (flash-decoding, 2023).
+// One job is a (batch row or request, KV head, chunk of query rows). All query heads of a group are rows of the same
+// job, so each key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of
+// all jobs form one line that the threads share out evenly, so a job may be split between threads. Each part keeps an
+// online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end
+// (flash-decoding, 2023).
 //
 // Everything here has internal linkage and no standard template is used: each variant is compiled with its own CPU
 // flags, and a shared (weak) function compiled for AVX-512 could replace its portable twin at link time.
@@ -288,8 +289,11 @@ class Attend {
 
  private:
   struct Job {
-    int64_t b, h, row, end_row;   // query rows [row, end_row)
+    int64_t b, h, row, end_row;   // query rows [row, end_row) of a batch row or request
     int64_t tile, end_tile, end;  // tokens before `end` in the tiles [tile, end_tile)
+    int64_t tokens, past;         // stored, and how many of them come before the first query
+    int64_t first_query;          // of the request, among those of all
+    int64_t tensor_row;           // where it is in the first dimension of the tensors
   };
   struct Scratch {
     float scores[kChunk * kTile];
@@ -305,26 +309,26 @@ class Attend {
     if (a.packed_len > 0) return a.packed_start;
     return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
-  // Query and stored tokens of a batch row or request, its first query token, and the row of the tensors it is in.
-  int64_t q_len(int64_t b) const { return a.q_begin ? a.q_begin[b + 1] - a.q_begin[b] : a.q_len; }
-  int64_t kv_len(int64_t b) const { return a.q_begin ? a.kv_begin[b + 1] - a.kv_begin[b] : a.kv_len; }
-  int64_t first_query(int64_t b) const { return a.q_begin ? a.q_begin[b] : 0; }
-  int64_t tensor_row(int64_t b) const { return a.q_begin ? 0 : b; }
-  int64_t rows(int64_t b) const { return group * q_len(b); }
+  int64_t rows(int64_t b) const { return group * (a.q_begin ? a.q_begin[b + 1] - a.q_begin[b] : a.q_len); }
   int64_t chunks(int64_t b) const { return (rows(b) + kChunk - 1) / kChunk; }
-  int64_t position(int64_t b, int64_t row) const { return kv_len(b) - q_len(b) + row / group; }
+  int64_t position(const Job &job, int64_t row) const { return job.past + row / group; }
   int64_t leftpad(int64_t b) const { return a.leftpad ? min(a.kv_len, max<int64_t>(0, a.leftpad[b])) : 0; }
-  int64_t first_visible(int64_t b, int64_t row) const {
-    return max(leftpad(b), window > 0 ? position(b, row) + 1 - window : 0);
+  int64_t first_visible(const Job &job, int64_t row) const {
+    return max(leftpad(job.b), window > 0 ? position(job, row) + 1 - window : 0);
   }
-  int64_t visible_end(int64_t b, int64_t row) const {
-    return a.causal ? min(kv_len(b), position(b, row) + 1) : kv_len(b);
+  int64_t visible_end(const Job &job, int64_t row) const {
+    return a.causal ? min(job.tokens, position(job, row) + 1) : job.tokens;
   }
 
   Job job_at(int64_t b, int64_t h, int64_t row) const {
-    Job job{b, h, row, min<int64_t>(rows(b), row + kChunk), 0, 0, 0};
-    int64_t begin = first_visible(b, row);
-    job.end = max(begin, visible_end(b, job.end_row - 1));
+    Job job;
+    job.b = b, job.h = h, job.row = row, job.end_row = min<int64_t>(rows(b), row + kChunk);
+    job.tokens = a.q_begin ? a.kv_begin[b + 1] - a.kv_begin[b] : a.kv_len;
+    job.past = job.tokens - rows(b) / group;
+    job.first_query = a.q_begin ? a.q_begin[b] : 0;
+    job.tensor_row = a.q_begin ? 0 : b;
+    int64_t begin = first_visible(job, row);
+    job.end = max(begin, visible_end(job, job.end_row - 1));
     job.tile = tile_of(begin);
     job.end_tile = max(job.tile + 1, tile_of(job.end - 1) + 1);
     return job;
@@ -351,8 +355,8 @@ class Attend {
   }
 
   int64_t query(const Job &job, int64_t row, const int64_t *stride) const {
-    return tensor_row(job.b) * stride[0] + (job.h * group + row % group) * stride[1] +
-           (first_query(job.b) + row / group) * stride[2];
+    return job.tensor_row * stride[0] + (job.h * group + row % group) * stride[1] +
+           (job.first_query + row / group) * stride[2];
   }
 
   // The sinks are a tile of their own before tile 0, with queries of their own.
@@ -430,8 +434,8 @@ class Attend {
       const T *v_tile = apart ? scratch.gathered + kTile * d_pad : v + dense * a.v_stride[2];
       if (packed < n) score_tile(k_tile, apart ? d_pad : a.k_stride[2], n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r) {
-        int begin = static_cast<int>(min<int64_t>(max<int64_t>(first_visible(job.b, job.row + r) - t, 0), n));
-        int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job.b, job.row + r) - t, begin), n));
+        int begin = static_cast<int>(min<int64_t>(max<int64_t>(first_visible(job, job.row + r) - t, 0), n));
+        int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job, job.row + r) - t, begin), n));
         softmax_tile(begin, end, n, &scratch.scores[r * kTile], references(partial) + r,
                      scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad);
       }
@@ -452,8 +456,8 @@ class Attend {
   // How many packed tiles from token t on are full and visible to all rows; 0 for many rows, where it does not pay.
   int64_t visible_packed_tiles(const Job &job, int64_t t) const {
     if (t < lead || a.softcap > 0 || job.end_row - job.row > kFewRows) return 0;
-    if (t < first_visible(job.b, job.end_row - 1)) return 0;
-    return max<int64_t>(0, min(lead + a.packed_len, visible_end(job.b, job.row)) - t) / kTile;
+    if (t < first_visible(job, job.end_row - 1)) return 0;
+    return max<int64_t>(0, min(lead + a.packed_len, visible_end(job, job.row)) - t) / kTile;
   }
 
   int64_t packed_slot(int64_t block) const {
@@ -480,7 +484,7 @@ class Attend {
 
   // Keys or values of the job's head; null where all are packed.
   const T *head(const void *all, const int64_t *stride, const Job &job) const {
-    return all ? static_cast<const T *>(all) + tensor_row(job.b) * stride[0] + job.h * stride[1] : nullptr;
+    return all ? static_cast<const T *>(all) + job.tensor_row * stride[0] + job.h * stride[1] : nullptr;
   }
 
   static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
@@ -580,11 +584,11 @@ class Attend {
     for (int64_t row = job.row; row < job.end_row; ++row) {
       int64_t r = row - job.row, head = job.h * group + row % group, i = row / group;
       float sum = sums(partial)[r], scale = sum == 0 ? 0.f : 1.f / sum;
-      const int64_t token = first_query(job.b) + i;
-      T *out = static_cast<T *>(a.out) + ((tensor_row(job.b) * a.q_len + token) * a.q_heads + head) * d;
+      const int64_t token = job.first_query + i;
+      T *out = static_cast<T *>(a.out) + ((job.tensor_row * a.q_len + token) * a.q_heads + head) * d;
       for (int c = 0; c < d; ++c) narrow(outputs(partial)[r * d_pad + c] * scale, out + c);
       if (a.lse)
-        a.lse[(tensor_row(job.b) * a.q_heads + head) * a.q_len + token] =
+        a.lse[(job.tensor_row * a.q_heads + head) * a.q_len + token] =
             sum == 0 ? -kInf : references(partial)[r] * kLn2 + logf(sum);
     }
   }

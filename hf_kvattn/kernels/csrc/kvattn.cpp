@@ -216,9 +216,8 @@ int kvattn_has_openmp(void) {
 }
 
 int kvattn_attend(const kvattn_attend_args *a) {
-  const bool valid =
-      a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_requests(*a) && valid_tensors(*a) &&
-      valid_sinks(*a);
+  const bool valid = a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_requests(*a) &&
+                     valid_tensors(*a) && valid_sinks(*a);
   if (!valid) return KVATTN_BAD_ARGUMENT;
   try {
     variant().attend(a);

@@ -30,10 +30,10 @@ enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMOR
 // Sinks: up to 64 tokens beside the keys, which Tk does not count, with queries of their own. Query i of row b sees the
 // first sink_evicted + i - sink_leftpad[b] of them.
 //
-// Requests: where q_begin is given, `batch` requests of any lengths share q, out and lse, whose batch dimension is 1 then.
-// Request b has the query tokens [q_begin[b], q_begin[b + 1]) of Tq and the stored tokens [kv_begin[b], kv_begin[b + 1]);
-// its last query stands at its last token. Stored token i lies in row kv_rows[i] of the Tk rows of k and v, or in row i
-// where kv_rows is null. Nothing is packed then, and there are no rings, sinks and left padding.
+// Requests: where q_begin is given, `batch` requests of any lengths share q, out and lse, whose batch dimension is 1
+// then. Request b has the query tokens [q_begin[b], q_begin[b + 1]) of Tq and the stored tokens [kv_begin[b],
+// kv_begin[b + 1]); its last query stands at its last token. Stored token i lies in row kv_rows[i] of the Tk rows of k
+// and v, or in row i where kv_rows is null. Nothing is packed then, and there are no rings, sinks and left padding.
 //
 // Strides are in elements and not negative; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
@@ -62,9 +62,9 @@ typedef struct {
   const int32_t *sink_leftpad;  // (B), null = 0
   int64_t sink_q_stride[3];
   int64_t sink_kv_stride[3];  // of both
-  const int32_t *q_begin;       // (batch + 1), from 0 to Tq, not falling; null: no requests
-  const int32_t *kv_begin;      // (batch + 1), from 0 on; no request has fewer tokens than queries
-  const int64_t *kv_rows;       // (kv_begin[batch]), may be null
+  const int32_t *q_begin;     // (batch + 1), from 0 to Tq, not falling; null: no requests
+  const int32_t *kv_begin;    // (batch + 1), from 0 on; no request has fewer tokens than queries
+  const int64_t *kv_rows;     // (kv_begin[batch]), may be null
   int64_t packed_start, packed_len, packed_blocks;
   int64_t packed_slot;               // even; 0 where packed_blocks is odd
   int64_t v_group;                   // channels that share a value scale
