@@ -428,7 +428,7 @@ class Attend {
       // Where the tile's first exact token is stored.
       int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + packed - a.packed_len;
       if (a.q_begin) dense = request_row(job.b, t, n);
-      const bool apart = dense < 0;
+      const bool apart = a.kv_rows && dense < 0;
       if (apart) gather(job.b, t, n, k, v, scratch);
       const T *k_tile = apart ? scratch.gathered : k + dense * a.k_stride[2];
       const T *v_tile = apart ? scratch.gathered + kTile * d_pad : v + dense * a.v_stride[2];
