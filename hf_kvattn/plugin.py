@@ -139,6 +139,13 @@ def is_enabled(model: PreTrainedModel) -> bool:
     return hasattr(base, STATE) and implementation_of(base.get_decoder()) == NAME
 
 
+def new_cache(model: PreTrainedModel) -> Any:
+    """The fresh cache that a `generate()` which passes none gets; None where it gets transformers' own."""
+    base = _base_model(model)
+    state = getattr(base, STATE, None)
+    return None if state is None or state.make_cache is None else state.make_cache(base.config)
+
+
 def _base_model(model: Any) -> Any:
     """The transformers model in a peft model, which need not be installed; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
