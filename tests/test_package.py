@@ -86,7 +86,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "tools": {"describe", "planning"},
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
     "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
-    "integrations": {"caches", "evaluation", "models", "planning", "plugin", "tools"},
+    "integrations": {"attention", "caches", "evaluation", "kernels", "models", "planning", "plugin", "tools"},
     "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
 }
 

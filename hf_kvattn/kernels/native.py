@@ -50,10 +50,15 @@ def _candidates() -> list[Path]:
     return [*places, Path(str(distribution.locate_file(f"hf_kvattn/kernels/{_FILE_NAME}")))]
 
 
+def library_path() -> Path | None:
+    """The library's file; None where it was not built."""
+    return next((p for p in _candidates() if p.exists()), None)
+
+
 @functools.lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The loaded library, or why there is none."""
-    path = next((p for p in _candidates() if p.exists()), None)
+    path = library_path()
     if path is None:
         return None, "the C++ kernels were not built: install a C++ compiler, then reinstall hf_kvattn"
     try:

@@ -29,6 +29,8 @@ COMMANDS: dict[str, Row] = {
     "convert-gguf": Row("hf_kvattn.convert.gguf", "a GGUF file to a safetensors folder with equal logits"),
     "train-tiny": Row("hf_kvattn.convert.train_tiny", "a small model to try conversions on"),
     "card": Row("hf_kvattn.evaluation.cards", "the model card of a results folder"),
+    "last-word": Row("hf_kvattn.integrations.last_word", "what caches score in lm-evaluation-harness"),
+    "hub-kernel": Row("hf_kvattn.integrations.hub.build", "a folder that the kernels package loads"),
     "triton-resources": Row("hf_kvattn.evaluation.triton_resources", "what the Triton kernels compile to"),
 }
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizer
 
 from hf_kvattn import QuantizedKVCache, SlidingWindowKVCache, is_enabled
 from hf_kvattn.integrations.lm_eval import KVAttnLM
+from hf_kvattn.tools import commands
 
 TASKS = {
     "last_word": "output_type: loglikelihood\ndoc_to_text: '{{context}}'\ndoc_to_target: ' {{words[0]}}'\n"
@@ -239,3 +240,29 @@ def test_the_command_is_lm_evals_own_with_the_model(folder, tasks, tmp_path, mon
     [written] = tmp_path.rglob("*.json")
     results = json.loads(written.read_text())
     assert results["config"]["model"] == "hf-kvattn" and "perplexity,none" in results["results"]["last_word"]
+
+
+def test_last_words_are_a_task_and_a_table(folder, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    common = " ".join(f"w{i}" for i in range(3, 40))
+    text.write_text(f"{common} shared " * 20)  # no word of the tokenizer: all passages end alike
+    command = ["last-word", "--model", str(folder), "--text", str(text), "--task", str(tmp_path / "task")]
+    command += ["--passages", "3", "--words", "60", "--caches", "static", "int2"]
+    with served() as calls:
+        assert commands.main(command) == 0
+    documents = [json.loads(line) for line in (tmp_path / "task/last_word.jsonl").read_text().splitlines()]
+    assert len(documents) == 3 and all(len(each["context"].split()) >= 60 for each in documents)
+    assert all(each["word"] == "shared" and " shared " in each["context"] for each in documents)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| none (`hf`)", "| static", "| int2"]
+    assert rows[0][1:3] == rows[1][1:3] and rows[1][3] == "0.0000 |" and rows[2][2] != rows[0][2]
+    assert any(call.packed for call in calls)
+
+
+@pytest.mark.parametrize("words", [60, 2000])
+def test_a_text_without_enough_passages_is_refused(tmp_path, words, capsys):
+    (tmp_path / "text.txt").write_text("one two six " * 40)
+    command = ["last-word", "--model", "m", "--text", str(tmp_path / "text.txt"), "--task", str(tmp_path / "task")]
+    assert commands.main([*command, "--words", str(words), "--passages", "100"]) == 2
+    assert f"passages of {words} words, and 100 are needed" in capsys.readouterr().err
+    assert not (tmp_path / "task").exists()
