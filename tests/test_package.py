@@ -83,7 +83,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "planning": {"caches"},
     "describe": {"caches", "kernels"},
     "teaching": set(),
-    "tools": {"describe", "planning"},
+    "tools": {"caches", "describe", "planning"},  # of caches: their table
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
     "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
     "integrations": {"attention", "caches", "evaluation", "kernels", "models", "planning", "plugin", "tools"},

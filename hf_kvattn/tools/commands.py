@@ -25,6 +25,7 @@ class Row(NamedTuple):
 COMMANDS: dict[str, Row] = {
     "describe": Row("hf_kvattn.tools.describing", "what works here, and which backend each case takes (the default)"),
     "plan": Row("hf_kvattn.tools.planning", "bytes of each cache, and the longest context that fits"),
+    "scale": Row("hf_kvattn.tools.scale", "what a step reads of large models on many GPUs, on paper"),
     **{row.command: Row(row.module, row.help) for row in MEASUREMENTS.values()},
     "convert-gguf": Row("hf_kvattn.convert.gguf", "a GGUF file to a safetensors folder with equal logits"),
     "train-tiny": Row("hf_kvattn.convert.train_tiny", "a small model to try conversions on"),
