@@ -71,9 +71,9 @@ class KVAttnLM(HFLM):
         super().__init__(pretrained, batch_size=batch_size, **more)
         if self.backend != "causal":
             raise ValueError(f"backend={self.backend!r} is not served: the caches are for decoder-only models")
-        enable(self.model, kv_cache, compile)
-        if not isinstance(made := new_cache(self.model), KVCache):
+        if callable(kv_cache) and not isinstance(made := kv_cache(self.model.config), KVCache):
             raise ValueError(f"kv_cache must make a KVCache, it made a {type(made).__name__}")
+        enable(self.model, kv_cache, compile)
         self.kv_stride = kv_stride
 
     def _loglikelihood_tokens(

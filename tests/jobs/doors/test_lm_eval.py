@@ -215,6 +215,7 @@ def test_bad_arguments_are_refused(folder, arguments, message):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     with pytest.raises(ValueError, match=re.escape(message)):
         KVAttnLM(model, tokenizer=tokenizer, **arguments)
+    assert not is_enabled(model)
 
 
 def test_a_continuation_longer_than_the_model_is_refused(folder):
