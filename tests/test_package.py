@@ -86,7 +86,8 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "tools": {"caches", "describe", "planning"},  # of caches: their table
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
     "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
-    "integrations": {"attention", "caches", "evaluation", "kernels", "models", "planning", "plugin", "tools"},
+    "integrations": {"attention", "caches", "evaluation", "generation", "kernels", "models", "planning", "plugin"}
+    | {"tools"},
     "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
 }
 

@@ -226,6 +226,17 @@ class KVCache(Cache):
         if self.known_prefix is not None and self.get_seq_length() < self.known_prefix.length:
             self.known_prefix = None
 
+    def exact_prefix(self, stored: int, wanted: int) -> int:
+        """How many of its first `wanted` tokens a cache like this can keep of `stored`, and change none of them.
+
+        `crop` to so many rounds nothing, and breaks none of the settings. Where no such number is known, it is 0. Only
+        the settings count, not what is stored here now.
+        """
+        kept = 0 if self.states and wanted != stored else wanted
+        for layer in self.kv_layers:
+            kept = min(kept, layer.exact_prefix(stored, kept))
+        return kept if all(layer.exact_prefix(stored, kept) == kept for layer in self.kv_layers) else 0
+
     def reset(self) -> None:
         for layer in self.kv_layers:
             layer.reset()

@@ -269,6 +269,10 @@ class KVLayer(CacheLayerMixin):
         if type(tokens_to_remove) is not int or not -self.seen <= tokens_to_remove <= 0:
             raise ValueError(f"crop takes an int from {-self.seen} (all stored tokens) to 0, got {tokens_to_remove!r}")
 
+    def exact_prefix(self, stored: int, wanted: int) -> int:
+        """How many of its first `wanted` tokens a layer like this can keep of `stored`: see `KVCache.exact_prefix`."""
+        return wanted if wanted == stored else 0
+
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
         """Keeps the batch rows `rows` (indices on the layer's device), in that order."""

@@ -268,6 +268,13 @@ class KVQuantizedLayer(KVLayer):
         if window is not None and tokens_to_remove and kept and max(0, kept - window + 1) < self.dropped:
             raise overwritten(self, tokens_to_remove, self.seen - window + 1 - self.dropped)
 
+    def exact_prefix(self, stored: int, wanted: int) -> int:
+        """Whole blocks. Of a window they may be gone, and `residual_length` tokens after them would not be exact."""
+        settings, lead = self.settings, self.settings.exact_first
+        if wanted == stored or wanted <= lead:
+            return wanted
+        return 0 if self.is_sliding or settings.residual_length else lead + (wanted - lead) // BLOCK * BLOCK
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens. What is left of a cut block is dequantized to exact tokens."""
         self.check_crop(tokens_to_remove)

@@ -182,6 +182,11 @@ class KVSlidingLayer(KVLayer):
         if tokens_to_remove and kept and max(0, kept - self.sliding_window + 1) < self.oldest:
             raise overwritten(self, tokens_to_remove, self.seen - self.sliding_window + 1 - self.oldest)
 
+    def exact_prefix(self, stored: int, wanted: int) -> int:
+        """All while nothing was overwritten. A forced window comes with positions of its own, and stays as it is."""
+        whole = wanted == stored or (stored <= self.sliding_window + SLACK and not self.forces_window)
+        return wanted if whole else 0
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens: after a wrap at most `SLACK` of them, or all."""
         self.check_crop(tokens_to_remove)

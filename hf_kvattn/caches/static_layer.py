@@ -67,6 +67,9 @@ class KVStaticLayer(KVLayer):
         self.seen += tokens_to_remove
         self.unchanged_prefix = min(self.unchanged_prefix, self.seen)
 
+    def exact_prefix(self, stored: int, wanted: int) -> int:
+        return wanted
+
     def select(self, rows: torch.Tensor) -> None:
         stored = self.seen
         k, v = self._k[:, :, :stored][rows], self._v[:, :, :stored][rows]
