@@ -32,9 +32,9 @@ NAME = "kvattn"
 # Keywords that transformers hands to every attention function and that change nothing here: what they stand for is in
 # the mask or the positions already, or concerns other parts of the model.
 _HARMLESS = frozenset(
-    "cache_position cu_seq_lens_k cu_seq_lens_q deterministic logits_to_keep max_length_k max_length_q "
-    "num_items_in_batch output_hidden_states output_router_logits position_ids return_dict return_shared_kv_states "
-    "seq_idx token_type_ids use_cache".split()
+    "assistant_tokenizer cache_position cu_seq_lens_k cu_seq_lens_q deterministic logits_to_keep max_length_k "
+    "max_length_q num_items_in_batch output_hidden_states output_router_logits position_ids return_dict "
+    "return_shared_kv_states seq_idx token_type_ids tokenizer use_cache".split()
 )
 
 

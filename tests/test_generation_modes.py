@@ -9,6 +9,7 @@ import pytest
 import torch
 from cache_table import ALL, EXACT, ROUNDED
 from models import prompt, tiny_model
+from talking import talking_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -328,6 +329,18 @@ def test_threads_with_caches_of_their_own_do_not_disturb_each_other():
                 in_threads(*[functools.partial(generate, i) for i in range(2)]), alone, strict=True
             ):
                 assert torch.equal(ours, expected)
+
+
+def test_stop_strings_bring_a_tokenizer():
+    words, inputs = talking_tokenizer(), {"input_ids": torch.tensor([[5, 17, 60]])}
+    model = functools.partial(tiny_model, vocab_size=len(words))
+    arguments = {"max_new_tokens": 20, "do_sample": False, "tokenizer": words}
+    whole = model().generate(**inputs, **arguments)
+    arguments["stop_strings"] = [words.decode(whole[0, 7:9])]
+    expected = model().generate(**inputs, **arguments)
+    assert expected.shape[1] <= 9
+    for kind, make in KINDS.items():
+        assert torch.equal(hf_kvattn.enable(model(), cache=make).generate(**inputs, **arguments), expected), kind
 
 
 @functools.cache

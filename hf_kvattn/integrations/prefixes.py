@@ -268,6 +268,15 @@ def fresh_cache(model: PreTrainedModel) -> KVCache:
     return cache
 
 
+def context_limit(model: PreTrainedModel) -> int | None:
+    """Tokens of prompt and answer that an enabled model and its cache take; None for no limit that is known."""
+    state = getattr(model, STATE, None)
+    cache = None if state is None or state.make_cache is None else state.make_cache(model.config)
+    limits = [getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)]
+    limits += [cache.max_cache_len] if isinstance(cache, KVCache) else []
+    return min((limit for limit in limits if limit is not None and limit > 0), default=None)
+
+
 def hash_weights(model: PreTrainedModel) -> str:
     """sha256 of all names, shapes, dtypes and bytes of a model's weights.
 

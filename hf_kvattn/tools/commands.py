@@ -27,6 +27,8 @@ COMMANDS: dict[str, Row] = {
     "plan": Row("hf_kvattn.tools.planning", "bytes of each cache, and the longest context that fits"),
     "scale": Row("hf_kvattn.tools.scale", "what a step reads of large models on many GPUs, on paper"),
     **{row.command: Row(row.module, row.help) for row in MEASUREMENTS.values()},
+    "serve": Row("hf_kvattn.integrations.serving", "an OpenAI-compatible server with an enabled model"),
+    "chat": Row("hf_kvattn.integrations.chat", "a chat in the terminal"),
     "convert-gguf": Row("hf_kvattn.convert.gguf", "a GGUF file to a safetensors folder with equal logits"),
     "train-tiny": Row("hf_kvattn.convert.train_tiny", "a small model to try conversions on"),
     "card": Row("hf_kvattn.evaluation.cards", "the model card of a results folder"),
