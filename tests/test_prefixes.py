@@ -27,8 +27,9 @@ KINDS = {
 }
 
 
-def enabled(kind: str = "static", model=None):
-    return hf_kvattn.enable(tiny_model() if model is None else model, cache=KINDS.get(kind, kind))
+def enabled(kind="static", model=None):
+    cache = KINDS.get(kind, kind) if isinstance(kind, str) else kind
+    return hf_kvattn.enable(tiny_model() if model is None else model, cache=cache)
 
 
 @pytest.fixture
@@ -387,6 +388,13 @@ def test_impossible_arguments_are_named(model, tmp_path):
     model(IDS[:, :50], past_key_values=offloaded)
     with pytest.raises(ValueError, match="offload=True is not stored"):
         store.put(model, offloaded, IDS[:, :50])
+    offloading = enabled(functools.partial(StaticKVCache, max_cache_len=60, offload=True))
+    with pytest.raises(ValueError, match="offload=True is not stored"):  # before anything is computed
+        store.generate(offloading, input_ids=IDS[:, :50])
+    own = enabled(type("Own", (StaticKVCache,), {}))
+    with pytest.raises(ValueError, match=r"caches that a folder can hold are \['StaticKVCache', .*, got Own"):
+        store.generate(own, input_ids=IDS[:, :50])
+    assert PrefixStore(None).generate(own, input_ids=IDS[:, :50], max_new_tokens=3).shape == (1, 53)
     for other in (tiny_model(), hf_kvattn.enable(tiny_model())):
         with pytest.raises(ValueError, match=r"enable\(model, cache='static'\)"):
             store.generate(other, input_ids=IDS)

@@ -29,6 +29,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_kvattn.caches.base import KnownPrefix, KVCache, TokenIds, hash_ids
+from hf_kvattn.caches.registry import CLASSES
 from hf_kvattn.caches.serialize import VERSION, load_cache, save_cache
 from hf_kvattn.generation import STATE, generate
 from hf_kvattn.tools import files
@@ -80,9 +81,11 @@ class PrefixStore:
         Batches, padded prompts, beams and calls that bring a cache or ask for another one run as without a store.
 
         Raises:
-            ValueError: `model` is not enabled with a cache of this package; as `generate()`.
+            ValueError: `model` is not enabled with a cache of this package, or with one that cannot be stored; as
+                `generate()`.
         """
         like, ids = fresh_cache(model), kwargs.get("input_ids")
+        self._check(like)
         if not isinstance(ids, torch.Tensor) or not _is_single(model, ids, kwargs):
             return generate(model, **kwargs)
         cache = self.longest(model, like, ids)
@@ -138,13 +141,12 @@ class PrefixStore:
             token_ids: what it was filled with, all of it: after `generate()`, `sequences[0, :-1]`.
 
         Raises:
-            ValueError: a cache that `save_cache` refuses, offloaded layers, or other `token_ids` than a row of its
-                length. Nothing is stored then.
+            ValueError: a cache that is empty, offloaded, or for a folder of a class that `save_cache` does not know;
+                other `token_ids` than one row of its length. Nothing is stored then.
             OSError: the files cannot be written.
         """
         ids, seen = _row(token_ids), cache.get_seq_length()
-        if getattr(cache, "offloads", False):
-            raise ValueError("a cache with offload=True is not stored: a fork of it would copy all of it")
+        self._check(cache)
         if not seen:
             raise ValueError("an empty cache is not stored")
         digest = hash_ids(ids, cache.kv_layers[0].batch_size, seen)
@@ -158,6 +160,13 @@ class PrefixStore:
             self._ids[name] = ids
             self._hold(name, held)
             self._evict()
+
+    def _check(self, cache: KVCache) -> None:
+        """Raises ValueError for a cache that cannot be stored, whatever it holds."""
+        if getattr(cache, "offloads", False):
+            raise ValueError("a cache with offload=True is not stored: a fork of it would copy all of it")
+        if self.folder is not None and CLASSES.get(type(cache).__name__) is not type(cache):
+            raise ValueError(f"caches that a folder can hold are {list(CLASSES)}, got {type(cache).__name__}")
 
     def _kind(self, model: PreTrainedModel, cache: KVCache, dtype: torch.dtype) -> str:
         if model not in self._weights:
@@ -182,9 +191,9 @@ class PrefixStore:
         for name in names - set(self._ids):
             try:
                 ids = torch.from_numpy(np.frombuffer(self._ids_path(name).read_bytes(), "<i8").astype(np.int64))
-            except FileNotFoundError:  # another process removed it
+            except OSError:  # another process removed it, or only its owner may read it
                 continue
-            except (OSError, ValueError) as error:  # the second: no whole number of ids
+            except ValueError as error:  # no whole number of ids
                 self._remove_bad(name, error)
                 continue
             if hash_ids(ids, 1, len(ids)) != name.rpartition("-")[2]:
