@@ -14,6 +14,7 @@ from transformers.masking_utils import create_masks_for_generate as stock_masks_
 from transformers.utils import logging
 
 from .caches.base import KVCache
+from .caches.configs import head_shares
 from .compiling.step import checked_config, compiled_step, default_config
 
 logger = logging.get_logger("hf_kvattn")
@@ -41,7 +42,7 @@ def generate(model, *args, **kwargs):
     """`generate()` of an enabled model: with a fresh cache if it gets none and asks for no other kind, and compiled.
 
     Raises:
-        ValueError: a prompt that cannot go on from the cache.
+        ValueError: a prompt that cannot go on from the cache; processes of a tensor-parallel model with unlike caches.
     """
     state: Enabled = getattr(model, STATE)
     inputs, in_place = (*args, None, None)[:2]
@@ -57,6 +58,7 @@ def generate(model, *args, **kwargs):
         else:
             asked = f"cache_implementation={config.cache_implementation!r}, use_cache={config.use_cache!r}"
             logger.warning_once(f"generate() does not use the cache that enable() was given: it runs with {asked}")
+    _check_processes(model, cache)
     stock = state.before.get("generate") or functools.partial(type(model).generate, model)
     compiling = cache if "get_compiled_call" in state.ours and isinstance(cache, KVCache) else None
     if compiling is not None:
@@ -92,6 +94,23 @@ def _check_prompt(cache: Any, ids: Any, kwargs: dict) -> None:
         )
     if whole and cache is not None:
         cache.check_prompt(ids)
+
+
+def _check_processes(model: Any, cache: Any) -> None:
+    """Raises ValueError, in every process of a tensor-parallel model, where their caches are not alike.
+
+    Found half way, one process would raise while the others wait for its part of a layer.
+    """
+    shares, mesh = head_shares(model.config), getattr(model, "_device_mesh", None)
+    if shares == 1 or mesh is None:
+        return
+    own = type(cache).__name__
+    if isinstance(cache, KVCache):
+        own += f" of {cache.get_seq_length()} tokens, {cache.settings}"
+    found = [own] * shares
+    torch.distributed.all_gather_object(found, own, (mesh["tp"] if mesh.mesh_dim_names else mesh).get_group())
+    if len(set(found)) > 1:
+        raise ValueError(f"processes of a tensor-parallel model generate with caches that are not alike: {found}")
 
 
 def create_masks_for_generate(model, *args, **kwargs):

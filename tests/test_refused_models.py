@@ -4,10 +4,11 @@ import pytest
 import torch
 from models import SMALL, generate, prompt, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, MllamaForCausalLM, StaticCache
+from transformers.distributed import DistributedConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import hf_kvattn
-from hf_kvattn import QuantizedKVCache, StaticKVCache
+from hf_kvattn import QuantizedKVCache, StaticKVCache, load_cache, save_cache
 
 MIMO = {"n_routed_experts": 4, "moe_intermediate_size": 32, "head_dim": 16, "num_experts_per_tok": 2, "v_head_dim": 16}
 MIMO |= {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]}
@@ -84,15 +85,59 @@ def test_a_group_size_that_does_not_fit_is_refused_when_the_cache_is_made():
         hf_kvattn.enable(tiny_model("llama-g8"), cache="int4")
 
 
+def tensor_parallel(monkeypatch, config, rank=0, processes=2, plan="auto"):
+    """`config` as transformers leaves it in process `rank` of a tensor-parallel model."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    config.distributed_config = DistributedConfig(tp_size=processes, tp_plan=plan)
+    return config
+
+
 def test_a_tensor_parallel_process_stores_its_share_of_the_heads(monkeypatch):
-    one = torch.randn(2, 1, 5, 16)
-    with pytest.raises(ValueError, match="made for 2 KV heads of 16, got 1 of 16"):
-        StaticKVCache(tiny_config()).update(one, one, 0)
+    one, both = torch.randn(2, 1, 5, 16), torch.randn(2, 2, 5, 16)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert torch.equal(StaticKVCache(tiny_config()).update(one, one, 0)[0], one)
-    three = torch.randn(2, 3, 5, 16)
-    with pytest.raises(ValueError, match="made for 2 KV heads of 16, got 3 of 16"):
-        StaticKVCache(tiny_config()).update(three, three, 0)
+    with pytest.raises(ValueError, match="made for 2 KV heads of 16, got 1 of 16: .* model.config"):
+        StaticKVCache(tiny_config()).update(one, one, 0)
+    cache = StaticKVCache(tensor_parallel(monkeypatch, tiny_config()))
+    with pytest.raises(ValueError, match="made for 1 KV heads of 16, got 2 of 16"):
+        cache.update(both, both, 0)
+    assert torch.equal(cache.update(one, one, 0)[0], one)
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [("phi3", "auto"), ("llama", {"layers.*.self_attn.k_proj": "colwise_gather_output"}), ("llama", {})],
+)
+def test_where_the_plan_gives_every_process_all_heads_it_stores_them(monkeypatch, family, plan):
+    both = torch.randn(2, 2, 5, 16)
+    cache = StaticKVCache(tensor_parallel(monkeypatch, tiny_config(family), plan=plan))
+    assert torch.equal(cache.update(both, both, 0)[0], both)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(monkeypatch):
+    reason = "llama: the 2 KV heads of layer 0 cannot be shared out evenly over 4 tensor-parallel processes"
+    with pytest.raises(ValueError, match=reason):
+        StaticKVCache(tensor_parallel(monkeypatch, tiny_config(), processes=4))
+    model = tiny_model()
+    tensor_parallel(monkeypatch, model.config, processes=4)
+    with pytest.raises(ValueError, match=reason):
+        hf_kvattn.enable(model)
+    assert not hf_kvattn.is_enabled(model)
+
+
+def test_a_saved_share_is_loaded_by_its_own_process_alone(monkeypatch, tmp_path):
+    one, path = torch.randn(2, 1, 5, 16), tmp_path / "cache"
+    cache = StaticKVCache(tensor_parallel(monkeypatch, tiny_config(), rank=3))
+    for layer in range(3):
+        cache.update(one, one, layer)
+    save_cache(cache, path)
+    loaded = load_cache(path, tensor_parallel(monkeypatch, tiny_config(), rank=1))
+    assert torch.equal(loaded.layers[2].keys, one)
+    for config, own in (
+        (tensor_parallel(monkeypatch, tiny_config(), rank=2), "process 0 of 2"),
+        (tiny_config(), "a whole model"),
+    ):
+        with pytest.raises(ValueError, match=f"the KV heads of 'process 1 of 2', and the config is that of {own}"):
+            load_cache(path, config)
 
 
 def test_other_libraries_read_the_capacity_as_of_transformers_caches():

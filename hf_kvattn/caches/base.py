@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache
 
 from ..quant.blocks import Quantize
-from .configs import check_config, fingerprint, layer_needs
+from .configs import check_config, fingerprint, head_shares, layer_needs
 from .consistency import changing_all, check_consistent_layers, crop
 from .fork import SharedTensors, can_share, log_copy
 from .layer import KVLayer, check_rows, shallow_copy
@@ -59,7 +59,8 @@ class KVCache(Cache):
     """A transformers `Cache` that keeps attention's keys and values in `KVLayer`s.
 
     Args:
-        config: the model's config, or that of a composite model; its decoder counts.
+        config: the model's config, or that of a composite model; its decoder counts. Of a tensor-parallel model it must
+            be `model.config` itself, which says so: the cache then holds this process's share of the KV heads.
         make_layer: called with (layer_idx, KV heads or None, head_dim or None, native sliding window or None) for each
             layer that stores keys and values.
 
@@ -93,9 +94,10 @@ class KVCache(Cache):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
         layers: list[Any] = []
-        needs = layer_needs(decoder)
+        needs, shares = layer_needs(decoder), head_shares(config)
         for i, need in enumerate(needs):
-            kv = make_layer(i, need.heads, need.dim, need.window) if need.keys else None
+            heads = need.heads and need.heads // shares
+            kv = make_layer(i, heads, need.dim, need.window) if need.keys else None
             if kv is not None and need.latent is not None:
                 kv.keep_latents(need.latent)
             layers.append(RecurrentLayer(i, need.states, kv) if need.states else kv or cache_utils.DummyLayer())
@@ -106,6 +108,8 @@ class KVCache(Cache):
         self._sort_layers()
         self.latent_layers = frozenset(i for i, need in enumerate(needs) if need.keys and need.latent is not None)
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
+        if shares > 1:  # neighbours in rank share a model out: the innermost dimension of transformers' meshes
+            self.fingerprint["kv_heads_of"] = f"process {torch.distributed.get_rank() % shares} of {shares}"
         # See caches/reorder.py; it holds as far as layers are unchanged.
         self._common_prefix = torch.zeros(0, 0, dtype=torch.long)
         self._shared: SharedTensors | None = None  # the memory of forks; it holds while layers are unchanged

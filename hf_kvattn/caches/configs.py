@@ -14,6 +14,8 @@ _WITH_WINDOW = {"sliding_attention", "chunked_attention", "hybrid_sliding"}
 _SERVED = _WITH_KEYS | _WITH_STATES | {"dummy"}  # a dummy layer stores nothing
 # Layers that have more KV heads than the config says, by how many times, since the model's code says so.
 _MORE_HEADS = {("mimo_v2_flash", "sliding_attention"): 2}
+# Modules that compute keys, by the last part of their names in transformers' plans of tensor parallelism.
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 class LayerNeeds(NamedTuple):
@@ -82,6 +84,22 @@ def layer_needs(decoder: PreTrainedConfig) -> list[LayerNeeds]:
     return needs
 
 
+def head_shares(config: PreTrainedConfig) -> int:
+    """Over how many processes tensor parallelism shares out each layer's KV heads; 1 where every process has all.
+
+    Args:
+        config: a loaded model's own: transformers notes there how it was shared out, and keeps it out of files.
+    """
+    noted = getattr(config, "distributed_config", None)
+    size, changes = getattr(noted, "tp_size", None) or 1, getattr(noted, "tp_plan", None)
+    if size == 1 or changes == {}:
+        return 1
+    plan = config.get_text_config(decoder=True).base_model_tp_plan or {}
+    plan = plan | changes if isinstance(changes, dict) else plan
+    styles = {name.rpartition(".")[2]: style for name, style in plan.items()}
+    return size if any(styles.get(name) == "colwise" for name in _KEY_PROJECTIONS) else 1
+
+
 def uncompiled_kind(decoder: PreTrainedConfig) -> str | None:
     """The kind of layers that no compiled step serves, or None."""
     if any(need.latent for need in layer_needs(decoder)):
@@ -120,3 +138,8 @@ def check_config(config: PreTrainedConfig) -> None:
             raise ValueError(f"{name}: no layer stores the keys and values that layer {i} reuses")
         if need.latent is not None and sum(need.latent) % 2:
             raise ValueError(f"{name}: layer {i} has latents of {need.latent} numbers, which do not make two halves")
+        if need.heads and need.heads % head_shares(config):
+            raise ValueError(
+                f"{name}: the {need.heads} KV heads of layer {i} cannot be shared out evenly over "
+                f"{head_shares(config)} tensor-parallel processes"
+            )

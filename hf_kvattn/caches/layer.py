@@ -226,10 +226,10 @@ class KVLayer(CacheLayerMixin):
         if (k.dtype, k.device) != (v.dtype, v.device):
             raise ValueError(f"{where}: keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}")
         batch, heads, new, dim = k.shape
-        if not self._expects(heads) or self.expected_dim not in (None, dim):
+        if self.expected_heads not in (None, heads) or self.expected_dim not in (None, dim):
             raise ValueError(
                 f"{where}: the cache was made for {self.expected_heads} KV heads of {self.expected_dim}, "
-                f"got {heads} of {dim}: it belongs to another model's config"
+                f"got {heads} of {dim}: it was made of another config than this model's own, model.config"
             )
         if self.seen:
             if batch != self.batch_size:
@@ -241,13 +241,6 @@ class KVLayer(CacheLayerMixin):
             raise ValueError(
                 f"{where}: {self.seen} stored tokens and {new} new ones exceed max_cache_len={self.max_cache_len}"
             )
-
-    def _expects(self, heads: int) -> bool:
-        """Whether a layer may have so many KV heads: all that the config says, or a tensor-parallel process's share."""
-        if self.expected_heads in (None, heads):
-            return True
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return distributed and heads > 0 and self.expected_heads % heads == 0
 
     def check_consistent(self) -> None:
         """Raises ValueError, with the way out, if a change was interrupted half way."""

@@ -260,6 +260,10 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
 
 def _check_model(said: dict[str, Any], cache: KVCache, config: PreTrainedConfig) -> None:
     ours, theirs = _plain(cache.fingerprint), said["model"]
+    if isinstance(theirs, dict):
+        share, own = (each.get("kv_heads_of", "a whole model") for each in (theirs, ours))
+        if share != own:
+            raise ValueError(f"it holds the KV heads of {share!r}, and the config is that of {own}")
     if not isinstance(theirs, dict) or set(theirs) != set(ours):
         raise ValueError(f"it says of its model {theirs!r}, and {sorted(ours)} is read here")
     for name in ours:
