@@ -12,24 +12,34 @@ pass without any cache, shows how much.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+import hf_kvattn
+from hf_kvattn.caches.base import hash_ids
 from hf_kvattn.evaluation import stream
 from hf_kvattn.evaluation.common import drawing
 from hf_kvattn.evaluation.common import variants as caches
+from hf_kvattn.evaluation.common.finished import FinishedWindows, Scored
 from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, skipped_limits, skipped_list
 from hf_kvattn.evaluation.common.memory import bits_per_element, cache_bytes
 from hf_kvattn.evaluation.common.running import model_command
 from hf_kvattn.evaluation.common.variants import BASELINE, Variant
 from hf_kvattn.evaluation.stream import SCORED_ROWS
 from hf_kvattn.tools.command_line import Command, positive_int
+from hf_kvattn.tools.conditions import source_name
 from hf_kvattn.tools.tables import Column, digits, joined, mib, table_of
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def schedule(window: int, prefill: int, stride: int) -> list[tuple[int, int]]:
@@ -85,6 +95,23 @@ def _run_window(
     return torch.cat(scores, dim=1), torch.cat(kept) if stock is None else stock, sizes
 
 
+def _finished(
+    model: PreTrainedModel, ids: torch.Tensor, out: str | None, chosen: Sequence[Variant], settings: dict[str, Any]
+) -> FinishedWindows:
+    """The files of finished windows of `ids` `(windows, window)`, with all that decides what is in them."""
+    starts = torch.cat([weights.detach().flatten()[:16].float().cpu() for weights in model.parameters()])
+    told = {
+        "variants": [variant.name for variant in chosen],
+        "text_sha256": hash_ids(ids, *ids.shape),
+        "model": source_name(model.name_or_path or ""),
+        "weights_sha256": hashlib.sha256(starts.numpy().tobytes()).hexdigest(),  # names may stand for other models
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "versions": [hf_kvattn.__version__, transformers.__version__, torch.__version__],
+    }
+    return FinishedWindows(out, settings | told)
+
+
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
@@ -96,6 +123,10 @@ def measure(
     stride: int = 32,
     windows: int = 4,
     progress: bool = False,
+    backend: str = "auto",
+    out: str | None = None,
+    resume: bool = False,
+    state: PartialState | None = None,
 ) -> Results:
     """Score the variants on the first `windows` windows of the text.
 
@@ -107,6 +138,10 @@ def measure(
         stride: tokens processed at once after that; 1 is exact decoding.
         windows: how many pieces.
         progress: show a bar on stderr.
+        backend: the attention backend in force, for `resume` to compare.
+        out: a folder in which each finished window is kept, until `FinishedWindows.remove`; None keeps nothing.
+        resume: take the windows that an earlier run with the same settings finished from `out`, else begin anew.
+        state: accelerate's, where its processes share out the windows: all of them call this, and get all results.
     """
     _check_schedule(window, prefill, stride, windows)
     if len(token_ids) < windows * window:
@@ -118,22 +153,37 @@ def measure(
             chosen.append(variant)
         else:
             skipped.append({"variant": variant.name, "context": window, "batch": 1, "reason": reason})
-    pieces = schedule(window, prefill, stride)
-    scores: dict[str, list[torch.Tensor]] = {variant.name: [] for variant in chosen}
-    sizes_of: dict[str, dict[str, Any]] = {}
-    with tqdm(total=windows * len(chosen), unit="run", disable=not progress) as bar:
-        for i, ids in enumerate(token_ids[: windows * window].view(windows, 1, window).to(model.device)):
-            stock = None  # all variants on one window, so that only its stock logits are held
-            for variant in chosen:
-                bar.set_description(f"window {i + 1} of {windows}, {variant.name}")
-                score, stock, sizes_of[variant.name] = _run_window(model, ids, variant, pieces, i, stock)
-                scores[variant.name].append(score)
-                bar.update()
+    settings = {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
+    pieces, ids = schedule(window, prefill, stride), token_ids[: windows * window].view(windows, window)
+    finished = _finished(model, ids, out, chosen, settings | {"backend": backend})
+    found = finished.load(windows) if resume else {}
+    if not resume and (state is None or state.is_main_process):
+        finished.remove()
+    if state is not None:
+        state.wait_for_everyone()  # until all have seen the same files, and old ones are gone
+    todo = [i for i in range(windows) if i not in found]
+    with nullcontext(todo) if state is None else state.split_between_processes(todo) as mine:
+        new = {}
+        with tqdm(total=len(mine) * len(chosen), unit="run", disable=not progress) as bar:
+            for i in mine:
+                new[i], stock = Scored({}, {}), None  # one window at a time, so that only its stock logits are held
+                for variant in chosen:
+                    bar.set_description(f"window {i + 1} of {windows}, {variant.name}")
+                    one = ids[i : i + 1].to(model.device)
+                    score, stock, sizes = _run_window(model, one, variant, pieces, i, stock)
+                    new[i].scores[variant.name], new[i].sizes[variant.name] = score, sizes
+                    bar.update()
+                finished.keep(i, new[i])
+    if state is not None:
+        from accelerate.utils import gather_object  # needed here alone
+
+        new = dict(gather_object(list(new.items())))
+    found |= new
+    scores = {variant.name: [found[i].scores[variant.name] for i in range(windows)] for variant in chosen}
     return {
         "kind": "perplexity",
-        "settings": {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
-        | {"scored_tokens": windows * (window - prefill)},
-        "rows": [_row(variant, scores, sizes_of[variant.name]) for variant in chosen],
+        "settings": settings | {"scored_tokens": windows * (window - prefill)},
+        "rows": [_row(variant, scores, found[windows - 1].sizes[variant.name]) for variant in chosen],
         "skipped": skipped,
     }
 
@@ -239,9 +289,13 @@ HELP = """Compare what caches do to the predictions of your model: perplexity, K
     hf-kvattn perplexity
     hf-kvattn perplexity --out results --windows 2 --stride 128
     hf-kvattn perplexity --model ./my-model --text book.txt --stride 1 --variants none kvattn-static
+    hf-kvattn perplexity --out results --windows 100 --resume
+    accelerate launch --num_processes 2 --cpu scripts/perplexity.py --out results
     hf-kvattn perplexity --stream 65536 --text book.txt --out results
 
 The stock cache of generate() is always the first row, and what the others are compared with.
+Each window is written to the --out folder as it ends, until all are: --resume goes on from there. Processes that
+accelerate launched share the windows out.
 With --stream, one text is fed through one cache instead, as `hf-kvattn stream --tokens` does.
 """
 
@@ -251,6 +305,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=positive_int, default=1024, help="its first tokens, not scored")
     parser.add_argument("--stride", type=positive_int, default=32, help="tokens at once; 1 is exact decoding")
     parser.add_argument("--windows", type=positive_int, default=4, help="how many pieces of text")
+    help = "go on from the windows that an earlier run with the same --out and settings finished"
+    parser.add_argument("--resume", action="store_true", help=help)
     help = "measure a stream of this length"
     parser.add_argument("--stream", type=positive_int, metavar="TOKENS", dest="stream_tokens", help=help)
     stream.add_options(parser, "--stream-")
@@ -262,10 +318,17 @@ _OF_WINDOWS = model_command(
 
 
 def _main(args: argparse.Namespace) -> int:
+    if args.resume and (args.out is None or args.stream_tokens is not None):
+        raise ValueError(f"--resume goes on from windows in a folder: not with out={args.out}, {args.stream_tokens=}")
     if args.stream_tokens is not None:
         return stream.main(args)
     _check_schedule(args.window, args.prefill, args.stride, args.windows)  # before the model is loaded
-    return _OF_WINDOWS.main(args)
+    status = _OF_WINDOWS.main(args)
+    from accelerate import PartialState  # needed here alone
+
+    if PartialState().is_main_process:  # the results are written
+        FinishedWindows(args.out, {}).remove()
+    return status
 
 
 COMMAND = Command(HELP, _OF_WINDOWS.add_arguments, _main)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from stand_ins import NanValues, ScaledValues, planted
@@ -69,3 +71,72 @@ def test_the_schedule_covers_a_window_once(prefill, stride):
 def test_perplexity_refuses_an_impossible_schedule(model, tokens, wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}"):
         perplexity.measure(model, tokens, variants=[], **({"window": 20, "prefill": 10} | wrong))
+
+
+SIZES = {"window": 50, "prefill": 20, "stride": 7, "windows": 3}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The numbers of the windows that were begun; `begun.broken` is one that raises RuntimeError."""
+
+    class Begun(list):
+        broken = None
+
+    begun, run = Begun(), perplexity._run_window
+
+    def note(model, ids, variant, pieces, window, stock):
+        begun.append(window)
+        if window == begun.broken:
+            raise RuntimeError("the machine is switched off")
+        return run(model, ids, variant, pieces, window, stock)
+
+    monkeypatch.setattr(perplexity, "_run_window", note)
+    return begun
+
+
+def interrupt(begun, model, tokens, out) -> None:
+    """A run that ends in its last window."""
+    begun.broken = 2
+    with pytest.raises(RuntimeError, match="switched off"):
+        perplexity.measure(model, tokens, variants=variants.select(["kvattn-int8"]), out=str(out), **SIZES)
+    begun.broken = None
+    begun.clear()
+
+
+def test_a_run_goes_on_from_its_finished_windows(model, tokens, tmp_path, begun):
+    chosen, folder = variants.select(["kvattn-int8"]), tmp_path / "out" / "perplexity-windows"
+    expected = perplexity.measure(model, tokens, variants=chosen, **SIZES)
+    interrupt(begun, model, tokens, folder.parent)
+    assert sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "1.safetensors", "settings.json"]
+    given = {"variants": chosen, "out": str(folder.parent), **SIZES}
+    assert perplexity.measure(model, tokens, **given, resume=True) == expected
+    assert set(begun) == {2}
+    begun.clear()
+    assert perplexity.measure(model, tokens, **given, resume=True) == expected and not begun
+    perplexity.measure(model, tokens, **{**given, "windows": 1})  # begins anew
+    assert set(begun) == {0} and sorted(path.name for path in folder.iterdir()) == ["0.safetensors", "settings.json"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"stride": 8}, {"windows": 2}, {"backend": "sdpa"}, {"variants": []}, {"text_sha256": 1}, {"weights_sha256": 1}],
+)
+def test_other_settings_are_refused_to_go_on(other, model, tokens, tmp_path, begun):
+    interrupt(begun, model, tokens, tmp_path)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    given = {"variants": variants.select(["kvattn-int8"]), "resume": True, "out": str(tmp_path), **SIZES, **other}
+    name = next(iter(other))
+    if given.pop("text_sha256", None):
+        tokens = tokens.flip(0)
+    if given.pop("weights_sha256", None):
+        model = copy.deepcopy(model)
+        torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match=f"perplexity-windows was begun with {name}="):
+        perplexity.measure(model, tokens, **given)
+    assert not begun and files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_nothing_goes_on_without_a_folder(model, tokens):
+    with pytest.raises(ValueError, match="from the output folder, and none was given"):
+        perplexity.measure(model, tokens, variants=[], resume=True, **SIZES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -35,27 +36,39 @@ def add_model_arguments(parser: argparse.ArgumentParser, names: list[str] | None
     add_output_arguments(parser)
 
 
-def run_on_model(args: argparse.Namespace, measure: Callable[..., Results], tokens: int, **more: Any) -> Results:
+def run_on_model(args: argparse.Namespace, measure: Callable[..., Results], tokens: int, **more: Any) -> Results | None:
     """Load the model and the text, measure, and print and write the results with their conditions.
+
+    Of several processes that accelerate launched the first prints and writes. It also measures alone, since others
+    would disturb what it times, unless `measure` takes their `state`. None where this process has no results.
 
     Args:
         args: those of `add_model_arguments` and of the measurement.
         measure: takes the model, `tokens` tokens of the text as `token_ids`, the tokenizer if it asks for one, and
             everything else from the argument, or the entry of `more`, of the parameter's name.
     """
+    from accelerate import PartialState  # needed here alone
+
     report.check_out_dir(args.out)
+    # Who is done first waits for the others: hours, not the minutes after which PyTorch takes them for lost.
+    state = PartialState(cpu=torch.device(args.device).type == "cpu", timeout=datetime.timedelta(days=7))
+    parameters = inspect.signature(measure).parameters
+    if not state.is_main_process and "state" not in parameters:
+        return None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.text == "auto":
         args.text = inputs.auto_source()
     text = inputs.load_text(args.text)  # first: a missing text is found before the model is loaded
     model, tokenizer = inputs.load_model(args.model, inputs.DTYPES[args.dtype], args.device)
-    given = vars(args) | {"model": model, "tokenizer": tokenizer, "progress": True} | more
+    given = vars(args) | {"model": model, "tokenizer": tokenizer, "progress": state.is_main_process}
+    given |= {"state": state} | more
     with dispatch.backend(args.backend):
         given["token_ids"] = inputs.load_tokens(tokenizer, text, tokens)
-        results = measure(**{name: given[name] for name in inspect.signature(measure).parameters})
+        results = measure(**{name: given[name] for name in parameters})
         results["conditions"] = conditions(model, args)
-    report.finish(results, args.out, args.json)
+    if state.is_main_process:
+        report.finish(results, args.out, args.json)
     return results
 
 
@@ -79,6 +92,7 @@ def model_command(
 
     def main(args: argparse.Namespace) -> int:
         chosen = variants.select(args.variants)
-        return int(failed(run_on_model(args, measure, tokens_needed(args), variants=chosen)))
+        results = run_on_model(args, measure, tokens_needed(args), variants=chosen)
+        return int(results is not None and failed(results))
 
     return Command(description, add_arguments, main)
