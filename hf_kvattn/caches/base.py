@@ -338,10 +338,15 @@ class KVCache(Cache):
 
         Raises:
             ValueError: another dtype than the cache holds. Converted keys and values are not those that the model in
-                that dtype would have stored, and codes cannot be converted.
+                that dtype would have stored, and codes cannot be converted. Or the device `meta`, which holds no data.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        if device is not None and torch.device(device).type == "meta":
+            raise ValueError(
+                "a cache cannot move to the device 'meta', which holds no data: an offloaded layer needs an "
+                "execution_device to run on"
+            )
         used = [layer for layer in self.kv_layers if layer.is_initialized]
         for layer in used:
             if dtype not in (None, layer.dtype):
