@@ -47,7 +47,7 @@ def launch(*arguments: str, launcher=TORCHRUN, **environment: str) -> subprocess
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=90,
     )
 
 

@@ -16,7 +16,7 @@ import hf_kvattn
 HELPER = Path(processes.__file__)
 
 
-def launch(task: str, model, folder: Path, timeout_s: int = 150) -> subprocess.CompletedProcess:
+def launch(task: str, model, folder: Path, timeout_s: int = 250) -> subprocess.CompletedProcess:
     """Two processes that do `task` with the weights of `model`; a launch that waits for ever fails the test."""
     model.save_pretrained(folder / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HELPER)]
