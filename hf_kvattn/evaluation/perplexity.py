@@ -290,12 +290,12 @@ HELP = """Compare what caches do to the predictions of your model: perplexity, K
     hf-kvattn perplexity --out results --windows 2 --stride 128
     hf-kvattn perplexity --model ./my-model --text book.txt --stride 1 --variants none kvattn-static
     hf-kvattn perplexity --out results --windows 100 --resume
-    accelerate launch --num_processes 2 --cpu scripts/perplexity.py --out results
+    torchrun --nproc-per-node 2 scripts/perplexity.py --out results
     hf-kvattn perplexity --stream 65536 --text book.txt --out results
 
 The stock cache of generate() is always the first row, and what the others are compared with.
 Each window is written to the --out folder as it ends, until all are: --resume goes on from there. Processes that
-accelerate launched share the windows out.
+torchrun or accelerate launched share the windows out.
 With --stream, one text is fed through one cache instead, as `hf-kvattn stream --tokens` does.
 """
 

@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 from hf_kvattn.caches.base import KnownPrefix, KVCache, TokenIds, hash_ids
 from hf_kvattn.caches.registry import CLASSES
 from hf_kvattn.caches.serialize import VERSION, load_cache, save_cache
-from hf_kvattn.generation import STATE, generate
+from hf_kvattn.generation import generate
+from hf_kvattn.plugin import new_cache
 from hf_kvattn.tools import files
 
 logger = logging.getLogger("hf_kvattn")
@@ -270,8 +271,7 @@ class PrefixStore:
 
 def fresh_cache(model: PreTrainedModel) -> KVCache:
     """The cache that a `generate()` of an enabled model would make; ValueError where that is none of this package."""
-    state = getattr(model, STATE, None)
-    cache = None if state is None or state.make_cache is None else state.make_cache(model.config)
+    cache = new_cache(model)
     if not isinstance(cache, KVCache):
         raise ValueError(f"{type(model).__name__} makes no such cache: call hf_kvattn.enable(model, cache='static')")
     return cache
@@ -279,8 +279,7 @@ def fresh_cache(model: PreTrainedModel) -> KVCache:
 
 def context_limit(model: PreTrainedModel) -> int | None:
     """Tokens of prompt and answer that an enabled model and its cache take; None for no limit that is known."""
-    state = getattr(model, STATE, None)
-    cache = None if state is None or state.make_cache is None else state.make_cache(model.config)
+    cache = new_cache(model)
     limits = [getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)]
     limits += [cache.max_cache_len] if isinstance(cache, KVCache) else []
     return min((limit for limit in limits if limit is not None and limit > 0), default=None)
