@@ -21,6 +21,7 @@ import uvicorn
 from talking import save_talking_model
 
 import hf_kvattn
+from hf_kvattn import StaticKVCache
 from hf_kvattn.integrations import serving
 from hf_kvattn.integrations.prefixes import PrefixStore, fresh_cache
 from hf_kvattn.integrations.server import build_app
@@ -38,13 +39,13 @@ def folder(tmp_path_factory):
 class Served:
     """A model that answers, what its forwards computed, and a client."""
 
-    def __init__(self, folder, cache: str, prefixes):
+    def __init__(self, folder, cache: str | None, prefixes, batching: bool = False):
         self.model, self.tokenizer = inputs.load_model(str(folder), torch.float32)
         hf_kvattn.enable(self.model, cache=cache)
         self.lengths: list[int] = []
         self.delay_s = 0.0
         self.model.get_input_embeddings().register_forward_pre_hook(self._note)
-        self.app = build_app(self.model, self.tokenizer, "tiny", prefixes)
+        self.app = build_app(self.model, self.tokenizer, "tiny", prefixes, batching)
 
     def _note(self, module, args) -> None:
         self.lengths.append(args[0].shape[1])
@@ -75,8 +76,8 @@ class Served:
 
 
 @contextlib.contextmanager
-def answering(folder, cache: str = "static", prefixes="memory"):
-    served = Served(folder, cache, PrefixStore(None) if prefixes == "memory" else prefixes)
+def answering(folder, cache: str | None = "static", prefixes="memory", batching: bool = False):
+    served = Served(folder, cache, PrefixStore(None) if prefixes == "memory" else prefixes, batching)
     server = uvicorn.Server(uvicorn.Config(served.app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -185,6 +186,24 @@ def test_four_at_once_get_their_own_answers(served):
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(asked, range(4))) == expected
+
+
+def test_requests_run_together_in_a_continuous_batch(folder):
+    with answering(folder, None, None, batching=True) as served:
+        questions = [[SYSTEM, user(f"Question {i}: {'x' * 30 * i}")] for i in range(4)]
+        expected = [served.direct(served.ids(each), 20, StaticKVCache(served.model.config)) for each in questions]
+
+        def asked(i: int) -> str:
+            if i % 2:
+                return said(served.ask(*questions[i], stream=True))
+            return served.ask(*questions[i]).choices[0].message.content
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(asked, range(4))) == expected
+        assert any(1 < n <= 4 for n in served.lengths)  # steps of several requests
+        with pytest.raises(openai.BadRequestError, match=f"prompt and answer may have {LIMIT}"):
+            served.ask(user("x" * LIMIT))
+        assert served.ask(*questions[0]).choices[0].message.content == expected[0]
 
 
 def test_a_client_that_leaves_does_not_hold_up_the_next(served):
