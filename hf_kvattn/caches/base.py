@@ -342,11 +342,6 @@ class KVCache(Cache):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if device is not None and torch.device(device).type == "meta":
-            raise ValueError(
-                "a cache cannot move to the device 'meta', which holds no data: an offloaded layer needs an "
-                "execution_device to run on"
-            )
         used = [layer for layer in self.kv_layers if layer.is_initialized]
         for layer in used:
             if dtype not in (None, layer.dtype):
@@ -354,6 +349,11 @@ class KVCache(Cache):
                     f"a cache of {layer.dtype} is not converted to {dtype}: its keys and values would not be those "
                     "of the model in that dtype; let the model fill a new cache"
                 )
+        if used and device is not None and torch.device(device).type == "meta":
+            raise ValueError(
+                "a cache cannot move to the device 'meta', which holds no data: an offloaded layer needs an "
+                "execution_device to run on"
+            )
         if device is not None:
             for layer in used:
                 if layer.device == torch.device(device):

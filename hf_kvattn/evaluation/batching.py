@@ -21,6 +21,7 @@ from hf_kvattn.tools.tables import Column, digits, joined, show_spread, speedup,
 
 STOCK, OURS = "stock", "kvattn"
 WAYS = (STOCK, OURS)
+BATCH_TOKENS = 8192  # of a forward: transformers' own default
 
 
 def lengths_of(requests: int, shortest: int, longest: int) -> list[int]:
@@ -38,7 +39,7 @@ def measure(
     shortest: int = 128,
     longest: int = 4096,
     new_tokens: int = 32,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     rounds: int = 3,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shortest", type=positive_int, default=128, help="tokens of the shortest prompt")
     parser.add_argument("--longest", type=positive_int, default=4096, help="tokens of the longest prompt")
     parser.add_argument("--new-tokens", type=positive_int, default=32, help="of each request")
-    parser.add_argument("--batch-tokens", type=positive_int, default=2048, help="most tokens of a forward")
+    parser.add_argument("--batch-tokens", type=positive_int, default=BATCH_TOKENS, help="most tokens of a forward")
     parser.add_argument("--rounds", type=positive_int, default=3, help="of both, in turns")
 
 

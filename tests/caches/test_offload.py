@@ -131,7 +131,7 @@ def test_what_cannot_be_offloaded():
     with pytest.raises(ValueError, match="finds no layer to offload"):
         StaticKVCache(tiny_config("mistral"), max_cache_len=9, offload=True)
     with pytest.raises(ValueError, match="layer 0 is offloaded: it stays on the host"):
-        filled(5, "cpu", max_cache_len=9, offload=True).to("meta")
+        filled(5, "cpu", max_cache_len=9, offload=True).to("cuda")
     cache = filled(5, "cpu", max_cache_len=9, offload=True)
     with pytest.raises(ValueError, match="5 stored tokens and 5 new ones exceed max_cache_len=9"):
         cache.update(*torch.randn(2, 2, 2, 5, 16), 0)

@@ -372,8 +372,13 @@ def test_moving(kind):
     for wrong in ({"device": torch.bfloat16}, {"device": "meta", "dtype": torch.float16}, {"dtype": torch.float64}):
         with pytest.raises(ValueError, match="a cache of torch.float32 is not converted to torch"):
             cache.to(**wrong)
+    with pytest.raises(ValueError, match="cannot move to the device 'meta', which holds no data"):
+        cache.to("meta")
     assert_same(cache, before)
-    assert cache.to("meta").layers[0].keys.device.type == "meta"
+    for layer in cache.kv_layers:  # all the same: it is the one other device that every machine has
+        layer.move(torch.device("meta"))
+        layer.device = torch.device("meta")
+    assert cache.layers[0].keys.device.type == "meta"
     with pytest.raises(ValueError, match="holds torch.float32 on meta, got torch.float32 on cpu"):
         append(cache, 1)
     assert cache.get_seq_length() == 50

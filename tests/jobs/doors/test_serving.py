@@ -74,6 +74,17 @@ class Served:
             model="tiny", messages=list(messages), max_tokens=new_tokens, **options
         )
 
+    def answers(self, questions) -> list[str]:
+        """To all questions at once; every second one is streamed."""
+
+        def answer(i: int) -> str:
+            if i % 2:
+                return said(self.ask(*questions[i], stream=True))
+            return self.ask(*questions[i]).choices[0].message.content
+
+        with ThreadPoolExecutor(len(questions)) as pool:
+            return list(pool.map(answer, range(len(questions))))
+
 
 @contextlib.contextmanager
 def answering(folder, cache: str | None = "static", prefixes="memory", batching: bool = False):
@@ -178,28 +189,14 @@ def test_without_prefixes_every_prompt_is_computed_anew(folder):
 def test_four_at_once_get_their_own_answers(served):
     questions = [[SYSTEM, user(f"Question {i}: {'x' * 10 * i}")] for i in range(4)]
     expected = [served.direct(served.ids(each), 20) for each in questions]
-
-    def asked(i: int) -> str:
-        if i % 2:
-            return said(served.ask(*questions[i], stream=True))
-        return served.ask(*questions[i]).choices[0].message.content
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(asked, range(4))) == expected
+    assert served.answers(questions) == expected
 
 
 def test_requests_run_together_in_a_continuous_batch(folder):
     with answering(folder, None, None, batching=True) as served:
         questions = [[SYSTEM, user(f"Question {i}: {'x' * 30 * i}")] for i in range(4)]
         expected = [served.direct(served.ids(each), 20, StaticKVCache(served.model.config)) for each in questions]
-
-        def asked(i: int) -> str:
-            if i % 2:
-                return said(served.ask(*questions[i], stream=True))
-            return served.ask(*questions[i]).choices[0].message.content
-
-        with ThreadPoolExecutor(4) as pool:
-            assert list(pool.map(asked, range(4))) == expected
+        assert served.answers(questions) == expected
         assert any(1 < n <= 4 for n in served.lengths)  # steps of several requests
         with pytest.raises(openai.BadRequestError, match=f"prompt and answer may have {LIMIT}"):
             served.ask(user("x" * LIMIT))
