@@ -179,7 +179,8 @@ def test_the_wheel_is_whole_and_its_kernels_run_where_there_is_no_compiler(tmp_p
     assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", wheel.name)  # one for every Python
     files = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     packed = {name for name in files if ".dist-info/" not in name}
-    sources = {*(ROOT / "hf_kvattn").rglob("*.py"), ROOT / "hf_kvattn/py.typed"}
+    texts = [*(ROOT / "hf_kvattn/integrations").rglob("*.txt"), ROOT / "hf_kvattn/py.typed"]
+    sources = {*(ROOT / "hf_kvattn").rglob("*.py"), *texts}
     library = {"hf_kvattn/kernels/libkvattn.so"}  # and no other, such as a second OpenMP runtime
     assert packed == {path.relative_to(ROOT).as_posix() for path in sources} | library
 
