@@ -29,8 +29,8 @@ def unavailable() -> str | None:
 
 def is_plain(call: AttendCall) -> bool:
     """Whether torch's function has all that `call` asks for."""
-    parts = (call.packed, call.sinks, call.s_aux, call.softcap, call.requests)
-    return parts == (None,) * 5
+    dense = call.packed is None and call.requests is None
+    return dense and call.sinks is None and call.s_aux is None and call.softcap is None
 
 
 def unsupported(call: AttendCall) -> str | None:
