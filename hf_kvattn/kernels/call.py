@@ -224,6 +224,8 @@ class AttendCall:
             raise ValueError(
                 f"requests with queries {q_begin} and keys {kv_begin} do not fit {self.q.shape[2]} queries, {held} keys"
             )
+        if rows is not None and len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < self.k.shape[2]:
+            raise ValueError(f"requests name rows {rows.min()} to {rows.max()} of {self.k.shape[2]}")
         parts = []
         for q, kv in spans:
             if q:

@@ -132,8 +132,7 @@ def test_numbers_that_do_not_fit_are_refused(backend, change):
     call, _ = batch([(1, 9), (4, 31)], "pages of 32", {})
     dtype = torch.int64 if field == "kv_rows" else torch.int32
     wrong = replace(call, requests=replace(call.requests, **{field: torch.tensor(numbers, dtype=dtype)}))
-    errors = ValueError, RuntimeError, IndexError
-    with hf_kvattn.backend(backend), pytest.raises(errors, match="requests|native|index"):
+    with hf_kvattn.backend(backend), pytest.raises((ValueError, RuntimeError), match="requests|native"):
         dispatch.attend(wrong)
 
 
