@@ -222,7 +222,7 @@ def _attend_op(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule
 
 def attend_dense(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules) -> torch.Tensor:
     """Attention over the keys and values given, `(B, Hkv, Tk, D)`: `(B, Tq, Hq, D)`, contiguous."""
-    call = AttendCall(query, *as_wide(key, value), _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    call = AttendCall(query, *as_wide(key, value), scale_of(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     _apply_mask(call, rules)
     return _narrowed(dispatch.attend(call), value).contiguous()
 
@@ -272,7 +272,7 @@ def attend_tokens(layer: KVLayer, query: torch.Tensor, stored: Stored, rules: Ru
         visible: the tokens that `rules.mask` is about, the last ones.
     """
     k, v, packed, tokens, slot = stored
-    call = AttendCall(query, k, v, _scale(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
+    call = AttendCall(query, k, v, scale_of(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     call.packed, call.tokens, call.slot = packed, tokens, slot
     _apply_mask(call, rules, call.kv_len - visible)
     _apply_layer_window(call, layer)
@@ -284,7 +284,8 @@ def _narrowed(out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return out if out.shape[3] == value.shape[3] else out[..., : value.shape[3]]
 
 
-def _scale(query: torch.Tensor, rules: Rules) -> float:
+def scale_of(query: torch.Tensor, rules: Rules) -> float:
+    """The factor of the scores of `query` `(B, Hq, Tq, D)`."""
     return query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
 
 

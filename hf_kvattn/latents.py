@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .attention import Handle, Rules, attend_tokens, check_rules
+from .attention import Handle, Rules, attend_tokens, check_rules, scale_of
 from .autograd import cut_graph
 from .caches.layer import Stored, as_wide
 from .kernels import dispatch
@@ -80,7 +80,7 @@ class LatentHandle(Handle):
         one, other = self._new
         assert one is not None and other is not None  # taken
         layer.append_latents(one.to(dtype), other.to(dtype))  # queries have autocast's dtype, where it is on
-        rules = replace(rules, scaling=query.shape[3] ** -0.5 if rules.scaling is None else rules.scaling)
+        rules = replace(rules, scaling=scale_of(query, rules))
         if visible > new and new <= FEW:
             rank, (up_k, up_v) = module.kv_lora_rank, _up_projections(module, dtype)
             q_nope, q_rot = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), 3)

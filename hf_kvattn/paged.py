@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from .attention import NAME, Handle, Rules
+from .attention import NAME, Handle, Rules, scale_of
 from .kernels import dispatch
 from .kernels.call import AttendCall, Requests
 from .masks import compact_mask
@@ -123,8 +123,7 @@ class PagedHandle(Handle):
         """As `Handle.attend`: `query` is `(1, Hq, M, D)`, the result `(1, M, Hq, D)`."""
         allocator = self._batch.cache.layer_to_allocator[self._index]
         k, v = self._batch.store(self._index, key, value)
-        scale = query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
-        call = AttendCall(query, k, v, scale, softcap=rules.softcap, s_aux=rules.s_aux)
+        call = AttendCall(query, k, v, scale_of(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
         call.window, call.requests = getattr(allocator, "sliding_window", None), self._batch.requests(allocator)
         return dispatch.attend(call).contiguous()
 
@@ -142,7 +141,7 @@ def batch_inputs(kwargs: dict) -> dict:
 
 
 def init_continuous_batching(
-    model: Any, *args: Any, implementation: str, cache: object = None, **kwargs: Any
+    model: Any, *args: Any, implementation: str, cache: object = None, compile: bool = False, **kwargs: Any
 ) -> ContinuousBatchingManager:
     """`init_continuous_batching` of an enabled model: transformers' own, which knows no implementation of this name.
 
@@ -151,7 +150,7 @@ def init_continuous_batching(
 
     Args:
         implementation: of the model's attention, before `enable`.
-        cache: what `enable` was told; batches do not use it.
+        cache, compile: what `enable` was told; batches do without.
 
     Raises:
         ValueError: a transformers version whose paged cache is another, or a compiled batch.
@@ -164,9 +163,10 @@ def init_continuous_batching(
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != NAME:  # changed since `enable`
         return stock(model, *args, **kwargs)
-    if cache is not None:
+    if cache is not None or compile:
         logger.warning_once(
-            "a continuous batch keeps exact tokens in transformers' paged cache; enable(cache=) is not used"
+            "a continuous batch keeps exact tokens in transformers' paged cache, and is not compiled: "
+            f"enable(cache={cache!r}, compile={compile}) is for generate()"
         )
     here = model.device.type == "cpu"
     config._attn_implementation = "sdpa" if here else implementation

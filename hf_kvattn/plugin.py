@@ -91,7 +91,7 @@ def enable(
     hooks.append(decoder.register_forward_hook(finish_decoder, with_kwargs=True))
     if quantizes:
         hooks.append(decoder.register_forward_pre_hook(note_exact_forward, with_kwargs=True))
-    batching = functools.partial(init_continuous_batching, implementation=implementation, cache=cache)
+    batching = functools.partial(init_continuous_batching, implementation=implementation, cache=cache, compile=compile)
     ours: dict[str, Callable] = {"generate": generate, "init_continuous_batching": batching}
     if compile:
         ours |= {"get_compiled_call": get_compiled_call, "create_masks_for_generate": create_masks_for_generate}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..attention import Handle, Rules
+from ..attention import Handle, Rules, scale_of
 from ..caches.base import KVCache
 from ..caches.layer import KVLayer
 from ..caches.quantized_layer import KVQuantizedLayer
@@ -155,7 +155,7 @@ class StepHandle(Handle):
         rules.check_inference(query)
         assert rules.mask is not None
         steps, part, window = self._steps, self._steps.layers[self._index], read_compact_mask(rules.mask)[1]
-        scale = query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling
+        scale = scale_of(query, rules)
         tensors, how = (part.k, part.v, query, key, value), (rules.softcap, rules.s_aux, steps.backend)
         if part.packed:
             stored = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
