@@ -1,9 +1,10 @@
 """Decode steps that a CUDA graph can hold: everything that changes between steps lies in tensors on the GPU.
 
 A graph repeats what the device did once, without Python. So nothing in such a step depends on a number of the host.
-Each layer's attention is one op (`append_attend.py`), which gets the cache's buffers and, as a tensor, the number of
-tokens in them. The host works before the graph runs and after it (`DecodeSteps.run`): it checks, fills in the lengths,
-counts, and quantizes full blocks. Nothing is read back from the GPU.
+Each layer's attention is one op (`append_attend.py`): it gets the cache's buffers and, as tensors, how full they are.
+Those `Numbers` are made once a step, for all layers that are alike, so that a layer computes none of its own. The host
+works before the graph runs and after it (`DecodeSteps.run`): it checks, fills in the numbers, counts, and quantizes
+full blocks. Nothing is read back from the GPU.
 
 Buffers must keep their addresses, so the cache is a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`. A
 `StaticKVCache` keeps layers with a native window in rings (`caches/ring.py`), which have fixed addresses too.
@@ -23,7 +24,7 @@ from ..caches.quantized_layer import KVQuantizedLayer
 from ..kernels import dispatch
 from ..masks import compact_mask, left_padding, read_compact_mask
 from ..quant.layout import BLOCK
-from .append_attend import Part
+from .append_attend import Numbers, Part
 
 
 class DecodeSteps:
@@ -33,21 +34,20 @@ class DecodeSteps:
         cache: one without a `graph_obstacle`: a `StaticKVCache` or `QuantizedKVCache` with `max_cache_len`.
 
     Attributes:
-        lengths: `(B,)` int32 on the GPU, tokens stored before the step.
-        counts: `(2,)` int32 there, of quantized layers: tokens in blocks, and exact ones, the new one included.
-        leftpad: `(B,)` int32 there, left padding.
+        leftpad: `(B,)` int32 on the GPU, left padding.
         leftpad_known: whether `leftpad` is that of the mask. To read the mask waits for the GPU, once.
-        layers: each layer's part.
+        layers: each layer's part; those of one kind share their numbers.
         backend: the choice in force at the step.
     """
 
     def __init__(self, cache: KVCache):
         self.cache = cache
-        self.lengths = self.leftpad = self.counts = torch.empty(0)
+        self.leftpad = torch.empty(0)
         self.leftpad_known = False
         self.layers: list[Part] = []
         self.backend = "auto"
         self._buffers: list[torch.Tensor] = []  # those of `layers`, ready for graphs
+        self._kinds: dict[tuple, tuple[KVLayer, Numbers]] = {}  # one layer of each kind, and the numbers of all
 
     def run(self, compiled: Callable, model: Callable, kwargs: dict[str, Any]) -> Any:
         """The output of `compiled`, or of `model` where the cache is empty still, for `kwargs` with this cache.
@@ -68,7 +68,7 @@ class DecodeSteps:
         return out
 
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """The host's work before a step: checks, lengths, buffers."""
+        """The host's work before a step: checks, buffers, numbers."""
         self.cache.check_consistent_layers()
         layers = self.cache.kv_layers
         quantized = [layer for layer in layers if isinstance(layer, KVQuantizedLayer)]
@@ -85,10 +85,22 @@ class DecodeSteps:
         self._prepare_buffers()
         for layer in layers:
             layer.reserve_slot()
-        self.lengths.fill_(self.cache.get_seq_length())
-        if quantized:  # all of them hold the same tokens in blocks
-            self.counts[0] = quantized[0].packed_tokens
-            self.counts[1] = quantized[0].stored - quantized[0].packed_tokens + 1
+        self._fill_numbers(self.cache.get_seq_length())
+
+    def _fill_numbers(self, seen: int) -> None:
+        """Writes the numbers of the step after `seen` tokens; the host's own go along with the launches."""
+        self.layers[0].numbers.lengths.fill_(seen)  # one tensor for all kinds
+        for layer, (_, counts, slot, begin) in self._kinds.values():
+            window = layer.sliding_window
+            torch.clamp(self.leftpad, 0 if window is None else max(0, seen - window + 1), seen, out=begin)
+            if isinstance(layer, KVQuantizedLayer):  # all of them hold the same tokens in blocks
+                exact = layer.stored - layer.packed_tokens
+                counts[0] = layer.packed_tokens
+                counts[1] = exact + 1
+                slot.fill_(exact)
+            else:
+                counts.fill_(seen + 1)
+                slot.fill_(seen % layer.buffers()["k"][0].shape[2])
 
     def _read_leftpad(self, mask: torch.Tensor | None, batch: int, layer: KVLayer) -> None:
         """Writes `leftpad`, of a mask `(B, tokens)` or None."""
@@ -102,8 +114,7 @@ class DecodeSteps:
                 "in a mask (B, tokens); compile_config with mode='default' takes others"
             )
         if self.leftpad.shape != (batch,):
-            made = (torch.empty(n, dtype=torch.int32, device=layer.device) for n in (batch, batch, 2))
-            self.lengths, self.leftpad, self.counts = made
+            self.leftpad = torch.empty(batch, dtype=torch.int32, device=layer.device)
         self.leftpad.copy_(leftpad) if leftpad is not None else self.leftpad.zero_()
         self.leftpad_known = True
 
@@ -118,27 +129,34 @@ class DecodeSteps:
             raise ValueError(f"CUDA graphs hold the work of one GPU, the cache lies on {', '.join(sorted(devices))}")
         for tensor, filled in found:
             tensor[:, :, filled:].zero_()  # a weight of 0 hides no NaN
-        self.layers = [self._part(layer) for layer in self.cache.kv_layers]
+        self._kinds = {}
+        lengths = torch.empty_like(self.leftpad)
+        self.layers = [self._part(layer, lengths) for layer in self.cache.kv_layers]
         for part in self.layers:
             for each in (part.k, part.v, *part.packed):
                 if each is not None:
                     torch._dynamo.mark_static_address(each, guard=False)
         self._buffers = [tensor for tensor, _ in found]
 
-    def _part(self, layer: KVLayer) -> Part:
-        buffers = {name: tensor for name, (tensor, _) in layer.buffers().items()}
+    def _part(self, layer: KVLayer, lengths: torch.Tensor) -> Part:
+        """The part of `layer`; it shares its numbers with earlier ones of its kind."""
+        buffers, window = {name: tensor for name, (tensor, _) in layer.buffers().items()}, layer.sliding_window
+        counts = lengths.new_empty(2)
+        made = Numbers(lengths, counts, counts.new_empty(1, dtype=torch.int64), torch.empty_like(lengths))
+        _, numbers = self._kinds.setdefault((type(layer), window), (layer, made))
         if not isinstance(layer, KVQuantizedLayer):
             k, v = buffers["k"], buffers["v"]
-            return Part(k, v, k.shape[2] < self.cache.settings["max_cache_len"], [], [], [])
+            return Part(k, v, numbers, window, k.shape[2] < self.cache.settings["max_cache_len"], [], [], [])
         packed = layer.packed(buffers["k_codes"].shape[2] * BLOCK)  # as many as there is room for
         codecs, layout = [packed.k_codec.name, packed.v_codec.name], [packed.start, packed.tokens]
-        return Part(buffers["exact_k"], buffers["exact_v"], False, list(packed.arrays()), codecs, layout)
+        exact = buffers["exact_k"], buffers["exact_v"]
+        return Part(*exact, numbers, window, False, list(packed.arrays()), codecs, layout)
 
     def inputs(self, decoder: torch.nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The decoder's arguments, with positions and masks that depend on tensors alone."""
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = self.lengths[:1, None].long()
+            positions = self.layers[0].numbers.lengths[:1, None].long()
         masks = compact_masks(decoder.config, new_tokens(kwargs), lambda sliding: self.leftpad)
         return {**kwargs, "position_ids": positions, "attention_mask": masks}
 
@@ -155,13 +173,14 @@ class StepHandle(Handle):
         rules.check_inference(query)
         assert rules.mask is not None
         steps, part, window = self._steps, self._steps.layers[self._index], read_compact_mask(rules.mask)[1]
-        scale = scale_of(query, rules)
-        tensors, how = (part.k, part.v, query, key, value), (rules.softcap, rules.s_aux, steps.backend)
+        if window != part.window:
+            raise ValueError(f"layer {self._index}: the mask has a window of {window}, the cache one of {part.window}")
+        tensors, scale = (part.k, part.v, query, key, value, *part.numbers), scale_of(query, rules)
+        how = (rules.softcap, rules.s_aux, steps.backend)
         if part.packed:
-            stored = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
+            stored = (part.packed, part.codecs, part.layout)
             return torch.ops.hf_kvattn.append_attend_packed(*tensors, *stored, scale, *how)
-        numbers = (steps.lengths, steps.leftpad, scale, window, part.wraps)
-        return torch.ops.hf_kvattn.append_attend(*tensors, *numbers, *how)
+        return torch.ops.hf_kvattn.append_attend(*tensors, scale, part.wraps, *how)
 
 
 def new_tokens(kwargs: dict[str, Any]) -> torch.Tensor:

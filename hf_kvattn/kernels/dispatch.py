@@ -26,7 +26,7 @@ class Backend(Protocol):
     """What a backend must have. Optional parts are methods that may be missing; `dispatch` asks for them by name:
 
     - `cannot_quantize(k, k_codec, v_codec)` and `quantize_blocks(k, v, into, slot)`: turns blocks into codes;
-    - `cannot_append(call)` and `append_attend(call, k, v, slot, reach, wraps)`: stores a token and attends in one call;
+    - `cannot_append(call)` and `append_attend(call, k, v, lengths, begin)`: stores a token and attends in one call;
     - `attend_lengths(call, lengths)`: reads how many tokens there are from the device.
     """
 
@@ -53,6 +53,9 @@ PRIORITIES: dict[str, tuple[str, ...]] = {
     "gpu, packed": ("triton", "sdpa", "reference"),
     "gpu, in pieces": ("flash", "triton", "sdpa", "reference"),
     "gpu": ("flash", "sdpa", "reference"),
+    # Steps whose lengths are on the GPU. Triton reads a ring, and joins `s_aux`, in the kernel that it needs anyway.
+    "gpu step": ("flash", "triton", "sdpa", "reference"),
+    "gpu step, in pieces": ("triton", "flash", "sdpa", "reference"),
     "cpu, native leads": ("native", "sdpa", "reference"),
     "cpu, torch leads": ("sdpa", "native", "reference"),
     "other device": ("sdpa", "reference"),
@@ -111,12 +114,16 @@ def attend(call: AttendCall) -> torch.Tensor:
     return serving(call).attend(call)
 
 
-def serving(call: AttendCall) -> Any:
-    """The `Backend` that `call` is computed with; ValueError where it is wrong, or the chosen one cannot serve it."""
+def serving(call: AttendCall, step: bool = False) -> Any:
+    """The `Backend` that `call` is computed with; ValueError where it is wrong, or the chosen one cannot serve it.
+
+    Args:
+        step: whether `call` is a decode step over buffers whose lengths are on the device.
+    """
     call.check()
     name = chosen_backend()
     if name == "auto":
-        return BACKENDS[auto_choice(call)[0]]
+        return BACKENDS[auto_choice(call, step)[0]]
     backend = BACKENDS[_usable(name, "HF_KVATTN_BACKEND")]
     reason = backend.unsupported(call)
     if reason:
@@ -124,10 +131,10 @@ def serving(call: AttendCall) -> Any:
     return backend
 
 
-def auto_choice(call: AttendCall) -> tuple[str, str | None]:
+def auto_choice(call: AttendCall, step: bool = False) -> tuple[str, str | None]:
     """The backend that `auto` takes for `call`, and why it is not the one that would be fastest (None if it is)."""
     passed_over = None
-    for name in PRIORITIES[_kind(call)]:
+    for name in PRIORITIES[_kind(call, step)]:
         backend = BACKENDS[name]
         reason = backend.unavailable() or backend.unsupported(call)
         if reason is None:
@@ -138,12 +145,14 @@ def auto_choice(call: AttendCall) -> tuple[str, str | None]:
     return name, passed_over
 
 
-def _kind(call: AttendCall) -> str:
+def _kind(call: AttendCall, step: bool) -> str:
     """The row of `PRIORITIES` for `call`."""
     device = call.q.device.type
     if device == "cuda":
         if call.packed is not None:
             return "gpu, packed"
+        if step:
+            return "gpu step" if call.tokens is None and call.s_aux is None else "gpu step, in pieces"
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
         return "gpu, in pieces" if call.slot > 0 or not sdpa.is_plain(call) else "gpu"
     if device != "cpu":

@@ -127,29 +127,28 @@ def cannot_append(call: AttendCall) -> str | None:
 
 
 def append_attend(
-    call: AttendCall, k: torch.Tensor, v: torch.Tensor, slot: torch.Tensor, reach: torch.Tensor, wraps: bool
+    call: AttendCall, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, begin: torch.Tensor
 ) -> torch.Tensor:
     """Writes each row's new token into the buffers of `call`, in place, and attends to it and the tokens before it.
 
     Args:
-        call: one query a row over the buffers with all their slots. `reach` includes the window and left padding.
+        call: one query a row over the buffers with all their slots; rings, where `call.tokens` is not None.
         k, v: `(B, Hkv, 1, D)`, the new tokens.
-        slot: `(B,)` int32 on the GPU, the slot of each row's new token.
-        reach: `(B,)` int32 on the GPU, how many earlier tokens each query sees.
-        wraps: whether the buffers are rings: the tokens before slot 0 are in the last slots.
+        lengths: `(B,)` int32 on the GPU, the position of each row's new token.
+        begin: `(B,)` int32 on the GPU, the first position that each query sees, at most its own.
 
     Returns:
         `(B, 1, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU.
     """
     launch = _launcher(call)
     q, k, v, k_buffer, v_buffer = (t.transpose(1, 2) for t in (call.q, k, v, call.k, call.v))
-    begin = (slot - reach).clamp(min=0)
-    parts = [launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=slot, cache_leftpad=begin)]
-    if wraps:
-        slots = call.k.shape[2]
-        begin = slots - (reach - slot).clamp(min=0)
-        parts.append(launch(q, k_buffer, v_buffer, cache_seqlens=torch.full_like(slot, slots), cache_leftpad=begin))
-    return _joined(parts, call)
+    if call.tokens is None:
+        return _joined([launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=lengths, cache_leftpad=begin)], call)
+    slots = call.k.shape[2]
+    slot, reach = lengths % slots, lengths - begin  # the tokens before slot 0 are in the last slots
+    before, ends = slots - (reach - slot).clamp(min=0), torch.full_like(slot, slots)
+    new = launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=slot, cache_leftpad=(slot - reach).clamp(min=0))
+    return _joined([new, launch(q, k_buffer, v_buffer, cache_seqlens=ends, cache_leftpad=before)], call)
 
 
 def _launcher(call: AttendCall) -> Callable[..., tuple]:

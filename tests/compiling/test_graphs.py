@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from flash_stub import FA2, FA3, flash_libraries
-from impostor import fake_cuda, on_gpu
+from impostor import Impostor, fake_cuda, on_gpu
+from kernel_count import FLASH_KERNELS, launched
 from models import generate, prompt, tiny_model
 from packed_problems import as_dense, packed_problem
 from tolerance import assert_close_to_reference
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from torch.utils._pytree import tree_map_only
 from transformers import CompileConfig, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -26,6 +28,7 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, generation
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.compiling import step as compiled
+from hf_kvattn.compiling.append_attend import Numbers
 from hf_kvattn.compiling.decode_steps import DecodeSteps
 from hf_kvattn.kernels import dispatch, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
@@ -144,7 +147,7 @@ def test_what_a_graph_is_made_of(recordings):
     mutated = [argument.name for argument in op._schema.arguments if argument.alias_info is not None]
     assert mutated == ["k_buffer", "v_buffer"]
     numbers = [t for t in recorded.tensors if t.dtype == torch.int32]
-    assert len(numbers) == 2 and all(t.shape == (2,) for t in numbers), "one tensor of lengths for all layers"
+    assert [t.shape for t in numbers] == [(2,)] * 4, "padding, lengths, counts, begins: one tensor each for all layers"
 
 
 def test_a_cache_that_is_reset_keeps_its_addresses(recordings):
@@ -331,10 +334,16 @@ def step_problem(length, slots=40, window=None, dtype=torch.float32, leftpad=(0,
         buffers[1, :, :, position % slots] = v[:, :, position]
     leftpad = torch.tensor(leftpad, dtype=torch.int32)
     call = AttendCall(q, k, v, 0.25, window=window, leftpad=leftpad, **rules)
-    lengths = torch.full((3,), length, dtype=torch.int32)
     wraps = length >= slots or (window is not None and slots < 40)
-    arguments = [*buffers, q, k[:, :, -1:].clone(), v[:, :, -1:].clone(), lengths, leftpad, 0.25, window, wraps]
+    begin = leftpad.clamp(0 if window is None else max(0, length - window + 1), length)
+    numbers = numbers_of(3, length, length + 1, length % slots, begin)
+    arguments = [*buffers, q, k[:, :, -1:].clone(), v[:, :, -1:].clone(), *numbers, 0.25, wraps]
     return [*arguments, rules.get("softcap"), rules.get("s_aux"), "auto"], call
+
+
+def numbers_of(batch, length, exact, slot, begin, packed=-(2**31)):
+    lengths = torch.full((batch,), length, dtype=torch.int32)
+    return Numbers(lengths, torch.tensor([packed, exact], dtype=torch.int32), torch.tensor([slot]), begin)
 
 
 def assert_appended(arguments, before, length):
@@ -344,6 +353,8 @@ def assert_appended(arguments, before, length):
         expected[:, :, length % old.shape[2]] = new[:, :, 0]
         assert torch.equal(buffer, expected)
 
+
+WRAPS = 10  # which argument of `append_attend` says so
 
 STEPS = {
     "first-token": (0, {}),
@@ -386,21 +397,88 @@ def test_flash_appends_and_attends_in_one_call(name, library, dtype):
     before = [t.clone() for t in arguments[:2]]
     capability, module = LIBRARIES[library]
     with flash_libraries(module) as launches, fake_cuda(capability) as reads:
-        on_it = on_gpu(arguments)
-        out = torch.ops.hf_kvattn.append_attend(*on_it)
+        out = torch.ops.hf_kvattn.append_attend(*on_gpu(arguments)[:-1], "flash")
         assert not reads, "nothing is read back"
     assert_close_to_reference(out.data_on_cpu, call)
-    assert [launch["new"] for launch in launches] == ([1, 0] if arguments[9] else [1])
+    assert [launch["new"] for launch in launches] == ([1, 0] if arguments[WRAPS] else [1])
     storage = {t.data_on_cpu.untyped_storage().data_ptr() for launch in launches for t in (launch["k"], launch["v"])}
     assert storage == {t.untyped_storage().data_ptr() for t in arguments[:2]}, "buffers are not copied"
     assert_appended(arguments, before, length)
+
+
+def on_cpu(thing):
+    """A copy of an `AttendCall` or `PackedKV`, with the numbers of its tensors."""
+    fields = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing) if field.init}
+    if fields.get("packed") is not None:
+        fields["packed"] = on_cpu(fields["packed"])
+    return type(thing)(**tree_map_only(Impostor, lambda t: t.data_on_cpu, fields))
+
+
+def attend_by_lengths(call, lengths):
+    """In the place of Triton's kernel on a GPU, which is checked in Triton's interpreter: the reference."""
+    packed, exact = lengths.data_on_cpu.tolist()
+    call = on_cpu(call)
+    slots = call.k.shape[2]
+    order = torch.arange(max(0, exact - slots), exact)  # of a ring all tokens are counted
+    assert call.tokens in (None, slots) and (call.tokens or exact <= slots) and call.mask is None
+    call = dataclasses.replace(call, k=call.k[:, :, order % slots], v=call.v[:, :, order % slots], tokens=None)
+    if call.packed is not None:
+        call.packed = dataclasses.replace(call.packed, tokens=packed) if packed else None
+    call.leftpad = call.leftpad - order[0].int()
+    return Impostor(reference.attend(call), torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", STEPS)
+def test_without_flash_triton_reads_the_lengths(name, dtype, monkeypatch):
+    hf_kvattn.enable(tiny_model())
+    length, rules = STEPS[name]
+    arguments, call = step_problem(length, dtype=dtype, **rules)
+    before = [t.clone() for t in arguments[:2]]
+    monkeypatch.setattr(triton_backend, "attend_lengths", attend_by_lengths)
+    with flash_libraries(), fake_cuda() as reads:
+        out = torch.ops.hf_kvattn.append_attend(*on_gpu(arguments))
+        assert not reads
+    assert_close_to_reference(out.data_on_cpu, call)
+    assert_appended(arguments, before, length)
+
+
+@pytest.mark.parametrize(("name", "launched"), [("padded", [1]), ("ring-full", []), ("s_aux", [])])
+def test_triton_reads_rings_and_learned_sinks_even_where_flash_could(name, launched, monkeypatch):
+    """One kernel with the merge that it needs anyway, where flash would take two calls and a dozen operations."""
+    hf_kvattn.enable(tiny_model())
+    length, rules = STEPS[name]
+    arguments, call = step_problem(length, dtype=torch.float16, **rules)
+    monkeypatch.setattr(triton_backend, "attend_lengths", attend_by_lengths)
+    with flash_libraries(FA2) as launches, fake_cuda():
+        out = torch.ops.hf_kvattn.append_attend(*on_gpu(arguments))
+        assert [launch["new"] for launch in launches] == launched
+    assert_close_to_reference(out.data_on_cpu, call)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("name", ["padded", "window"])
+def test_how_many_kernels_a_layer_takes_with_flash(name, library):
+    """Those of the library's one call, and nothing else."""
+    hf_kvattn.enable(tiny_model())
+    length, rules = STEPS[name]
+    arguments, _ = step_problem(length, dtype=torch.float16, **rules)
+    capability, module = LIBRARIES[library]
+    with flash_libraries(module) as launches, fake_cuda(capability):
+        on_it = on_gpu(arguments)
+        with launched() as operations:
+            torch.ops.hf_kvattn.append_attend(*on_it)
+            assert not operations
+            assert FLASH_KERNELS[launches[0]["library"]] * len(launches) <= 4
+            _ = on_it[0] + 1
+        assert operations == ["aten::add"], "or nothing would ever be counted"
 
 
 def test_appending_beyond_the_buffer_would_be_seen():
     """The host has checked the room; that it must is shown by the stand-in's stricter check."""
     hf_kvattn.enable(tiny_model())
     arguments, _ = step_problem(40, dtype=torch.float16)
-    arguments[9] = False
+    arguments[WRAPS] = False
     with flash_libraries(FA2), fake_cuda(), pytest.raises(AssertionError, match="out of bounds: tokens appended at"):
         torch.ops.hf_kvattn.append_attend(*on_gpu(arguments))
 
@@ -437,7 +515,7 @@ def test_the_backend_is_the_one_chosen(recordings):
             torch.ops.hf_kvattn.append_attend(*step_problem(5)[0][:-1], "sdpa")
 
 
-Q, K, V, LENGTHS, LEFTPAD, PACKED = range(2, 8)  # arguments of the ops after the buffers; the last of one only
+Q, K, V, LENGTHS, COUNTS, SLOT, BEGIN, PACKED = range(2, 10)  # arguments of the ops after the buffers
 WRONG_TOKENS = {
     "dtype": lambda t: t.double(),
     "heads": lambda t: t[:, :1],
@@ -445,10 +523,10 @@ WRONG_TOKENS = {
     "rows": lambda t: t[:2],
     "device": lambda t: t.to("meta"),
 }
-WRONG_NUMBERS = {"dtype": lambda t: t.long(), "2d": lambda t: t[:, None], "device": lambda t: t.to("meta")}
+WRONG_NUMBERS = {"dtype": lambda t: t.short(), "2d": lambda t: t[:, None], "device": lambda t: t.to("meta")}
 WRONG = [(i, kind, change) for i in (K, V) for kind, change in WRONG_TOKENS.items()]
-WRONG += [(i, kind, change) for i in (LENGTHS, LEFTPAD) for kind, change in WRONG_NUMBERS.items()]
-WRONG += [(i, "rows", lambda t: t[:1]) for i in (LENGTHS, LEFTPAD)]
+WRONG += [(i, kind, change) for i in (LENGTHS, COUNTS, SLOT, BEGIN) for kind, change in WRONG_NUMBERS.items()]
+WRONG += [(i, "rows", lambda t: t[:1]) for i in (LENGTHS, COUNTS, BEGIN)]
 WRONG += [(Q, "rows", lambda t: t[:2]), (Q, "head_dim", lambda t: t[..., 1:])]
 
 
@@ -487,11 +565,11 @@ def packed_step(name, bits, start=4):
     packed = call.packed
     arrays = [packed.k_codes, packed.k_scale, packed.k_zero, packed.k_mean]
     arrays += [packed.v_codes, packed.v_scale, packed.v_zero]
-    counts = torch.tensor([packed.tokens, exact], dtype=torch.int32)
     leftpad = torch.zeros(len(call.q), dtype=torch.int32) if call.leftpad is None else call.leftpad
+    numbers = numbers_of(len(call.q), call.kv_len - 1, exact, exact - 1, leftpad, packed.tokens)
     codecs, layout = [packed.k_codec.name, packed.v_codec.name], [start, packed.k_codes.shape[2] * 32]
     new = [call.q, call.k[:, :, -1:].clone(), call.v[:, :, -1:].clone()]
-    return [*exact_buffers, *new, counts, leftpad, arrays, codecs, layout, call.scale, call.softcap, None, "auto"], call
+    return [*exact_buffers, *new, *numbers, arrays, codecs, layout, call.scale, call.softcap, None, "auto"], call
 
 
 @pytest.mark.parametrize("bits", [8, "fp8", 4, 3, 2])
@@ -509,11 +587,11 @@ def test_a_packed_step_computes_what_the_reference_does(name, bits):
 def test_a_packed_step_before_the_first_block(exact):
     hf_kvattn.enable(tiny_model())
     arguments, call = packed_step("padded", 4)
-    arguments[5] = torch.tensor([0, exact], dtype=torch.int32)
-    arguments[6] = torch.tensor([0, exact - 1, 0], dtype=torch.int32)
+    begin = torch.tensor([0, exact - 1, 0], dtype=torch.int32)
+    arguments[LENGTHS:PACKED] = numbers_of(3, exact - 1, exact, exact - 1, begin, packed=0)
     out = torch.ops.hf_kvattn.append_attend_packed(*arguments)
     k, v = (t[:, :, :exact] for t in arguments[:2])
-    assert_close_to_reference(out, AttendCall(call.q, k, v, call.scale, leftpad=arguments[6]))
+    assert_close_to_reference(out, AttendCall(call.q, k, v, call.scale, leftpad=begin))
 
 
 @pytest.mark.parametrize("name", ["padded", "softcap-window"])
@@ -530,7 +608,7 @@ def test_triton_is_given_the_counts_and_the_most_there_can_be(name, monkeypatch)
         found = dataclasses.replace(given, k=given.k[:, :, :exact], v=given.v[:, :, :exact], packed=packed)
         return reference.attend(found)
 
-    monkeypatch.setattr(dispatch, "serving", lambda given: triton_backend)
+    monkeypatch.setattr(dispatch, "serving", lambda given, step: triton_backend)
     monkeypatch.setattr(triton_backend, "attend_lengths", attend)
     assert_close_to_reference(torch.ops.hf_kvattn.append_attend_packed(*arguments), as_dense(call))
 
@@ -602,7 +680,7 @@ def stop_when_counted(layer, quantize):
     ("family", "left_padding"), [("llama-g4", 5), ("mistral", 5), ("gemma2", 0), ("gemma3", 5), ("gpt-oss", 5)]
 )
 def test_generate_with_flash_gives_the_tokens_of_the_cpu(family, left_padding, library, monkeypatch):
-    """Steps as on a GPU, with `torch.compile` left out: every decode step appends in flash's own call.
+    """Steps as on a GPU, with `torch.compile` left out: every decode step appends in flash's own call, but in rings.
 
     Rings of 72 slots wrap after 33 steps.
     """
@@ -612,6 +690,7 @@ def test_generate_with_flash_gives_the_tokens_of_the_cpu(family, left_padding, l
     with hf_kvattn.enabled(model), hf_kvattn.backend("reference"):
         expected, _ = generate(model, inputs, 41, past_key_values=sized(model, 80))
     monkeypatch.setattr(torch, "compile", lambda step, **fields: step)
+    monkeypatch.setattr(triton_backend, "attend_lengths", attend_by_lengths)
     capability, module = LIBRARIES[library]
     with flash_libraries(module) as launches, fake_cuda(capability):
         on_gpu(model)
@@ -619,18 +698,18 @@ def test_generate_with_flash_gives_the_tokens_of_the_cpu(family, left_padding, l
             cache = sized(model, 80)
             tokens, _ = generate(model, on_gpu(inputs), 41, past_key_values=cache, compile_config=RECORDING)
     assert torch.equal(tokens.data_on_cpu, expected)
-    assert sum(launch["new"] for launch in launches) == 40 * n_layers
-    pieces = sum(layer.is_sliding for layer in cache.layers)  # a ring is read in two
-    assert len(launches) == 41 * n_layers + 40 * pieces
+    pieces = sum(layer.is_sliding or family == "gpt-oss" for layer in cache.layers)  # which Triton reads
+    assert sum(launch["new"] for launch in launches) == 40 * (n_layers - pieces)
+    assert len(launches) == 41 * n_layers - 40 * pieces
 
 
 def to_gpu(argument):
     return torch.device("cuda", 0) if argument == torch.device("cpu") else argument
 
 
-def test_the_graph_traced_on_a_cpu_runs_with_flash(recordings):
+def test_the_graph_traced_on_a_cpu_runs_with_flash(recordings, monkeypatch):
     """The traced graph itself, on the tensors of a GPU: 40 steps, and nothing is read back in any."""
-    model, inputs = tiny_model("gemma3", num_hidden_layers=2).half(), prompt(40, left_padding=5)
+    model, inputs = tiny_model("qwen2-sliding", num_hidden_layers=2).half(), prompt(40, left_padding=5)
     with hf_kvattn.enabled(model, compile=True):
         expected, _ = generate(model, inputs, 3, past_key_values=sized(model, 90), compile_config=RECORDING)
         (recorded,) = recordings
@@ -642,6 +721,7 @@ def test_the_graph_traced_on_a_cpu_runs_with_flash(recordings):
         names = [name() if callable(name) else name for name in names]
         with hf_kvattn.backend("reference"):
             expected, _ = generate(model, inputs, 42, past_key_values=sized(model, 90), disable_compile=True)
+        monkeypatch.setattr(triton_backend, "attend_lengths", attend_by_lengths)
         with flash_libraries(FA2) as launches, fake_cuda() as reads, torch.no_grad():
             on_gpu(model)
             cache, inputs = sized(model, 90), on_gpu(inputs)
@@ -663,7 +743,7 @@ def test_the_graph_traced_on_a_cpu_runs_with_flash(recordings):
                 reads.clear()
                 own = {"input_ids": token, "position_ids": position, "attention_mask": mask}
                 logits = steps.run(replay, model, own).logits
-                assert len(launches) == 4 and sum(launch["new"] for launch in launches) == 2
+                assert [launch["new"] for launch in launches] == [1]  # the other layer is a ring
                 assert not reads or len(tokens) == 1, "only the first step looks at the mask"
                 token, position = logits[:, -1:].argmax(-1), position + 1
                 tokens.append(token.data_on_cpu)

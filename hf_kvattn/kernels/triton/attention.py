@@ -91,14 +91,16 @@ def launch(
     """Queues both kernels: `(B, Tq, Hq, D)` in the dtype of `q`, and the log-sum-exps `(B, Hq, Tq)` in float32.
 
     Args:
-        call: no ring with `lengths`: its tokens lie in order from slot 0 on.
+        call: with `lengths` its tokens lie in order from slot 0 on, or it is a ring of which all slots are given.
         lengths: `(2,)` int32 on the device of `q`, read when the kernels run: how many packed tokens (a multiple of 32)
-            and exact tokens there are; Tk is their sum. The lengths of `call` are then upper bounds, which decide how
-            the work is split, so that one captured launch serves all lengths. Greater numbers in `lengths` would read
-            beyond the cache's memory: this cannot be checked here. Without a packed part the first number is not read.
+            and exact tokens there are; Tk is their sum. Of a ring (`call.tokens` is not None) it is how many there have
+            been: token `t` lies in slot `t % slots`, and what is visible must still be there. The lengths of `call` are
+            then upper bounds, which decide into how many splits the kernel shares out what there is: one captured
+            launch serves all lengths. Greater numbers in `lengths` would read beyond the cache's memory: this cannot be
+            checked here. Without a packed part the first number is not read.
 
     Raises:
-        ValueError: `lengths` of another shape, dtype or device, or beside a ring or sinks.
+        ValueError: `lengths` of another shape, dtype or device, or beside sinks or a ring of which a part is given.
     """
     if lengths is not None:
         _check_lengths(call, lengths)
@@ -196,5 +198,7 @@ def _check_lengths(call: AttendCall, lengths: torch.Tensor) -> None:
     if call.sinks is not None:
         raise ValueError("lengths in a tensor are not served beside sinks: what is seen of those is the host's number")
     slots = (call.slot, 0 if call.packed is None else call.packed.slot)
-    if slots != (0, 0):
-        raise ValueError(f"lengths in a tensor are for tokens in order, not for a ring from slots {slots} on")
+    if slots != (0, 0) or call.tokens not in (None, call.k.shape[2]):
+        raise ValueError(
+            f"lengths in a tensor are for tokens in order, or a whole ring, not for {call.kv_len} from slots {slots} on"
+        )

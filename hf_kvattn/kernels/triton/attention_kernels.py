@@ -115,6 +115,14 @@ def _add_tile(
     return new_max, row_sum, acc
 
 
+@triton.jit
+def _share(first, end, split, splits, UNIT: tl.constexpr):
+    """The part of [first, end) that split number `split` of `splits` reads: as many UNITs as any other, or one more."""
+    units = tl.cdiv(tl.maximum(end - first, 0), UNIT)
+    splits = tl.maximum(splits, 1)
+    return first + units * split // splits * UNIT, tl.minimum(first + units * (split + 1) // splits * UNIT, end)
+
+
 @triton.jit(
     do_not_specialize=["start", "packed_tokens", "block_begin", "blocks", "slot", "slots", "exact_begin", "exact"]
     + ["exact_slot", "ring", "kv_len", "window", "split_blocks", "packed_splits", "splits", "q_len"]
@@ -155,7 +163,7 @@ def decode_attention_kernel(
             packed_tokens = tl.load(lengths_ptr)
             blocks = packed_tokens // 32
             kv_len += packed_tokens
-        first_visible = tl.maximum(leftpad, kv_len - q_len - window + 1)
+        first_visible = tl.maximum(tl.maximum(leftpad, kv_len - q_len - window + 1), 0)
     position = kv_len - q_len + rows % q_len
 
     row_max = tl.full((ROWS,), -float("inf"), tl.float32)
@@ -166,7 +174,10 @@ def decode_attention_kernel(
     if K_BITS:
         begin = block_begin + split * split_blocks
         end = tl.minimum(begin + split_blocks, tl.where(split < packed_splits, blocks, 0))
-        begin = tl.maximum(begin, (first_visible - start) // 32 // BLOCKS * BLOCKS)
+        first = tl.maximum(first_visible - start, 0) // 32 // BLOCKS * BLOCKS
+        begin = tl.maximum(begin, first)
+        if lengths_ptr is not None:  # what there is, not what there is room for, is shared out
+            begin, end = _share(first, tl.where(split < packed_splits, blocks, 0), split, packed_splits, BLOCKS)
         mean = tl.load(k_mean + kv * D + d, mask=d < D, other=0)
         mean_score = tl.sum(q.to(tl.float32) * mean[None, :], 1)
         for at in tl.range(begin, end, BLOCKS):
@@ -186,12 +197,18 @@ def decode_attention_kernel(
     begin = exact_begin + (split - packed_splits) * split_blocks * 32
     end = tl.where(split < packed_splits, begin, tl.minimum(begin + split_blocks * 32, exact))
     if lengths_ptr is not None:
-        begin = tl.maximum(begin, first_visible - packed_tokens)
+        first = tl.where(first_visible < start, first_visible, tl.maximum(start, first_visible - packed_tokens))
+        first = tl.maximum(first, exact - ring)
+        end = tl.where(split < packed_splits, 0, exact)
+        begin, end = _share(first, end, split - packed_splits, splits - packed_splits, TILE)
     for at in tl.range(begin, end, TILE, num_stages=2):
         token = at + tl.arange(0, TILE)
         valid = token < end
         at_slot = exact_slot + token
-        at_slot = tl.where(at_slot >= ring, at_slot - ring, at_slot).to(tl.int64)
+        if lengths_ptr is not None:  # of a ring all tokens are counted, those that are gone too
+            at_slot = (token % ring).to(tl.int64)
+        else:
+            at_slot = tl.where(at_slot >= ring, at_slot - ring, at_slot).to(tl.int64)
         mask = valid[:, None] & (d < D)[None, :]
         k_at = k_ptr + batch * stride_kb + head.to(tl.int64) * stride_kh + at_slot[:, None] * stride_kt + d[None, :]
         k = tl.load(k_at, mask=mask, other=0)
@@ -207,8 +224,8 @@ def decode_attention_kernel(
         )  # fmt: skip
 
     row = (kv * splits + split) * row_count + rows
-    out = acc / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
-    tl.store(partial_ptr + row[:, None] * D + d[None, :], out, mask=row_mask)
+    row_mask = row_mask & (row_sum > 0)[:, None]  # what is not stored is not merged: its log-sum-exp is -inf
+    tl.store(partial_ptr + row[:, None] * D + d[None, :], acc / row_sum[:, None], mask=row_mask)
     tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=rows < row_count)
 
 
@@ -254,7 +271,7 @@ def merge_splits_kernel(
         valid = split < splits
         part = row + split.to(tl.int64) * row_count
         weight = tl.exp2(tl.load(partial_lse_ptr + part, mask=valid, other=-float("inf")) - finite_max)
-        mask = valid[:, None] & (d < D)[None, :]
+        mask = (weight > 0)[:, None] & (d < D)[None, :]
         weighted = tl.load(partial_ptr + part[:, None] * D + d[None, :], mask=mask, other=0) * weight[:, None]
         packed += tl.sum(tl.where((split < packed_splits)[:, None], weighted, 0.0), 0)
         exact += tl.sum(tl.where((split < packed_splits)[:, None], 0.0, weighted), 0)

@@ -5,6 +5,7 @@ GPU.
 pytest tests/jobs/graphs_on_fakes
 """
 
+import contextlib
 import ctypes
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_count import launched
 from models import tiny_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._guards import TracingContext
@@ -22,7 +24,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
 from hf_kvattn.compiling import append_attend
+from hf_kvattn.compiling.append_attend import Numbers
 from hf_kvattn.compiling.decode_steps import DecodeSteps, StepHandle
+from hf_kvattn.evaluation import codegen
 from hf_kvattn.kernels import dispatch, flash
 from hf_kvattn.kernels.triton import backend as triton_backend
 
@@ -59,8 +63,7 @@ def filled(family, padded=True, bits=None):
         model(ids, past_key_values=cache)
         steps = DecodeSteps(cache)
         if padded:  # what was found in a mask before
-            steps.lengths, steps.leftpad = torch.ones(2, 2, dtype=torch.int32).unbind()
-            steps.counts, steps.leftpad_known = torch.ones(2, dtype=torch.int32), True
+            steps.leftpad, steps.leftpad_known = torch.ones(2, dtype=torch.int32), True
     return model, steps, {"input_ids": ids[:, :1], "position_ids": ids[:, :1], "past_key_values": cache}
 
 
@@ -84,7 +87,7 @@ def test_a_number_read_back_raises(plant, monkeypatch):
     attend = StepHandle.attend
 
     def planted(self, *args):
-        plant(steps.lengths)
+        plant(steps.layers[0].numbers.lengths)
         return attend(self, *args)
 
     monkeypatch.setattr(StepHandle, "attend", planted)
@@ -103,7 +106,7 @@ def test_nor_is_a_number_of_a_mask_read_twice():
     steps.run(model, model, {**arguments, "attention_mask": mask})
 
 
-RULES = {"plain": {}, "window": {"window": 9}, "ring": {"window": 9, "wraps": True}, "softcap": {"softcap": 2.0}}
+RULES = {"plain": {}, "ring": {"wraps": True}, "softcap": {"softcap": 2.0}}
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -123,13 +126,14 @@ def test_the_ops_own_code_reads_nothing_back(served_by, rules, monkeypatch):
         monkeypatch.setattr(flash, "unavailable", lambda: None)
         library = SimpleNamespace(flash_attn_with_kvcache=with_kvcache)
         monkeypatch.setattr(flash, "_library", lambda device: (library, None))
-    asked = {"window": None, "wraps": False, "softcap": None, **RULES[rules]}
+    asked = {"wraps": False, "softcap": None, **RULES[rules]}
     with torch.device("cuda"):
         q, k = torch.empty(2, 8, 1, 16).half(), torch.empty(2, 2, 1, 16).half()
-        buffers, numbers = (torch.empty(2, 2, 72, 16).half() for _ in "kv"), torch.ones(2, dtype=torch.int32)
+        buffers, two = (torch.empty(2, 2, 72, 16).half() for _ in "kv"), torch.ones(2, dtype=torch.int32)
+        numbers = Numbers(two, two, torch.ones(1, dtype=torch.long), two)
         s_aux = torch.empty(8) if served_by == "sinks" else None
         asked |= {"s_aux": s_aux, "backend": "auto"}
-        out = append_attend._append_attend(*buffers, q, k, k, numbers, numbers, 0.25, **asked)
+        out = append_attend._append_attend(*buffers, q, k, k, *numbers, 0.25, **asked)
     assert (out.device.type, out.shape, out.dtype) == ("cuda", (2, 1, 8, 16), torch.float16)
     assert launched == ([] if served_by == "sdpa" else [True, False] if asked["wraps"] else [True])
 
@@ -139,16 +143,45 @@ def test_nor_does_that_of_the_packed_op(served_by, monkeypatch):
     given = []
     _, steps, _ = filled("llama", bits=4)
     if served_by == "triton":
-        monkeypatch.setattr(dispatch, "serving", lambda call: triton_backend)
+        monkeypatch.setattr(dispatch, "serving", lambda call, step: triton_backend)
         monkeypatch.setattr(triton_backend, "attend_lengths", lambda call, n: given.append(n) or call.q.transpose(1, 2))
     steps._begin(torch.ones(2, 1, dtype=torch.long, device="cuda"), None)
     part = steps.layers[0]
     with torch.device("cuda"):
         q, k, s_aux = torch.empty(2, 4, 1, 16), torch.empty(2, 2, 1, 16), torch.empty(4)
     rules = (0.25, None, s_aux if served_by == "sinks" else None, "auto")
-    packed = (steps.counts, steps.leftpad, part.packed, part.codecs, part.layout)
-    out = append_attend._append_attend_packed(part.k, part.v, q, k, k, *packed, *rules)
+    packed = (part.packed, part.codecs, part.layout)
+    out = append_attend._append_attend_packed(part.k, part.v, q, k, k, *part.numbers, *packed, *rules)
     assert (out.device.type, out.shape, len(given)) == ("cuda", (2, 1, 4, 16), served_by == "triton")
+
+
+@pytest.mark.parametrize("kind", ["static", "ring", "learned sinks", "int4", "8 and 3 bits"])
+def test_how_many_kernels_a_layer_takes_without_flash(kind, monkeypatch):
+    """Both halves of the new token are stored, its attention is split, and merged: nothing else runs in a layer."""
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_backend, "_too_old", lambda *args: None)
+    monkeypatch.setattr(triton_backend, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    bits = {"int4": (4, 4), "8 and 3 bits": (8, 3)}.get(kind, (0, 0))
+    with codegen.compile_only("sm_90") as gpu, torch.device("cuda"):
+        call = codegen.fake_call(64, *bits)
+        new = torch.empty(1, 2, 1, 64).bfloat16()
+        one = torch.ones(1, dtype=torch.int32)
+        numbers = Numbers(one, torch.ones(2, dtype=torch.int32), one.long(), one)
+        s_aux = torch.empty(8) if kind == "learned sinks" else None
+        with launched() as operations:
+            if call.packed is None:
+                run, how = append_attend._append_attend, (0.25, kind == "ring", None, s_aux)
+            else:
+                packed = call.packed
+                codecs = [packed.k_codec.name, packed.v_codec.name]
+                run, how = append_attend._append_attend_packed, (
+                    list(packed.arrays()), codecs, [packed.start, packed.tokens], 0.25, None, None,
+                )  # fmt: skip
+            run(call.k, call.v, call.q, new, new, *numbers, *how, "auto")
+    assert operations == ["aten::index_copy_"] * 2
+    assert [name for name, _ in gpu.launches] == ["decode_attention_kernel", "merge_splits_kernel"]
+    assert len(operations) + len(gpu.launches) == 4
 
 
 def compiled_graph(model, steps, arguments, through_steps=True):
@@ -210,7 +243,8 @@ def test_nor_for_a_quantized_cache():
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
     assert [tuple(inputs[index].shape) for index in mutated] == [(2, 2, 36, 16)] * 4 and set(mutated) <= set(static)
     copied = [tuple(inputs[index].shape) for index in range(len(inputs)) if index not in static]
-    assert sorted(copied) == [(2,), (2,), (2, 1), (2, 1)], "nothing of the cache is copied for a replay"
+    numbers = [(1,), (2,), (2,), (2,), (2,)]  # slot, counts, lengths, begin, padding: of both layers
+    assert sorted(copied) == [*numbers, (2, 1), (2, 1)], "nothing of the cache is copied for a replay"
 
 
 def test_and_would_find_those_of_steps_that_ask_the_host():

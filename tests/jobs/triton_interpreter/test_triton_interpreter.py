@@ -261,7 +261,7 @@ BUGS = {
     "sums are not rescaled": ("row_sum = row_sum * rescale +", "row_sum = row_sum +", "one split"),
     "results are not rescaled": ("acc * rescale[:, None]", "acc", "one split"),
     "NaN where nothing is visible": ('tl.where(new_max == -float("inf"), 0.0, new_max)', "new_max", "padded"),
-    "NaN in an empty split": ("/ tl.where(row_sum > 0, row_sum, 1.0)[:, None]", "/ row_sum[:, None]", "padded"),
+    "an empty split is merged": ("mask = (weight > 0)[:, None] &", "mask = valid[:, None] &", "padded"),
     "NaN in an empty row": ('finite_max = tl.where(row_max == -float("inf"), 0.0, row_max)', "finite_max = row_max",
                             "padded"),
     "wrong KV head": ("kv = batch * KV_HEADS + head\n", "kv = batch * KV_HEADS\n", "splits"),
@@ -432,12 +432,12 @@ def test_lengths_do_not_change_the_launch(monkeypatch):
     assert queued[0] == queued[1] == queued[2] and len(queued[0]) == 2
 
 
-def test_a_split_beyond_the_lengths_leaves_nothing_behind(monkeypatch):
-    """Its log-sum-exp is -inf and its part zeros, in memory that held NaN before."""
+def test_what_a_split_without_work_leaves_is_not_merged(monkeypatch):
+    """Its log-sum-exp is -inf; its part stays what that memory held before, NaN."""
     few_blocks_a_split(monkeypatch)
     monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 66, 64, {}))
     full = packed_problem("lengths", 4, 8, torch.float16, split=160.5 / 226, start=4)
-    _, every, lengths = to_lengths(full, 64, 5)
+    host, every, lengths = to_lengths(full, 64, 5)
     parts, empty = [], torch.empty
 
     def keeping(*arguments, **options):
@@ -445,11 +445,30 @@ def test_a_split_beyond_the_lengths_leaves_nothing_behind(monkeypatch):
         return parts[-1]
 
     monkeypatch.setattr(torch, "empty", keeping)
-    triton_attention.launch(every, 64, lengths)
+    made = triton_attention.launch(every, 64, lengths)
     *_, partial, partial_lse = parts
+    monkeypatch.undo()
     holds = partial_lse.isfinite().all(-1).all(0).all(0)
-    assert holds.tolist() == [True, False, False, True, False]  # 5 packed blocks, 70 exact tokens, 64 tokens a split
-    assert (partial_lse[:, :, ~holds] == -torch.inf).all() and (partial[:, :, ~holds] == 0).all()
+    assert holds.tolist() == [False, False, True, False, True]  # of 5 packed blocks, and of 70 exact tokens
+    assert (partial_lse[:, :, ~holds] == -torch.inf).all() and partial[:, :, ~holds].isnan().all()
+    check(host, made=made)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize(("exact", "packed"), [(True, 4096), (True, 256), (False, 4096), (False, 256)], ids=str)
+def test_all_splits_have_work_however_full_the_cache_is(exact, packed, window, monkeypatch):
+    """At 1/16 of what there is room for as at all of it: the splits share out what is visible, not the room."""
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "room", (1, 1, 4096 if exact else 4 + 4096 + 20, 64, {"window": window}))
+    full = problem("room") if exact else packed_problem("room", 4, 4, split=1, start=4)
+    host, every, lengths = to_lengths(one_head(full), 0 if exact else packed, packed if exact else 20)
+    parts, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **options: parts.append(empty(*a, **options)) or parts[-1])
+    made = triton_attention.launch(every, 2, lengths)
+    *_, partial_lse = parts
+    monkeypatch.undo()
+    assert partial_lse.shape[2] == 4 + (not exact) and partial_lse.isfinite().all()
+    check(host, made=made)
 
 
 BUGS_OF_LENGTHS = {
@@ -459,7 +478,11 @@ BUGS_OF_LENGTHS = {
     "positions of the host": ("kv_len = exact", "kv_len += exact"),
     "packed tokens have no positions": ("kv_len += packed_tokens", "kv_len += 0"),
     "a window begins late": ("kv_len - q_len - window + 1)", "kv_len - q_len - window + 2)"),
-    "an exact split begins late": ("first_visible - packed_tokens)", "first_visible - packed_tokens + 1)"),
+    "an exact split begins late": ("first_visible - packed_tokens))", "first_visible - packed_tokens + 1))"),
+    "first tokens are passed over": ("tl.where(first_visible < start, first_visible,", "tl.where(False, 0,"),
+    "a part ends early": ("(split + 1) // splits * UNIT, end)", "(split + 1) // splits * UNIT, end - 1)"),
+    "parts overlap": ("first + units * split // splits", "first + tl.maximum(units * split // splits - 1, 0)"),
+    "slots of a ring": ("(token % ring)", "(token % (ring - 1))"),
 }
 
 
@@ -473,6 +496,30 @@ def test_planted_bugs_of_lengths_are_caught(bug, tmp_path, monkeypatch):
     with pytest.raises(AssertionError) if bug is not None else contextlib.nullcontext():
         check_lengths(full, 96, 38)
         check_lengths(full, 64, 9)
+        check_lengths(replace(full, window=None), 96, 38)
+        check_ring_step(200, 84, monkeypatch)
+
+
+def check_ring_step(seen: int, slots: int, monkeypatch, **rules) -> None:
+    """A ring of `slots` after `seen` tokens, with lengths, against the tokens in order that it holds."""
+    monkeypatch.setitem(SHAPES, "ring step", (2, 1, seen, 64, {"window": 50, "leftpad": [0, 170, seen - 1]} | rules))
+    call = problem("ring step", torch.float16)
+    rings = [torch.full((*t.shape[:2], slots, 64), POISON[t.dtype], dtype=t.dtype) for t in (call.k, call.v)]
+    for position in range(max(0, seen - slots), seen):
+        for ring, tokens in zip(rings, (call.k, call.v), strict=True):
+            ring[:, :, position % slots] = tokens[:, :, position]
+    ring = replace(call, k=rings[0], v=rings[1], tokens=slots)
+    lengths = torch.tensor([-(2**31), seen], dtype=torch.int32)
+    check(call, made=triton_attention.launch(ring, MULTIPROCESSORS, lengths))
+
+
+@pytest.mark.parametrize("seen", [171, 173, 250, 336])
+def test_rings_whose_lengths_are_in_a_tensor(seen, monkeypatch):
+    """Not full yet, once around, and at the end of a round."""
+    few_blocks_a_split(monkeypatch)
+    check_ring_step(seen, 84, monkeypatch)
+    check_ring_step(seen, 172, monkeypatch, softcap=2.0)
+    check_ring_step(seen, 50, monkeypatch, leftpad=[-9, seen, 2**31 - 1])
 
 
 def test_what_lengths_are_refused():
@@ -489,10 +536,12 @@ def test_what_lengths_are_refused():
     with pytest.raises(ValueError, match="not served beside sinks"):
         triton_attention.launch(problem("sinks", torch.float16), 3, good)
     call.packed.slot = 2
-    with pytest.raises(ValueError, match=r"not for a ring .* slots \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"in order, or a whole ring, not for .* slots \(0, 2\)"):
         triton_attention.launch(call, 3, good)
-    with pytest.raises(ValueError, match=r"not for a ring .* slots \(149, 0\)"):
+    with pytest.raises(ValueError, match=r"a whole ring, not for 150 from slots \(149, 0\)"):
         triton_attention.launch(dense_ring(149), 3, good)
+    with pytest.raises(ValueError, match=r"a whole ring, not for 130 from slots \(0, 0\)"):
+        triton_attention.launch(dense_ring(0), 3, good)
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (8, 2), (3, 3)], ids=str)
