@@ -10,7 +10,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .caches.configs import layer_needs
-from .kernels import dispatch, native
+from .kernels import dispatch, flash_libraries, native
 from .kernels.call import AttendCall
 
 
@@ -22,12 +22,15 @@ class Description:
         versions: of Python, PyTorch and transformers, and what PyTorch computes with.
         chosen: the backend asked for, `auto` unless set.
         backends: for each backend, why it cannot be used here; None if it can.
+        libraries: for each library that `flash` may call, in the order in which it asks them, its version, or why it
+            cannot be loaded. Empty without a GPU.
         cases: for each case, its backend, and why a faster one was not taken; None if it is the fastest.
     """
 
     versions: dict[str, str]
     chosen: str
     backends: dict[str, str | None]
+    libraries: dict[str, str]
     cases: dict[str, tuple[str, str | None]] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -35,6 +38,8 @@ class Description:
         lines += ["", f"backend asked for: {self.chosen}", ""]
         for name, why in self.backends.items():
             lines.append(f"  {name:<10} {'usable' if why is None else 'not usable: ' + why}")
+            if name == "flash":
+                lines += [f"    {library:<38} {found}" for library, found in self.libraries.items()]
         lines += ["", f"  {'case':<44} taken"]
         for case, (name, why) in self.cases.items():
             lines.append(f"  {case:<44} {name}{'' if why is None else f'  ({why})'}")
@@ -56,7 +61,7 @@ def describe(model: PreTrainedModel | None = None) -> Description:
     }
     reasons = {name: module.unavailable() for name, module in dispatch.BACKENDS.items()}
     cases = {name: _taken(call) for name, call in _cases(model).items()}
-    return Description(versions, dispatch.chosen_backend(), reasons, cases)
+    return Description(versions, dispatch.chosen_backend(), reasons, flash_libraries.listing(), cases)
 
 
 def _taken(call: AttendCall) -> tuple[str, str | None]:

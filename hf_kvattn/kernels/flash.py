@@ -1,10 +1,11 @@
-"""FlashAttention on NVIDIA GPUs: `flash_attn` (FA2), or `flash_attn_interface` (FA3) on compute capability 9.0.
+"""FlashAttention on a GPU, by the first library in `flash_libraries.LIBRARIES` that serves the call.
 
 Every call uses one function of the library, `flash_attn_with_kvcache`, on views of the cache transposed to
 `(B, T, Hkv, D)`: nothing is copied. For a decode step it splits the tokens over the GPU and computes the query heads of
 a group together. For a prompt it launches the kernel of `flash_attn_func`. Left padding is passed as `cache_leftpad`.
 Unpadding would copy keys and values and read lengths back from the GPU. With one query, a ring buffer that wraps is
-read in two pieces, and sinks are a piece of their own. The results are merged by their log-sum-exps.
+read in two pieces, and sinks are a piece of their own. The results are merged by their log-sum-exps. Queries that see
+nothing get zeros, as the library says.
 
 `append_attend` is a decode step whose lengths are on the GPU: the library appends the new tokens in the same call.
 With `attend` the cache has written them before, as for every backend, which takes two small copies a layer.
@@ -13,59 +14,24 @@ With `attend` the cache has written them before, as for every backend, which tak
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 
-from .call import PIECES, RULES, AttendCall
+from . import flash_libraries
+from .call import PIECES, RULES, AttendCall, Feature
 
 SERVED = RULES | PIECES
-_FA2, _FA3 = "flash_attn", "flash_attn_interface"
-_INSTALL = "pip install flash-attn --no-build-isolation"
-
-
-@functools.lru_cache(maxsize=2)
-def _load(name: str) -> tuple[ModuleType | None, str | None]:
-    """The library of that import name, or why there is none."""
-    try:
-        return importlib.import_module(name), None
-    except ImportError as error:
-        return None, f"{name}: {error}"
-
-
-def _library(device: torch.device) -> tuple[ModuleType | None, str | None]:
-    """The library that serves a GPU, or why none does."""
-    capability = torch.cuda.get_device_capability(device)
-    version = "{}.{}".format(*capability)
-    if capability < (8, 0):
-        return None, f"flash-attn needs a GPU of compute capability 8.0 or later, {device} has {version}"
-    reasons = []
-    for name in (_FA3, _FA2) if capability == (9, 0) else (_FA2,):
-        module, reason = _load(name)
-        if module is not None:
-            return module, None
-        reasons.append(reason)
-    return None, f"no flash-attn for compute capability {version} ({'; '.join(map(str, reasons))}): {_INSTALL}"
 
 
 def unavailable() -> str | None:
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA GPU"
-    if torch.version.hip is not None:
-        return "flash-attn is used on NVIDIA GPUs only: on AMD's it may ignore left padding"
-    reasons = [_load(name)[1] for name in (_FA2, _FA3)]
-    return None if None in reasons else f"flash-attn cannot be imported ({'; '.join(map(str, reasons))}): {_INSTALL}"
+    return flash_libraries.unavailable()
 
 
 def unsupported(call: AttendCall) -> str | None:
     q, k, v = call.q, call.k, call.v
     if q.device.type != "cuda":
         return f"flash-attn runs on CUDA GPUs, the tensors are on {q.device}"
-    reason = _library(q.device)[1]
-    if reason is not None:
-        return reason
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn takes float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
@@ -76,7 +42,7 @@ def unsupported(call: AttendCall) -> str | None:
         return f"the flash backend serves {beyond}"
     if q.shape[2] > 1 and (call.sinks is not None or len(_pieces(call, 0)) > 1):
         return f"sinks, and ring buffers that wrap, are joined for one query at a time, not for {q.shape[2]}"
-    return None
+    return flash_libraries.serving(q, call.features())[1]
 
 
 def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
@@ -96,34 +62,51 @@ def _pieces(call: AttendCall, begin: int) -> list[tuple[int, slice]]:
 
 def attend(call: AttendCall) -> torch.Tensor:
     """The attention of `call`: `(B, Tq, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU."""
-    launch = _launcher(call)
+    launch = _launcher(call, call.features())
     q, window, begin = call.q.transpose(1, 2), call.window, 0
     if window is not None and call.q.shape[2] == 1:  # one query: the window is a slice
         begin, window = max(0, call.kv_len - window), None
     # The library does not count the query's own key in the window.
     sides = (-1, -1) if window is None else (window - 1, 0 if call.causal else -1)
-    parts = []
-    for start, slots in _pieces(call, begin):
-        padding = {}
+    parts, pieces = [], _pieces(call, begin)
+    joined = len(pieces) > 1 or call.sinks is not None
+    for start, slots in pieces:
+        padding, empty = {}, None
         if call.leftpad is not None:
             # The length is passed too: without it the kernels read all tiles, as if nothing were padded.
             length = slots.stop - slots.start
             leftpad = (call.leftpad - start).clamp(0, length)
+            if joined:
+                leftpad, empty = leftpad.clamp(max=length - 1), leftpad == length
             padding = {"cache_leftpad": leftpad, "cache_seqlens": length}
         k, v = (t[:, :, slots].transpose(1, 2) for t in (call.k, call.v))
-        parts.append(launch(q, k, v, causal=call.causal, window_size=sides, **padding))
+        parts.append(_without(empty, launch(q, k, v, causal=call.causal, window_size=sides, **padding)))
     if call.sinks is not None:
         seen = call.sinks.visible().sum((1, 2, 3), dtype=torch.int32).expand(q.shape[0]).contiguous()
         own_q, k, v = (t.transpose(1, 2) for t in (call.sinks.q, call.sinks.k, call.sinks.v))
-        parts.append(launch(own_q, k, v, cache_seqlens=seen))
+        parts.append(_without(seen == 0, launch(own_q, k, v, cache_seqlens=seen.clamp(min=1))))
     return _joined(parts, call)
+
+
+def _without(empty: torch.Tensor | None, part: tuple) -> tuple:
+    """The result and log-sum-exp of a piece, without the rows `empty` `(B,)` that have no key in it.
+
+    They were given one: a launch in which no row has any makes FA3's scheduler divide by zero.
+    """
+    if empty is None:
+        return part
+    return part[0], part[1].masked_fill(empty[:, None, None], -torch.inf)
 
 
 def cannot_append(call: AttendCall) -> str | None:
     """Why `append_attend` does not serve the buffers of `call`, or None."""
     if call.q.shape[1] > call.k.shape[2] * call.k.shape[1]:
         return "where flash-attn appends, it needs a slot for each query head of a group"
-    return None
+    return flash_libraries.serving(call.q, _append_features(call))[1]
+
+
+def _append_features(call: AttendCall) -> int:
+    return call.features() | Feature.LEFT_PADDING  # which says where each row begins
 
 
 def append_attend(
@@ -140,25 +123,24 @@ def append_attend(
     Returns:
         `(B, 1, Hq, D)` in the dtype of `q`. Nothing is read back from the GPU.
     """
-    launch = _launcher(call)
+    launch = _launcher(call, _append_features(call))
     q, k, v, k_buffer, v_buffer = (t.transpose(1, 2) for t in (call.q, k, v, call.k, call.v))
     if call.tokens is None:
         return _joined([launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=lengths, cache_leftpad=begin)], call)
     slots = call.k.shape[2]
     slot, reach = lengths % slots, lengths - begin  # the tokens before slot 0 are in the last slots
-    before, ends = slots - (reach - slot).clamp(min=0), torch.full_like(slot, slots)
     new = launch(q, k_buffer, v_buffer, k=k, v=v, cache_seqlens=slot, cache_leftpad=(slot - reach).clamp(min=0))
-    return _joined([new, launch(q, k_buffer, v_buffer, cache_seqlens=ends, cache_leftpad=before)], call)
+    before, ends = reach - slot, torch.full_like(slot, slots)
+    old = launch(q, k_buffer, v_buffer, cache_seqlens=ends, cache_leftpad=slots - before.clamp(min=1))
+    return _joined([new, _without(before <= 0, old)], call)
 
 
-def _launcher(call: AttendCall) -> Callable[..., tuple]:
+def _launcher(call: AttendCall, features: int) -> Callable[..., tuple]:
     """The library's function with the arguments that all pieces of `call` share: it returns results, log-sum-exps."""
-    library, reason = _library(call.q.device)
-    if library is None:
+    function, reason = flash_libraries.serving(call.q, features)
+    if function is None:
         raise ValueError(f"backend 'flash' cannot be used here: {reason}")
-    return functools.partial(
-        library.flash_attn_with_kvcache, softmax_scale=call.scale, softcap=call.softcap or 0.0, return_softmax_lse=True
-    )
+    return functools.partial(function, softmax_scale=call.scale, softcap=call.softcap or 0.0, return_softmax_lse=True)
 
 
 def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:
@@ -166,7 +148,7 @@ def _joined(parts: list[tuple], call: AttendCall) -> torch.Tensor:
     if len(parts) == 1 and call.s_aux is None:
         return parts[0][0]
     scores = torch.stack([part[1] for part in parts])
-    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # the library returns inf for a part without keys
+    scores = scores.masked_fill(scores == torch.inf, -torch.inf)  # FA2 returns inf for a part without keys
     if call.s_aux is not None:
         own = call.s_aux.float()[:, None].expand_as(scores[:1])
         scores = torch.cat([scores, own])

@@ -21,10 +21,13 @@ import pytest
 import torch
 from impostor import Impostor
 
-from hf_kvattn.kernels import flash
+from hf_kvattn.kernels import flash_libraries as libraries
 
 FA2, FA3 = "flash_attn", "flash_attn_interface"
+HUB_FA2, HUB_FA3 = "kernels-community/flash-attn2", "kernels-community/vllm-flash-attn3"
+AITER = "kernels-community/aiter-flash-attn"
 calls: list[dict] = []  # of the current `flash_libraries`: the arguments of every launch
+probes: list[dict] = []  # those of the launches that only try a library
 
 
 def fwd_kvcache(
@@ -134,6 +137,10 @@ def _forward(library, q, k, v, lengths, leftpad, scale, causal, left, right, sof
     weights = torch.nan_to_num(torch.softmax(scores, -1))
     out = torch.empty_like(q)
     out.copy_(torch.einsum("bhqk,bkhd->bqhd", weights, v_.repeat_interleave(group, 2)).to(q.dtype))
+    if library == "fa3":
+        nothing = bool((end == start).all())
+        assert not nothing, "no row has a key: the scheduler of FA3 divides by their number"
+        return out, Impostor(lse, q.device)  # -inf where nothing is seen
     return out, Impostor(torch.where(lse == -torch.inf, torch.inf, lse), q.device)
 
 
@@ -157,12 +164,60 @@ def _libraries() -> dict[str, ModuleType]:
     return {FA2: fa2, FA3: fa3}
 
 
+class Kernels(ModuleType):
+    """In the place of the package `kernels`: a local cache that holds some kernels, and no network."""
+
+    __version__ = "0.18.2"
+
+    def __init__(self, cached: dict[str, ModuleType]):
+        super().__init__("kernels")
+        self.cached, self.asked = cached, []
+
+    def install_kernel(self, repo_id, *, version=None, local_files_only=False, trust_remote_code=False):
+        assert local_files_only, "nothing may be downloaded"
+        self.asked.append((repo_id, version))
+        if repo_id not in self.cached:
+            raise ValueError(f"Version {version} of '{repo_id}' is not available in the local cache\nand so on")
+        return f"/cache/{repo_id}"
+
+    def get_local_kernel(self, repo_path, *, trust_remote_code=False):
+        return self.cached[repo_path.removeprefix("/cache/")]
+
+
+def probe(*args) -> str | None:
+    """What it launches is no launch of a call."""
+    before = len(calls)
+    try:
+        return real_probe(*args)
+    finally:
+        probes.extend(calls[before:])
+        del calls[before:]
+
+
+real_probe = libraries.probe
+
+
 @contextlib.contextmanager
-def flash_libraries(*names: str) -> Iterator[list[dict]]:
-    """Only these flash-attn libraries can be imported, for the body of a `with`; what they launch is returned."""
-    found = {name: _libraries()[name] if name in names else None for name in (FA2, FA3)}
+def flash_libraries(*names: str, **modules: ModuleType) -> Iterator[list[dict]]:
+    """Only these flash-attn libraries can be loaded, for the body of a `with`; what they launch is returned.
+
+    Args:
+        names: import names, and repositories of the hub, whose kernels are in the local cache.
+        modules: other modules in the place of those imported by these names.
+    """
+    real = _libraries()
+    found = {name: modules.get(name, real[name] if name in names else None) for name in (FA2, FA3)}
+    cached = {HUB_FA2: real[FA2], HUB_FA3: real[FA3], AITER: real[FA2]}
+    found["kernels"] = (
+        Kernels({name: cached[name] for name in names if name in cached}) if set(names) & set(cached) else None
+    )
     calls.clear()
-    flash._load.cache_clear()
-    with mock.patch.dict(sys.modules, found):
+    probes.clear()
+    libraries.load.cache_clear()
+    with (
+        mock.patch.dict(sys.modules, found),
+        mock.patch.dict(libraries._probes, clear=True),
+        mock.patch.object(libraries, "probe", probe),
+    ):
         yield calls
-    flash._load.cache_clear()
+    libraries.load.cache_clear()

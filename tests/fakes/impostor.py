@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 from hf_kvattn.compiling.append_attend import OPS
+from hf_kvattn.kernels import flash_libraries
 
 aten = torch.ops.aten
 _READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default}
@@ -222,12 +223,15 @@ def fake_cuda(capability: tuple[int, int] = (8, 0), devices: int = 1) -> Iterato
         "device_count": lambda: devices,
         "current_device": lambda: 0,
         "get_device_capability": lambda device=None: capability,
+        "is_current_stream_capturing": lambda: False,
     }
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(_Ops(reads, arriving))
         stack.enter_context(_Calls(reads))
+        flash_libraries.candidates.cache_clear()
+        stack.callback(flash_libraries.candidates.cache_clear)
         yield reads
 
 

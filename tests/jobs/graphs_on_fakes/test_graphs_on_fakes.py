@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from hf_kvattn.compiling import append_attend
 from hf_kvattn.compiling.append_attend import Numbers
 from hf_kvattn.compiling.decode_steps import DecodeSteps, StepHandle
 from hf_kvattn.evaluation import codegen
-from hf_kvattn.kernels import dispatch, flash
+from hf_kvattn.kernels import dispatch, flash, flash_libraries
 from hf_kvattn.kernels.triton import backend as triton_backend
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -124,8 +123,7 @@ def test_the_ops_own_code_reads_nothing_back(served_by, rules, monkeypatch):
 
     if served_by != "sdpa":
         monkeypatch.setattr(flash, "unavailable", lambda: None)
-        library = SimpleNamespace(flash_attn_with_kvcache=with_kvcache)
-        monkeypatch.setattr(flash, "_library", lambda device: (library, None))
+        monkeypatch.setattr(flash_libraries, "serving", lambda q, features: (with_kvcache, None))
     asked = {"wraps": False, "softcap": None, **RULES[rules]}
     with torch.device("cuda"):
         q, k = torch.empty(2, 8, 1, 16).half(), torch.empty(2, 2, 1, 16).half()
