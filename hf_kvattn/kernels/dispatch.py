@@ -51,7 +51,7 @@ BACKENDS: dict[str, Backend] = {
 # The order in which `auto` asks the backends for each kind of call (`_kind`), the fastest first.
 PRIORITIES: dict[str, tuple[str, ...]] = {
     "gpu, packed": ("triton", "sdpa", "reference"),
-    "gpu, in pieces": ("flash", "triton", "sdpa", "reference"),
+    "gpu, few queries or in pieces": ("flash", "triton", "sdpa", "reference"),
     "gpu": ("flash", "sdpa", "reference"),
     # Steps whose lengths are on the GPU. Triton reads a ring, and joins `s_aux`, in the kernel that it needs anyway.
     "gpu step": ("flash", "triton", "sdpa", "reference"),
@@ -66,6 +66,9 @@ QUANTIZERS: dict[str, str] = {"cuda": "triton", "cpu": "native"}  # by device; P
 # the fastest on every CPU. Beyond them it is so where a window leaves out most keys, and where PyTorch's own kernel
 # lacks a feature: it is about 10 times faster than the tiled PyTorch fallback.
 NATIVE_MAX_ROWS = 128
+# Up to this many query tokens, Triton goes before PyTorch's SDPA on a GPU: it splits the tokens over the GPU, and one
+# kernel serves all lengths. SDPA may take cuDNN, which makes a plan for each new length.
+FEW_QUERIES = 16
 
 _in_context: ContextVar[str | None] = ContextVar("hf_kvattn_backend", default=None)
 _for_process: list[str] = []  # set_backend's choice; empty: HF_KVATTN_BACKEND, else auto
@@ -154,7 +157,8 @@ def _kind(call: AttendCall, step: bool) -> str:
         if step:
             return "gpu step" if call.tokens is None and call.s_aux is None else "gpu step, in pieces"
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
-        return "gpu, in pieces" if call.slot > 0 or not sdpa.is_plain(call) else "gpu"
+        pieces = call.slot > 0 or not sdpa.is_plain(call)
+        return "gpu, few queries or in pieces" if pieces or call.q.shape[2] <= FEW_QUERIES else "gpu"
     if device != "cpu":
         return "other device"
     few = call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]) <= NATIVE_MAX_ROWS

@@ -218,7 +218,9 @@ def _addresses(packed: PackedKV) -> tuple[int, ...]:
 
 
 def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | None:
-    """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)` on the CPU, or None."""
+    """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)`, or None."""
+    if k.device.type != "cpu":
+        return f"native kernels quantize on the CPU, the tensors are on {k.device}"
     if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
         return f"native kernels quantize to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
     if k.dtype not in _DTYPES or k.shape[-1] > 512:

@@ -12,6 +12,7 @@ import torch
 from flash_stub import FA2, flash_libraries
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
+from packed_problems import packed_problem
 from problems import problem
 from tolerance import assert_close_to_reference
 
@@ -51,6 +52,31 @@ def test_on_a_gpu_triton_joins_what_flash_cannot(queries, slot, sinks, expected,
         call = AttendCall(q, k, k, 0.25, window=32, tokens=32, slot=slot)
         call.sinks = SinkKV(leftpad, leftpad, q, evicted=3) if sinks else None
         assert taken(call) == expected
+
+
+@pytest.mark.parametrize(
+    ("queries", "change", "expected"),
+    [
+        (1, {}, "triton"),
+        (16, {}, "triton"),
+        (17, {}, "sdpa"),
+        (1, {"tokens": 32, "slot": 3}, "triton"),
+        (1, {"leftpad": torch.ones(1, dtype=torch.int32)}, "triton"),
+        (1, {"window": 5}, "triton"),
+        (1, {"mask": torch.ones(1, 1, 1, 32, dtype=torch.bool)}, "sdpa"),
+        (1, {"dropout": 0.5}, "sdpa"),
+    ],
+)
+def test_on_a_gpu_without_a_library_triton_takes_few_queries(queries, change, expected, monkeypatch):
+    """cuDNN, which SDPA takes first on some GPUs, makes a plan for each new length."""
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    q, k = torch.randn(1, 4, queries, 16).half(), torch.randn(1, 2, 32, 16).half()
+    with flash_libraries(), fake_cuda():
+        q, k = on_gpu((q, k))
+        call = AttendCall(q, k, k, 0.25, **{name: on_gpu(value) for name, value in change.items()})
+        assert taken(call) == expected
+        call = AttendCall(q.float(), k.float(), k.float(), 0.25)
+        assert taken(call) == "sdpa"
 
 
 def test_auto_takes_the_fast_one_for_each_case():
@@ -160,13 +186,31 @@ def test_priorities_name_backends_and_end_with_one_that_serves_everything():
 
 
 @pytest.mark.parametrize("device", ["meta", "mps"])
-def test_blocks_on_other_devices_are_quantized_with_pytorch(device):
+def test_blocks_on_other_devices_are_quantized_with_pytorch(device, monkeypatch):
     class Elsewhere(torch.Tensor):
         device = torch.device("meta")
 
     k = torch.zeros(1, 1, 32, 64).as_subclass(Elsewhere)
     Elsewhere.device = torch.device(device)
     assert dispatch.quantizer(k, CODECS["int4"], CODECS["int4"]) is quantize_blocks
+    assert native.cannot_quantize(k, CODECS["int4"], CODECS["int4"]) == (
+        f"native kernels quantize on the CPU, the tensors are on {device}"
+    )
+    monkeypatch.setattr(dispatch, "QUANTIZERS", {device: "native"})
+    assert dispatch.quantizer(k, CODECS["int4"], CODECS["int4"]) is quantize_blocks, "whatever the table says"
+
+
+@pytest.mark.parametrize("name", ["k_codes", "v_scale", "v_codes"])
+def test_a_pointer_of_another_device_never_gets_into_c(name):
+    """Of what a call holds, `check` compares the devices; of blocks, this is where they are made."""
+    call = packed_problem("g3-65", 8, 4)
+    moved = getattr(call.packed, name).to("meta")
+    with hf_kvattn.backend("native"), pytest.raises(ValueError, match=f"{name} .*on meta"):
+        dispatch.attend(replace(call, packed=replace(call.packed, **{name: moved})))
+    into = packed_problem("g3-65", 8, 4).packed
+    k = torch.zeros(2, 2, 32, 64, device="meta")
+    with pytest.raises(ValueError, match="on meta"):
+        dispatch.quantize_blocks(k, k, into, 0)
 
 
 @pytest.mark.parametrize(
