@@ -2,7 +2,8 @@
 
 For one query token the query heads of a group become rows of their KV head, `(B, Hkv, G, D)`: nothing is copied, and
 each key is read once for its group. It is fast on a CPU for that reason: `enable_gqa` reads K and V for every query
-head. On a GPU it keeps SDPA from choosing the slow math kernel.
+head. On a GPU it keeps SDPA from choosing the slow math kernel. There, queries that see nothing get zeros whatever
+kernel PyTorch takes, and cuDNN, which makes a plan for each new length, is left out unless the prompt is whole.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention, cudnn_sdp_enabled, enable_cudnn_sdp
 from torch.nn.functional import scaled_dot_product_attention
 
 from .call import BATCHES, MASKS, QUANTIZED, TRAINING, AttendCall, Feature
@@ -21,6 +23,8 @@ PLAIN = int(Feature.BIDIRECTIONAL_ATTENTION | Feature.LEFT_PADDING | Feature.RIN
 TILED = int(Feature.LEARNED_SINKS | Feature.WINDOW_SINKS | Feature.SOFTCAP) | QUANTIZED | BATCHES
 TILE = 1024  # tokens dequantized at once, a multiple of 32
 WINDOW_BLOCK = 256  # queries of a long prompt that share a slice of the keys
+# What torch.nn.attention.bias.causal_lower_right ends in on a GPU. It cannot be made under a TorchDispatchMode.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention
 
 
 def unavailable() -> str | None:
@@ -58,12 +62,34 @@ def attend(call: AttendCall) -> torch.Tensor:
     if q_len == 1 and call.leftpad is None:
         begin = max(0, kv_len - (call.window or kv_len))  # one query: the window is a slice
         return _grouped(call, call.k[:, :, begin:], call.v[:, :, begin:], None)
-    if call.leftpad is None and not windowed and (q_len == kv_len or not call.causal):
-        out = scaled_dot_product_attention(
-            call.q, call.k, call.v, dropout_p=call.dropout, is_causal=call.causal, scale=call.scale, enable_gqa=True
-        )
-        return out.transpose(1, 2)
+    if call.leftpad is None and not windowed:
+        if q_len == kv_len or not call.causal:
+            return _attention(call, call.q, call.k, call.v, is_causal=call.causal, enable_gqa=True).transpose(1, 2)
+        if q_len < kv_len and _has_flash(call):  # a prompt continued: no mask for each head of a group
+            # Here, causal means the lower right corner of queries and keys.
+            out = _flash(call.q, call.k, call.v, call.dropout, is_causal=True, scale=call.scale)[0]
+            return out.transpose(1, 2)
     return _grouped(call, call.k, call.v, call.visible())
+
+
+def _has_flash(call: AttendCall) -> bool:
+    """Whether PyTorch's own flash kernel serves `call`, with its heads in groups and without a mask."""
+    if call.q.device.type != "cuda" or torch.version.hip is not None or call.q.shape[-1] % 8:
+        return False
+    return can_use_flash_attention(SDPAParams(call.q, call.k, call.v, None, call.dropout, False, True))
+
+
+def _attention(call: AttendCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs) -> torch.Tensor:
+    """PyTorch's function, on a GPU without cuDNN where lengths grow from call to call."""
+    growing = q.device.type == "cuda" and call.q.shape[2] != k.shape[2]
+    if not growing or not cudnn_sdp_enabled():
+        return scaled_dot_product_attention(q, k, v, dropout_p=call.dropout, scale=call.scale, **kwargs)
+    # The switch is the process's. One who reads it off leaves it so: threads cannot switch it off for good.
+    enable_cudnn_sdp(False)
+    try:
+        return scaled_dot_product_attention(q, k, v, dropout_p=call.dropout, scale=call.scale, **kwargs)
+    finally:
+        enable_cudnn_sdp(True)
 
 
 def _blocks(call: AttendCall) -> Iterator[AttendCall]:
@@ -104,12 +130,17 @@ def _grouped(call: AttendCall, k: torch.Tensor, v: torch.Tensor, mask: torch.Ten
     kv_heads = k.shape[1]
     group = q_heads // kv_heads
     q = call.q.reshape(batch, kv_heads, group * q_len, dim)
+    blind = None
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.to(q.dtype)
+        if q.device.type != "cpu" and (call.mask is not None or call.leftpad is not None or q_len > call.kv_len):
+            # Kernels may give NaN to a query that sees nothing: it sees all, and its result is left out.
+            blind = ~(mask if mask.dtype == torch.bool else mask > -torch.inf).any(-1, keepdim=True)
+            mask = mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0)
         one_or_all = min(mask.shape[1], kv_heads)
         mask = mask.unflatten(1, (one_or_all, -1)).expand(-1, -1, group, -1, -1).flatten(2, 3)
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=call.dropout, scale=call.scale)
-    return out.reshape(batch, q_heads, q_len, dim).transpose(1, 2)
+    out = _attention(call, q, k, v, attn_mask=mask).reshape(batch, q_heads, q_len, dim)
+    return (out if blind is None else out.masked_fill(blind, 0)).transpose(1, 2)
 
 
 def _tiled(call: AttendCall) -> torch.Tensor:
