@@ -53,8 +53,7 @@ PRIORITIES: dict[str, tuple[str, ...]] = {
     "gpu, packed": ("triton", "sdpa", "reference"),
     "gpu, few queries or in pieces": ("flash", "triton", "sdpa", "reference"),
     "gpu": ("flash", "sdpa", "reference"),
-    # Steps whose lengths are on the GPU. Triton reads a ring, and joins `s_aux`, in the kernel that it needs anyway.
-    "gpu step": ("flash", "triton", "sdpa", "reference"),
+    # A step whose lengths are on the GPU. Triton reads a ring, and joins `s_aux`, in the kernel that it needs anyway.
     "gpu step, in pieces": ("triton", "flash", "sdpa", "reference"),
     "cpu, native leads": ("native", "sdpa", "reference"),
     "cpu, torch leads": ("sdpa", "native", "reference"),
@@ -154,8 +153,8 @@ def _kind(call: AttendCall, step: bool) -> str:
     if device == "cuda":
         if call.packed is not None:
             return "gpu, packed"
-        if step:
-            return "gpu step" if call.tokens is None and call.s_aux is None else "gpu step, in pieces"
+        if step and (call.tokens is not None or call.s_aux is not None):
+            return "gpu step, in pieces"
         # Pieces that must be joined: flash does so for one query, Triton reads them in place.
         pieces = call.slot > 0 or not sdpa.is_plain(call)
         return "gpu, few queries or in pieces" if pieces or call.q.shape[2] <= FEW_QUERIES else "gpu"
