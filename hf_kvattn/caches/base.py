@@ -359,7 +359,7 @@ class KVCache(Cache):
                 if layer.device == torch.device(device):
                     continue
                 layer.move(torch.device(device))
-                layer.device = next(iter(layer.filled().values())).device
+                layer.device = next(iter(layer.buffers().values()))[0].device
             for state in self.states:
                 state.change(lambda t: t.to(device))
         return self

@@ -143,7 +143,15 @@ class KVLayer(CacheLayerMixin):
     @torch.inference_mode(False)
     def move(self, device: torch.device | str) -> None:
         """Moves the buffers. `device`, the device of new tokens, stays."""
-        self.replace_buffers({name: tensor.to(device) for name, (tensor, _) in self.buffers().items()})
+        self.replace_buffers({name: self._moved(name, tensor, device) for name, (tensor, _) in self.buffers().items()})
+
+    def _moved(self, name: str, tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        """The tensor of that name in `buffers` or `filled` on another device."""
+        return tensor.to(device)
+
+    def portable(self) -> dict[str, torch.Tensor]:
+        """What `filled` returns, on the CPU and as it would be stored there: what files hold."""
+        return {name: self._moved(name, tensor, "cpu") for name, tensor in self.filled().items()}
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict) -> KVLayer:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..quant.blocks import Quantize, quantize_blocks
 from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
-from ..quant.layout import BLOCK
+from ..quant.layout import BLOCK, keys_to, values_to
 from ..quant.packed import PackedKV
 from .layer import GROWTH, KVLayer, Stored, ring_spans
 from .ring import SLACK, overwritten
@@ -318,6 +318,13 @@ class KVQuantizedLayer(KVLayer):
             for name, array in self._packed.items():
                 tensors |= {name: array} if name == "k_mean" else ring_spans(name, array, slot, blocks)
         return tensors
+
+    def _moved(self, name: str, tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        if name.startswith("k_codes"):
+            return keys_to(tensor, self.settings.k_codec.planes, device)
+        if name.startswith("v_codes"):
+            return values_to(tensor, self.settings.v_codec.planes, device)
+        return super()._moved(name, tensor, device)
 
     def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
         if self.sliding_window is not None:

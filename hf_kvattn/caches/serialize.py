@@ -75,7 +75,10 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], token_ids: TokenIds
         raise ValueError(f"{path} is a link, a folder or a device, and is not replaced")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for the file {path.name!r}")
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in _filled(cache).items()}
+    tensors = {
+        f"layers.{layer.layer_idx}.{name}": t for layer in cache.kv_layers for name, t in layer.portable().items()
+    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in (tensors | _states(cache)).items()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         digest = _digest(text, tensors, pool.map(_sha256, tensors.values()))
     with _temporary_folder(path.parent) as folder:
@@ -138,9 +141,11 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 
 def _filled(cache: KVCache) -> dict[str, torch.Tensor]:
     tensors = {f"layers.{layer.layer_idx}.{name}": t for layer in cache.kv_layers for name, t in layer.filled().items()}
-    return tensors | {
-        f"states.{each.layer_idx}.{name}": t for each in cache.states for name, t in each.tensors().items()
-    }
+    return tensors | _states(cache)
+
+
+def _states(cache: KVCache) -> dict[str, torch.Tensor]:
+    return {f"states.{each.layer_idx}.{name}": t for each in cache.states for name, t in each.tensors().items()}
 
 
 def _describe(cache: KVCache, token_ids: TokenIds | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from impostor import fake_cuda, on_gpu
 from models import generate, prompt, tiny_config, tiny_model
 from saved_caches import KINDS, append, assert_same, contents, every_kind
 from transformers import BatchEncoding, DynamicCache
@@ -19,6 +20,7 @@ from transformers import BatchEncoding, DynamicCache
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, load_cache, save_cache
 from hf_kvattn.caches import serialize
+from hf_kvattn.kernels import dispatch
 
 
 def detours(path: Path) -> dict:
@@ -323,6 +325,7 @@ from models import tiny_config
 from saved_caches import append
 from hf_kvattn import StaticKVCache, save_cache
 from hf_kvattn.caches import serialize
+from hf_kvattn.kernels import dispatch
 
 def killed(tensors, filename, metadata):
     open(filename, "w").write("half")
@@ -397,3 +400,26 @@ def test_moving_to_a_gpu_and_back(kind, tmp_path):
     save_cache(cache, tmp_path / "cache")
     assert_same(load_cache(tmp_path / "cache", tiny_config()), before)
     assert_same(cache.to("cpu"), before)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2, "fp8"])
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_file_written_on_a_gpu_holds_the_codes_of_a_cpu(bits, window, tmp_path, without_triton):
+    """Codes lie in another order there; moved back and forth, and loaded, they mean the same."""
+    config = tiny_config() if window is None else tiny_config("mistral", sliding_window=window)
+    here, there = (QuantizedKVCache(config, bits=bits, group_size=16) for _ in "ab")
+    generator = torch.Generator().manual_seed(5)
+    with fake_cuda():
+        for count in (150, 33, 70):
+            for layer, tokens in enumerate(torch.randn(3, 2, 2, 2, count, 16, generator=generator)):
+                for cache, (k, v) in ((here, tokens), (there, on_gpu(tokens))):
+                    cache.layers[layer].append(k, v)
+                    cache.layers[layer].finish_attention(dispatch.quantize_blocks)
+        save_cache(there, tmp_path / "there")
+        loaded = load_cache(tmp_path / "there", config)
+        assert_same(loaded, here)
+        moved = loaded.to("cuda").layers[0]
+        assert moved.device.type == "cuda" and moved.packed_tokens
+        for ours, theirs in zip(moved.dense(), there.layers[0].dense(), strict=True):
+            assert torch.equal(ours.data_on_cpu, theirs.data_on_cpu)
+        assert_same(loaded.to("cpu"), here)

@@ -4,10 +4,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import example, given, settings
+from impostor import fake_cuda, on_gpu
 
 from hf_kvattn.quant import affine, symmetric
 from hf_kvattn.quant.codecs import CODECS, codec_for
-from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values, unpack_keys, unpack_values
+from hf_kvattn.quant.layout import BLOCK, keys_to, pack_keys, pack_values, unpack_keys, unpack_values, values_to
 from hf_kvattn.quant.rotation import rotate, size_for
 
 BITS = [8, 4, 3, 2]
@@ -42,6 +43,38 @@ def test_the_packed_layout_is_the_documented_one(bits):
         expected = codes[token, channel].item()
         assert code(keys, channel // 4 * 2 + token // 16, token % 16 * 4 + channel % 4) == expected
         assert code(values, channel // 16 * 8 + token // 4, channel % 16 * 4 + token % 4) == expected
+
+
+@pytest.mark.parametrize("dim", [16, 48, 80, 256])
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_on_a_gpu_lie_in_words_of_four_tokens(bits, dim):
+    """One word at a time, from the text of quant/layout.py; and back, and to the CPU's layout and back."""
+    codes = torch.randint(0, 2**bits, (2, BLOCK, dim), dtype=torch.uint8)
+    planes = codec_for(bits).planes
+    with fake_cuda():
+        packed = [pack(on_gpu(codes), planes) for pack in (pack_keys, pack_values)]
+        assert all(
+            t.shape == (2, 4 * bits * dim) and t.dtype == torch.uint8 and t.device.type == "cuda" for t in packed
+        )
+        for unpack, t in zip((unpack_keys, unpack_values), packed, strict=True):
+            assert torch.equal(unpack(t, planes).data_on_cpu, codes)
+        for move, pack, t in zip((keys_to, values_to), (pack_keys, pack_values), packed, strict=True):
+            on_cpu = move(t, planes, "cpu")
+            assert on_cpu.device.type == "cpu" and torch.equal(on_cpu, pack(codes, planes))
+            assert torch.equal(move(on_cpu, planes, "cuda").data_on_cpu, t.data_on_cpu)
+            assert move(t, planes, t.device) is t and move(on_cpu, planes, "cpu") is on_cpu
+    keys, values = (t.data_on_cpu[1].tolist() for t in packed)
+
+    def field(row: list[int], begin_bytes: int, bit: int, width: int) -> int:
+        return int.from_bytes(row[begin_bytes:], "little") >> bit & 2**width - 1
+
+    for token, channel in [(0, 0), (1, 0), (5, 3), (14, 7), (31, dim - 1)]:
+        for row, word in ((keys, token // 4 * dim + channel), (values, channel * 8 + token // 4)):
+            found, begin = 0, 0
+            for i, width in enumerate(planes):
+                found |= field(row, begin, (word * 4 + token % 4) * width, width) << sum(planes[:i])
+                begin += 4 * width * dim
+            assert found == codes[1, token, channel]
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80])

@@ -23,14 +23,53 @@ MAX_SPLITS = 128
 _SPLIT_READ_RATIO = 16
 _SPLIT_BLOCKS = (8, 64)
 _PROGRAMS_PER_MULTIPROCESSOR = 2
+_SMALLEST_SCALE = 1e-30  # for 0: no product of it and -inf is NaN
+
+
+def _assembly(bits: int, dtype: torch.dtype) -> str:
+    """PTX of `attention_kernels._dequantize` for NVIDIA's GPUs, which makes two numbers at a time (of 2 bits, four).
+
+    No integer is converted: a code among the low bits of the mantissa of 128 (float16: 1,024) makes that number plus
+    the code. Subtracting it again is exact, so that `code * scale + zero` is rounded once.
+    """
+    bfloat = dtype == torch.bfloat16
+    fma = "fma.rn.bf16x2" if bfloat else "fma.rn.f16x2"
+    magic, one, minus_magic = (0x43004300, 0x3F803F80, 0xC300C300) if bfloat else (0x64006400, 0x3C003C00, 0xE400E400)
+    start = f"{{.reg .b32 a, b, one, off; mov.b32 one, {one}; mov.b32 off, {minus_magic};"
+    if bits == 2:  # $2: the words of four channels, a byte each; $3 to $6: their scales and zeros; $7: a shift
+        parts = [(0, "a", 0x1100, 3, 5), (1, "b", 0x3322, 4, 6)]
+        return start + "".join(
+            f"prmt.b32 {x}, $2, $2, {pick}; shr.u32 {x}, {x}, $7; lop3.b32 {x}, {x}, {0x00030003}, {magic}, 0xea;"
+            f"{fma} {x}, {x}, one, off; {fma} ${to}, {x}, ${scale}, ${zero};" for to, x, pick, scale, zero in parts
+        ) + "}"  # fmt: skip
+    if bits in (3, 4):  # $1: two words; $2, $3: their scales and zeros; $4: a shift
+        return (
+            start
+            + f"shr.u32 a, $1, $4; lop3.b32 a, a, {0x000F000F}, {magic}, 0xea;"
+            + (f"{fma} a, a, one, off; {fma} $0, a, $2, $3;}}")
+        )
+    # $1, $2: a word each; $3: their scales; $4: which byte of each. Codes stand for themselves less 128.
+    if not bfloat:
+        start = start.replace(str(minus_magic), str(0xE480E480))  # -1,152
+        part = f"prmt.b32 a, $1, $2, $4; lop3.b32 a, a, {0x00FF00FF}, {magic}, 0xea; {fma} a, a, one, off;"
+    else:  # seven bits fit: the eighth decides whether 128 or 256 is subtracted
+        start = start.replace(str(one), str(0xBF80BF80))  # -1
+        part = f"prmt.b32 a, $1, $2, $4; lop3.b32 b, a, {0x00800080}, {magic}, 0xae;"
+        part += f"lop3.b32 a, a, {0x007F007F}, {magic}, 0xea; {fma} a, b, one, a;"
+    return start + part + f"mov.b32 off, {0x80008000}; {fma} $0, a, $3, off;}}"
+
+
+ASSEMBLY = {(bits, dtype): _assembly(bits, dtype) for bits in (8, 4, 3, 2) for dtype in (torch.float16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program of 4 warps computes at once: query rows, blocks of 32 tokens; the stages of its loads."""
+    """What a program of 4 warps computes at once: query rows, packed blocks of 32 tokens, as many of exact tokens; the
+    stages of its loads."""
 
     rows: int
     blocks: int
+    exact_blocks: int
     stages: int
 
 
@@ -44,7 +83,7 @@ def tile_for(rows: int, padded: int, three_bits: bool, amd: bool) -> Tile:
     max_rows = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
     # More query rows take several tiles, which read the same keys and values.
     stages = 2 if amd and padded <= 128 else 3
-    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 2 if padded <= 64 else 1, stages)
+    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 4, 2 if padded <= 64 else 1, stages)
 
 
 @dataclass(frozen=True)
@@ -110,7 +149,8 @@ def launch(
     three_bits = call.packed is not None and 3 in (call.packed.k_codec.bits, call.packed.v_codec.bits)
     tile = tile_for(rows, padded, three_bits, bool(torch.version.hip))
     programs = batch * kv_heads * triton.cdiv(rows, tile.rows)
-    splits = splits_for(call, programs, multiprocessors, tile.blocks, lengths is not None)
+    at_once = tile.exact_blocks if call.packed is None else tile.blocks
+    splits = splits_for(call, programs, multiprocessors, at_once, lengths is not None)
     own_splits = max(1, splits.packed + splits.exact)
     n_splits = own_splits + (call.sinks is not None)
     device = call.q.device
@@ -122,7 +162,7 @@ def launch(
     if (sinks := call.sinks) is not None:  # exact tokens with queries of their own: the last split
         sink_call = AttendCall(sinks.q, sinks.k, sinks.v, call.scale, softcap=call.softcap, leftpad=sinks.leftpad)
         last = partial.narrow(2, own_splits, 1), partial_lse.narrow(2, own_splits, 1)
-        one_split = Splits(0, 0, 2 * tile.blocks, 0, 1)
+        one_split = Splits(0, 0, 2 * tile.exact_blocks, 0, 1)
         _queue_decode(sink_call, sinks.evicted + q_len - 1, None, tile, one_split, *last, n_splits)
     merge_splits_kernel[(q_len, q_heads, batch)](
         partial_ptr=partial, partial_lse_ptr=partial_lse, s_aux_ptr=call.s_aux, out_ptr=out, lse_ptr=lse,
@@ -147,22 +187,25 @@ def _queue_decode(
 
     With `n_splits` these are the last of so many splits, and the tokens are sinks: `kv_len` says how many are visible.
     """
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (call.q, call.k, call.v))
+    # The kernel's scale is positive: the largest score is that of the largest product then.
+    q = call.q if call.scale > 0 else -call.q
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, call.k, call.v))
     batch, q_heads, q_len, dim = q.shape
     kv_heads, heads_per_kv = k.shape[1], q_heads // k.shape[1]
     row_tiles = triton.cdiv(heads_per_kv * q_len, tile.rows)
     decode_attention_kernel[(row_tiles * max(1, splits.packed + splits.exact), kv_heads, batch)](
         q_ptr=q, k_ptr=k, v_ptr=v, lengths_ptr=lengths,
         leftpad_ptr=None if call.leftpad is None else call.leftpad.contiguous(),
-        partial_ptr=partial, lse_ptr=partial_lse, scale=call.scale, softcap=call.softcap or 0.0,
-        **_packed_arguments(call.packed, dim),
+        partial_ptr=partial, lse_ptr=partial_lse,
+        scale=max(abs(call.scale), _SMALLEST_SCALE), softcap=call.softcap or 0.0,
+        **_packed_arguments(call.packed, dim, q.dtype),
         block_begin=splits.block_begin, exact_begin=splits.exact_begin, split_blocks=splits.blocks,
         packed_splits=splits.packed, splits=partial.shape[2] if n_splits is None else n_splits,
         exact=k.shape[2] if call.tokens is None else call.tokens, exact_slot=call.slot, ring=k.shape[2],
         kv_len=kv_len, window=2**31 - 1 if call.window is None else call.window, q_len=q_len,
         **strides(q=q, k=k, v=v),
         KV_HEADS=kv_heads, HEADS_PER_KV=heads_per_kv, D=dim, PADDED=max(16, triton.next_power_of_2(dim)),
-        ROWS=tile.rows, BLOCKS=tile.blocks,
+        ROWS=tile.rows, EXACT_BLOCKS=tile.exact_blocks, BLOCKS=tile.blocks,
         CAUSAL=call.causal, SOFTCAP=call.softcap is not None, SINKS=n_splits is not None,
         num_warps=4, num_stages=tile.stages,
         # With 255 registers a thread two programs of 4 warps fit a multiprocessor. Without this option, which Triton
@@ -174,16 +217,18 @@ def _queue_decode(
 _ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
 
 
-def _packed_arguments(packed: PackedKV | None, dim: int) -> dict[str, Any]:
+def _packed_arguments(packed: PackedKV | None, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """What `decode_attention_kernel` is told of the quantized tokens of heads of `dim`."""
     if packed is None:
         numbers = dict.fromkeys(("start", "packed_tokens", "blocks", "slot", "slots", "K_BITS", "V_BITS"), 0)
-        return {**dict.fromkeys(_ARRAYS), **numbers, "GROUP": dim, "SPAN": dim & -dim}
+        return {**dict.fromkeys(_ARRAYS), **numbers, "GROUP": dim, "SPAN": dim & -dim, "K_ASM": "", "V_ASM": ""}
     group, slots = dim // packed.v_scale.shape[3], packed.k_codes.shape[2]
     arrays = {name: getattr(packed, name) for name in _ARRAYS}
     lengths = {"start": packed.start, "packed_tokens": packed.tokens, "blocks": packed.tokens // BLOCK}
     widths = {"K_BITS": packed.k_codec.bits, "V_BITS": packed.v_codec.bits, "GROUP": group, "SPAN": group & -group}
-    return {**arrays, **lengths, "slot": packed.slot, "slots": slots, **widths}
+    fast = torch.version.hip is None and isinstance(decode_attention_kernel, triton.JITFunction)  # not the interpreter
+    assembly = {f"{x}_ASM": ASSEMBLY.get((widths[f"{x}_BITS"], dtype), "") if fast else "" for x in "KV"}
+    return {**arrays, **lengths, "slot": packed.slot, "slots": slots, **widths, **assembly}
 
 
 def strides(**tensors: torch.Tensor) -> dict[str, int]:

@@ -13,82 +13,121 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_3_bits(codes_ptr, slot, valid, BLOCKS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """`_load_units` of 3 bits: for 16 channels, 128 bytes hold the low two bits of each code and 64 bytes the third."""
-    count: tl.constexpr = BLOCKS * PADDED // 16
-    channels = tl.arange(0, PADDED // 16)[None, :]
-    at = tl.reshape((slot * (12 * D))[:, None] + channels * 192, (count, 1))
-    mask = tl.reshape(valid[:, None] & (channels < D // 16), (count, 1))
-    low = tl.reshape(tl.load(codes_ptr + at + tl.arange(0, 128)[None, :], mask=mask, other=0), (count, 2, 1, 64))
-    low = (low >> (2 * tl.arange(0, 4)).to(tl.uint8)[None, None, :, None]) & 3
-    third = tl.expand_dims(tl.load(codes_ptr + at + 128 + tl.arange(0, 64)[None, :], mask=mask, other=0), 1)
-    third = (third >> tl.arange(0, 8).to(tl.uint8)[None, :, None]) & 1
-    return tl.reshape(low, (count, 8, 64)) | (third << 2)
-
-
-@triton.jit
-def _load_units(
-    codes_ptr, slot, valid, BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr
-):
-    """The unpacked codes of some blocks in the units of `quant/layout.py`, `(BLOCKS * PADDED / 2, 64)`; 0 beyond D."""
+def _load_words(
+    codes_ptr, slot, word, channel, valid,
+    KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """The words of `quant/layout.py`, `(WORDS, PADDED)`, each the codes of four tokens; 0 beyond D. Those of 3 bits are
+    put together to words of 4 bits."""
+    inside = valid[:, None] & (channel < D)[None, :]
+    if KEYS:
+        at = word[:, None] * D + channel[None, :]
+    else:
+        at = channel[None, :] * 8 + word[:, None]
     if BITS == 3:
-        units = _load_3_bits(codes_ptr, slot, valid, BLOCKS, D, PADDED)
+        at += slot[:, None] * (12 * D)
+        low = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.uint16)
+        if KEYS:  # a byte of the third bits holds those of two neighbouring words
+            pair = tl.arange(0, PADDED // 2)[None, :]
+            at = slot[:, None] * (12 * D) + 8 * D + word[:, None] * (D // 2) + pair
+            both = tl.load(codes_ptr + at, mask=valid[:, None] & (pair < D // 2), other=0).to(tl.uint16)
+            third = tl.reshape(tl.join(both & 15, both >> 4), (WORDS, PADDED))
+        else:
+            at = slot[:, None] * (12 * D) + 8 * D + channel[None, :] * 4 + word[:, None] // 2
+            at, _ = tl.split(tl.permute(tl.reshape(at, (WORDS // 2, 2, PADDED)), (0, 2, 1)))
+            in_pair = tl.permute(tl.reshape(inside.to(tl.int32), (WORDS // 2, 2, PADDED)), (0, 2, 1))
+            inside, _ = tl.split(in_pair)
+            both = tl.load(codes_ptr + at, mask=inside > 0, other=0).to(tl.uint16)
+            third = tl.reshape(tl.permute(tl.join(both & 15, both >> 4), (0, 2, 1)), (WORDS, PADDED))
+        words = (low & 3) | ((low & 12) << 2) | ((low & 48) << 4) | ((low & 192) << 6)
+        words = words | ((third & 1) << 2) | ((third & 2) << 5) | ((third & 4) << 8) | ((third & 8) << 11)
     else:
-        at = tl.arange(0, 4 * BITS * PADDED)[None, :]
-        mask = valid[:, None] & (at < 4 * BITS * D)
-        floats: tl.constexpr = codes_ptr.dtype.element_ty == tl.float8e4nv
-        units = tl.load(codes_ptr + (slot * (4 * BITS * D))[:, None] + at, mask=mask, other=0.0 if floats else 0)
-        if not floats:
-            units = tl.reshape(units, (BLOCKS * PADDED * BITS // 16, 1, 64))
-            units = (units >> (BITS * tl.arange(0, 8 // BITS)).to(tl.uint8)[None, :, None]) & (2**BITS - 1)
-    return tl.reshape(units, (BLOCKS * PADDED // 2, 64))
+        if BITS == 8:
+            codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        elif BITS == 4:
+            codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint16), bitcast=True)
+        words = tl.load(codes_ptr + slot[:, None] * (8 * D) + at, mask=inside, other=0)
+    return words
 
 
 @triton.jit
-def _load_keys(
-    codes_ptr, scale_ptr, zero_ptr, slot, valid,
-    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
+def _dequantize(
+    words, scale, zero, TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
-    """float32 keys of some blocks without their mean, `(BLOCKS * 32, PADDED)`."""
-    units = _load_units(codes_ptr, slot, valid, BLOCKS, BITS, D, PADDED)
-    lanes = tl.reshape(units, (BLOCKS, PADDED // 4, 2, 16, 4))  # block, channels, half, token, channel
-    x = tl.reshape(tl.permute(lanes, (0, 2, 3, 1, 4)), (BLOCKS, 32, PADDED)).to(tl.float32)
-    d = tl.arange(0, PADDED)
-    at, mask = slot[:, None] * D + d[None, :], valid[:, None] & (d[None, :] < D)
-    scale = tl.load(scale_ptr + at, mask=mask, other=0).to(tl.float32)[:, None, :]
-    if codes_ptr.dtype.element_ty == tl.float8e4nv:
-        x = x * scale
+    """The numbers of token TOKEN of each word, in the dtype of `scale`: `code * scale + zero`, rounded once."""
+    if FLOATS:
+        x = ((words >> (8 * TOKEN)) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        x = (x.to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
+    elif ASM == "":
+        WIDTH: tl.constexpr = 4 if BITS == 3 else BITS
+        x = ((words >> (WIDTH * TOKEN)) & (2**WIDTH - 1)).to(tl.int32).to(tl.float32)
+        if BITS == 8:
+            x = (x - 128) * scale.to(tl.float32)
+        else:
+            x = x * scale.to(tl.float32) + zero.to(tl.float32)
+        x = x.to(scale.dtype)
     elif BITS == 8:
-        x = (x - 128) * scale
+        x = tl.inline_asm_elementwise(
+            ASM, "=r,r,r,r,r,r", [words, scale, 0x4400 + 0x1111 * TOKEN], dtype=scale.dtype, is_pure=True, pack=2
+        )
+    elif BITS == 2:
+        x = tl.inline_asm_elementwise(
+            ASM, "=r,=r,r,r,r,r,r,r,r,r,r", [words, scale, zero, 2 * TOKEN], dtype=scale.dtype, is_pure=True, pack=4
+        )
     else:
-        x = x * scale + tl.load(zero_ptr + at, mask=mask, other=0).to(tl.float32)[:, None, :]
-    return tl.reshape(x, (BLOCKS * 32, PADDED))
+        x = tl.inline_asm_elementwise(
+            ASM, "=r,r,r,r,r,r", [words, scale, zero, 4 * TOKEN], dtype=scale.dtype, is_pure=True, pack=2
+        )
+    return x
 
 
 @triton.jit
-def _load_values(
-    codes_ptr, scale_ptr, zero_ptr, slot, valid,
-    BLOCKS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
-    PADDED: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+def _scores(
+    q, words, scale, zero, mean_score, from_first, span, factor, softcap,
+    TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """float32 rotated values of some blocks, `(BLOCKS * 32, PADDED)`; SPAN: largest power of two that divides GROUP."""
-    units = _load_units(codes_ptr, slot, valid, BLOCKS, BITS, D, PADDED)
-    lanes = tl.reshape(units, (BLOCKS, PADDED // 16, 8, 16, 4))  # block, channels, tokens, channel, token
-    spans: tl.constexpr = PADDED // SPAN
-    x = tl.reshape(tl.permute(lanes, (0, 2, 4, 1, 3)), (BLOCKS, 32, spans, SPAN)).to(tl.float32)
-    channel = tl.arange(0, spans)[None, :, None] * SPAN
-    at = (slot * (D // GROUP * 32))[:, None, None] + channel // GROUP * 32 + tl.arange(0, 32)[None, None, :]
-    mask = valid[:, None, None] & (channel < D)
-    scale = tl.load(scale_ptr + at, mask=mask, other=0).to(tl.float32)
-    scale = tl.expand_dims(tl.permute(scale, (0, 2, 1)), 3)
-    if codes_ptr.dtype.element_ty == tl.float8e4nv:
-        x = x * scale
-    elif BITS == 8:
-        x = (x - 128) * scale
+    """Scores of token TOKEN of each word of keys, `(rows, words)`, in units of `factor`; -inf where it is not seen."""
+    k = _dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    scores = tl.dot(q, tl.trans(k))
+    if SOFTCAP:
+        scores = (scores + mean_score[:, None]) * factor
+        scores = (softcap * 1.4426950408889634) * (1 - 2 / (tl.exp2(scores * 2.8853900817779268) + 1))
+    return tl.where((from_first + TOKEN).to(tl.uint32) < span[:, None], scores, -float("inf"))
+
+
+@triton.jit
+def _spread(
+    words, TOKEN: tl.constexpr, ASM: tl.constexpr,
+    WORDS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The scales of token TOKEN of each word of four, `(WORDS, RUNS, WARPS)` int64, for all channels."""
+    if ASM == "":
+        x = (words >> (16 * TOKEN)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        zero = tl.load(zero_ptr + at, mask=mask, other=0).to(tl.float32)
-        x = x * scale + tl.expand_dims(tl.permute(zero, (0, 2, 1)), 3)
-    return tl.reshape(x, (BLOCKS * 32, PADDED))
+        x = tl.inline_asm_elementwise(
+            "{.reg .b32 a, b, c, d; mov.b64 {a, b}, $1; mov.b64 {c, d}, $2;"
+            " .reg .pred high; setp.ne.u32 high, $3, 0; selp.b32 a, b, a, high; selp.b32 c, d, c, high;"
+            " prmt.b32 $0, a, c, $5;}",
+            "=r,l,l,r,r,r,r", [words, TOKEN // 2, 0x5410 + TOKEN % 2 * 0x2222],
+            dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
+    INNER: tl.constexpr = PADDED // (RUNS * REPEATS * WARPS)
+    x = tl.broadcast_to(x[:, :, None, :, None], (WORDS, RUNS, REPEATS, WARPS, INNER))
+    return tl.reshape(x, (WORDS, PADDED))
+
+
+@triton.jit
+def _add_values(
+    acc, weights, words, scale, zero,
+    TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr,
+    WORDS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """`acc` and the values of token TOKEN of each word by their `weights` `(rows, words)`."""
+    scale = _spread(scale, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
+    if BITS != 8:
+        zero = _spread(zero, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
+    v = _dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    return tl.dot(weights, v, acc)
 
 
 @triton.jit
@@ -139,7 +178,8 @@ def decode_attention_kernel(
     kv_len, window, split_blocks, packed_splits, splits, q_len,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     KV_HEADS: tl.constexpr, HEADS_PER_KV: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    EXACT_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    GROUP: tl.constexpr, SPAN: tl.constexpr, K_ASM: tl.constexpr, V_ASM: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -169,9 +209,24 @@ def decode_attention_kernel(
     row_max = tl.full((ROWS,), -float("inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, PADDED), tl.float32)
-    TILE: tl.constexpr = BLOCKS * 32
+    TILE: tl.constexpr = EXACT_BLOCKS * 32
+    added = tl.zeros((ROWS,), tl.float32)  # to all scores of this split
+    column = d
 
     if K_BITS:
+        K_FLOATS: tl.constexpr = k_codes.dtype.element_ty == tl.float8e4nv
+        V_FLOATS: tl.constexpr = v_codes.dtype.element_ty == tl.float8e4nv
+        WORDS: tl.constexpr = BLOCKS * 8
+        # Each warp multiplies 8 columns of values in turn. They are loaded in an order in which all columns of a warp
+        # are neighbouring channels: so it needs the scales of its own channels only.
+        WARPS: tl.constexpr = 4 if PADDED >= 32 else 2
+        OF_WARP: tl.constexpr = PADDED // WARPS
+        channel = d // 8 % WARPS * OF_WARP + d // (8 * WARPS) * 8 + d % 8
+        RUNS: tl.constexpr = OF_WARP // SPAN if OF_WARP > SPAN else 1
+        REPEATS: tl.constexpr = OF_WARP // 8 // RUNS
+        OF_SCALE: tl.constexpr = WARPS if SPAN <= OF_WARP else PADDED // SPAN
+        run = (tl.arange(0, OF_SCALE) * (PADDED // OF_SCALE))[None, :] + (tl.arange(0, RUNS) * SPAN)[:, None]
+
         begin = block_begin + split * split_blocks
         end = tl.minimum(begin + split_blocks, tl.where(split < packed_splits, blocks, 0))
         first = tl.maximum(first_visible - start, 0) // 32 // BLOCKS * BLOCKS
@@ -180,19 +235,77 @@ def decode_attention_kernel(
             begin, end = _share(first, tl.where(split < packed_splits, blocks, 0), split, packed_splits, BLOCKS)
         mean = tl.load(k_mean + kv * D + d, mask=d < D, other=0)
         mean_score = tl.sum(q.to(tl.float32) * mean[None, :], 1)
+        # Row i sees `span[i]` tokens from `first[i]` on, counted from `start`; no difference of these overflows.
+        first = tl.maximum(tl.maximum(tl.maximum(position, 0) - window + 1, leftpad), start) - start
+        last = (
+            tl.minimum(position, start + end * 32 - 1) if CAUSAL else tl.zeros_like(position) + (start + end * 32 - 1)
+        )
+        span = tl.maximum(tl.maximum(last - start, -1) - first + 1, 0).to(tl.uint32)
+        if SOFTCAP:
+            factor, unit = scale / softcap, 1.0
+        else:
+            factor, unit = 1.0, scale * 1.4426950408889634
+            added = tl.where(split < packed_splits, mean_score * unit, 0.0)
+        sums = tl.zeros((ROWS, WORDS), tl.float32)
+        index = tl.arange(0, WORDS)
         for at in tl.range(begin, end, BLOCKS):
-            block = at + tl.arange(0, BLOCKS)
+            block = at + index // 8
             valid = block < end
             at_slot = slot + block
             at_slot = kv * slots + tl.where(at_slot >= slots, at_slot - slots, at_slot)
-            k = _load_keys(k_codes, k_scale, k_zero, at_slot, valid, BLOCKS, K_BITS, D, PADDED).to(q.dtype)
-            v = _load_values(v_codes, v_scale, v_zero, at_slot, valid, BLOCKS, V_BITS, D, PADDED, GROUP, SPAN)
-            scores = tl.dot(q, tl.trans(k)) + mean_score[:, None]
-            token = at * 32 + tl.arange(0, TILE)
-            row_max, row_sum, acc = _add_tile(
-                scores, v.to(q.dtype), token < end * 32, start + token, position, leftpad, scale, softcap, window,
-                row_max, row_sum, acc, CAUSAL, SOFTCAP,
-            )  # fmt: skip
+            k_block = at + tl.arange(0, BLOCKS)
+            k_valid = (k_block < end)[:, None] & (d < D)[None, :]
+            k_slot = slot + k_block
+            k_slot = kv * slots + tl.where(k_slot >= slots, k_slot - slots, k_slot)
+            k_at = k_slot[:, None] * D + d[None, :]
+            ks = tl.load(k_scale + k_at, mask=k_valid, other=0).to(q.dtype)
+            ks = tl.reshape(tl.broadcast_to(ks[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
+            kz = ks
+            if K_BITS != 8:
+                kz = tl.load(k_zero + k_at, mask=k_valid, other=0).to(q.dtype)
+                kz = tl.reshape(tl.broadcast_to(kz[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
+            k = _load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, D, WORDS, PADDED)
+            seen = (at * 32 + index * 4)[None, :] - first[:, None]
+            s0 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 0, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
+            s1 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 1, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
+            s2 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 2, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
+            s3 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 3, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
+
+            new_max = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1) * unit
+            new_max = tl.maximum(row_max, new_max)
+            finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing visible yet: avoids inf - inf
+            rescale = tl.exp2(row_max - finite_max)
+            row_max = new_max
+            s0 = tl.exp2(s0 * unit - finite_max[:, None])
+            s1 = tl.exp2(s1 * unit - finite_max[:, None])
+            s2 = tl.exp2(s2 * unit - finite_max[:, None])
+            s3 = tl.exp2(s3 * unit - finite_max[:, None])
+            sums = sums * rescale[:, None] + ((s0 + s1) + (s2 + s3))  # of each row: once, after the loop
+            acc = acc * rescale[:, None]
+
+            v = _load_words(v_codes, at_slot, index % 8, channel, valid, False, V_BITS, D, WORDS, PADDED)
+            v_at = (
+                at_slot[:, None, None] * (D // GROUP * 8) + (index % 8)[:, None, None] + (run // GROUP * 8)[None, :, :]
+            )
+            v_valid = valid[:, None, None] & (run < D)[None, :, :]
+            vs = tl.load(v_scale.to(tl.pointer_type(tl.int64), bitcast=True) + v_at, mask=v_valid, other=0)
+            vz = vs
+            if V_BITS != 8:
+                vz = tl.load(v_zero.to(tl.pointer_type(tl.int64), bitcast=True) + v_at, mask=v_valid, other=0)
+            acc = _add_values(
+                acc, s0.to(q.dtype), v, vs, vz, 0, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+            )
+            acc = _add_values(
+                acc, s1.to(q.dtype), v, vs, vz, 1, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+            )
+            acc = _add_values(
+                acc, s2.to(q.dtype), v, vs, vz, 2, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+            )
+            acc = _add_values(
+                acc, s3.to(q.dtype), v, vs, vz, 3, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+            )
+        row_sum = tl.sum(sums, 1)
+        column = tl.where(split < packed_splits, channel, d)
 
     begin = exact_begin + (split - packed_splits) * split_blocks * 32
     end = tl.where(split < packed_splits, begin, tl.minimum(begin + split_blocks * 32, exact))
@@ -224,9 +337,10 @@ def decode_attention_kernel(
         )  # fmt: skip
 
     row = (kv * splits + split) * row_count + rows
-    row_mask = row_mask & (row_sum > 0)[:, None]  # what is not stored is not merged: its log-sum-exp is -inf
-    tl.store(partial_ptr + row[:, None] * D + d[None, :], acc / row_sum[:, None], mask=row_mask)
-    tl.store(lse_ptr + row, row_max + tl.log2(row_sum), mask=rows < row_count)
+    # What is not stored is not merged: its log-sum-exp is -inf.
+    row_mask = (rows < row_count)[:, None] & (column < D)[None, :] & (row_sum > 0)[:, None]
+    tl.store(partial_ptr + row[:, None] * D + column[None, :], acc / row_sum[:, None], mask=row_mask)
+    tl.store(lse_ptr + row, row_max + added + tl.log2(row_sum), mask=rows < row_count)
 
 
 @triton.jit

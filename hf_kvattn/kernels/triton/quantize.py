@@ -42,12 +42,17 @@ def _quantize(x, members, AXIS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _store_units(to_ptr, units, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Packs the units `(PADDED / 2, 64)` of `quant/layout.py` and stores those of the first D channels."""
-    sharing_a_byte = tl.reshape(units, (PADDED * BITS // 16, 8 // BITS, 64))
-    packed = tl.sum(sharing_a_byte << (BITS * tl.arange(0, 8 // BITS))[None, :, None], 1).to(tl.uint8)
-    byte = tl.arange(0, 4 * BITS * PADDED)
-    tl.store(to_ptr + byte, tl.reshape(packed, (4 * BITS * PADDED,)), mask=byte < 4 * BITS * D)
+def _store_words(to_ptr, codes, KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """Packs codes `(32, PADDED)`, float32, into the words of `quant/layout.py`, and stores those of D channels."""
+    shift = (BITS * tl.arange(0, 4))[None, :, None]
+    words = tl.sum(tl.reshape(codes.to(tl.int32), (8, 4, PADDED)) << shift, 1)
+    if BITS == 8:
+        to_ptr = to_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    else:
+        to_ptr = to_ptr.to(tl.pointer_type(tl.int16), bitcast=True)
+    word, channel = tl.arange(0, 8)[:, None], tl.arange(0, PADDED)[None, :]
+    at = word * D + channel if KEYS else channel * 8 + word
+    tl.store(to_ptr + at, words.to(to_ptr.dtype.element_ty), mask=(word < 8) & (channel < D))
 
 
 @triton.jit(do_not_specialize=["slot", "slots"])
@@ -69,9 +74,7 @@ def quantize_blocks_kernel(
     x = tl.load(at, mask=inside, other=0).to(tl.float32)
     x = x - tl.load(k_mean + kv * D + d, mask=d < D, other=0)[None, :]
     codes, scale, zero = _quantize(x, inside, 0, K_BITS)
-    lanes = tl.reshape(codes.to(tl.int32), (2, 16, PADDED // 4, 4))  # half, token, channels, channel
-    units = tl.reshape(tl.permute(lanes, (2, 0, 1, 3)), (PADDED // 2, 64))
-    _store_units(k_codes + block * (4 * K_BITS * D), units, K_BITS, D, PADDED)
+    _store_words(k_codes + block * (4 * K_BITS * D), codes, True, K_BITS, D, PADDED)
     channel = d[None, :]
     tl.store(k_scale + block * D + channel, scale.to(tl.bfloat16), mask=inside)
     if K_BITS != 8:
@@ -88,9 +91,7 @@ def quantize_blocks_kernel(
         tl.store(v_scale + at_token, group_scale.to(tl.bfloat16))
         if V_BITS != 8:
             tl.store(v_zero + at_token, group_zero.to(tl.bfloat16))
-    v_lanes = tl.reshape(all_codes.to(tl.int32), (8, 4, PADDED // 16, 16))  # tokens, token, channels, channel
-    units = tl.reshape(tl.permute(v_lanes, (2, 0, 3, 1)), (PADDED // 2, 64))
-    _store_units(v_codes + block * (4 * V_BITS * D), units, V_BITS, D, PADDED)
+    _store_words(v_codes + block * (4 * V_BITS * D), all_codes, False, V_BITS, D, PADDED)
 
 
 def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:

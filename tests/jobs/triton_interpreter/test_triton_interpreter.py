@@ -34,6 +34,7 @@ from hf_kvattn.kernels.triton import attention as triton_attention
 from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
 from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.kernels.triton import quantize as triton_quantize
+from hf_kvattn.quant import layout
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
 from hf_kvattn.quant.packed import PackedKV
@@ -54,6 +55,13 @@ LSE = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 @pytest.fixture(autouse=True)
 def bf16(monkeypatch):
     bf16_interpreter.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    """Codes lie as on a GPU, and PyTorch's operations write and read them."""
+    monkeypatch.setattr(layout, "in_words", lambda device: True)
+    monkeypatch.setattr(dispatch, "QUANTIZERS", {"cuda": "triton"})
 
 
 def served(name: str) -> bool:
@@ -253,36 +261,49 @@ def test_bf16_arithmetic_is_loud():
         _adds_bf16[(1,)](torch.ones(16, dtype=torch.bfloat16))
 
 
+NOTHING = 'finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing visible yet: avoids inf - inf\n{}'
+RESCALE = "            rescale"
 BUGS = {
     "causal mask off by one": ("key[None, :] <= position[:, None]", "key[None, :] < position[:, None]", "queries"),
-    "window off by one": ("> position[:, None] - window", ">= position[:, None] - window", "ring"),
+    "causal mask of blocks off by one": ("tl.minimum(position, start +", "tl.minimum(position - 1, start +", "queries"),
+    "window off by one": ("- window + 1, leftpad)", "- window, leftpad)", "ring"),
     "padding off by one": ("(key >= leftpad)", "(key > leftpad)", "padded"),
-    "end of a split not masked": ("token < end * 32", "token < end * 32 + 32", "splits"),
-    "sums are not rescaled": ("row_sum = row_sum * rescale +", "row_sum = row_sum +", "one split"),
-    "results are not rescaled": ("acc * rescale[:, None]", "acc", "one split"),
-    "NaN where nothing is visible": ('tl.where(new_max == -float("inf"), 0.0, new_max)', "new_max", "padded"),
+    "padding of blocks off by one": ("leftpad), start) - start", "leftpad + 1), start) - start", "padded"),
+    "end of a split not masked": ("start + end * 32 - 1) if", "start + end * 32 + 31) if", "splits"),
+    "sums are not rescaled": ("row_sum = row_sum * rescale +", "row_sum = row_sum +", "exact"),
+    "sums of blocks are not rescaled": ("sums = sums * rescale[:, None] +", "sums = sums +", "one split"),
+    "results are not rescaled": ("v, acc * rescale[:, None])", "v, acc)", "exact"),
+    "results of blocks are not rescaled": ("acc = acc * rescale[:, None]", "acc = acc * 1", "one split"),
+    "NaN where nothing is visible": (NOTHING.format("    weights"), "finite_max = new_max\n    weights", "padded"),
+    "NaN where no block is visible": (NOTHING.format(RESCALE), "finite_max = new_max\n" + RESCALE, "padded"),
     "an empty split is merged": ("mask = (weight > 0)[:, None] &", "mask = valid[:, None] &", "padded"),
     "NaN in an empty row": ('finite_max = tl.where(row_max == -float("inf"), 0.0, row_max)', "finite_max = row_max",
                             "padded"),
     "wrong KV head": ("kv = batch * KV_HEADS + head\n", "kv = batch * KV_HEADS\n", "splits"),
     "wrong query head": ("(head * HEADS_PER_KV + rows // q_len)", "(head + rows // q_len * KV_HEADS)", "splits"),
-    "wrong group of values": ("channel // GROUP * 32", "channel // GROUP * 0", "splits"),
-    "wrong scale of keys": ("slot[:, None] * D + d[None, :], valid", "slot[:, None] * 0 + d[None, :], valid", "splits"),
-    "zero of keys left out": ("x * scale + tl.load(zero_ptr + at", "x * scale + 0 * tl.load(zero_ptr + at", "splits"),
-    "mean of keys left out": ("+ mean_score[:, None]", "", "splits"),
-    "halves of keys exchanged": ("(0, 2, 3, 1, 4)", "(0, 3, 2, 1, 4)", "splits"),
-    "tokens of values exchanged": ("(0, 2, 4, 1, 3)", "(0, 4, 2, 1, 3)", "splits"),
+    "wrong group of values": ("(run // GROUP * 8)", "(run // GROUP * 0)", "splits"),
+    "scales of another token": ("(words >> (16 * TOKEN))", "(words >> (16 * (3 - TOKEN)))", "splits"),
+    "scales of other channels": ("tl.arange(0, RUNS) * SPAN", "tl.arange(0, RUNS) * 0", "wide"),
+    "codes of another token": ("(words >> (WIDTH * TOKEN))", "(words >> (WIDTH * (3 - TOKEN)))", "queries"),
+    "wrong scale of keys": ("k_at = k_slot[:, None] * D", "k_at = k_slot[:, None] * 0", "splits"),
+    "zero points left out": ("scale.to(tl.float32) + zero.to(tl.float32)", "scale.to(tl.float32)", "splits"),
+    "mean of keys left out": ("mean_score * unit, 0.0)", "0.0 * unit, 0.0)", "splits"),
+    "mean of keys left out of the softcap": ("(scores + mean_score[:, None]) * factor", "scores * factor", "softcap"),
+    "words of keys exchanged": ("(k_codes, at_slot, index % 8", "(k_codes, at_slot, index % 8 ^ 1", "splits"),
+    "channels of values exchanged": ("column = tl.where(split < packed_splits, channel, d)", "column = d", "splits"),
     "values stay rotated": ("rotate(tl.reshape(packed, (1, PADDED)), 1, PADDED, LOG_SIZE)", "packed", "splits"),
-    "wrong ring slot": ("tl.where(at_slot >= slots, at_slot - slots, at_slot)", "at_slot % (slots - 1)", "ring"),
+    "wrong ring slot": ("tl.where(at_slot >= slots, at_slot - slots, at_slot)\n            k_block",
+                        "at_slot % (slots - 1)\n            k_block", "ring"),
+    "wrong ring slot of scales": ("tl.where(k_slot >= slots, k_slot - slots, k_slot)", "k_slot % (slots - 1)", "ring"),
     "wrong slot of an exact ring": ("at_slot - ring, at_slot)", "at_slot - ring + 1, at_slot)", "dense ring"),
     "first tokens at the wrong place": ("tl.where(token < start, token, ", "tl.where(token < 0, token, ", "padded"),
-    "third bits at the wrong place": ("(third << 2)", "(third << 1)", "three bits"),
-    "third bits of another unit": ("tl.arange(0, 8).to(tl.uint8)", "(7 - tl.arange(0, 8)).to(tl.uint8)", "three bits"),
-    "low bits of another unit": ("(2 * tl.arange(0, 4))", "(6 - 2 * tl.arange(0, 4))", "three bits"),
-    "fp8 keys taken for whole numbers": ("None, :]\n    if codes_ptr.dtype.element_ty == tl.float8e4nv:",
-                                         "None, :]\n    if BITS == 0:", "fp8"),
-    "fp8 values taken for whole numbers": ("3)\n    if codes_ptr.dtype.element_ty == tl.float8e4nv:",
-                                           "3)\n    if BITS == 0:", "fp8"),
+    "third bits at the wrong place": ("((third & 1) << 2)", "((third & 1) << 1)", "three bits"),
+    "third bits of keys of another word": ("(tl.join(both & 15, both >> 4), (WORDS",
+                                           "(tl.join(both >> 4, both & 15), (WORDS", "three bits"),
+    "third bits of values of another word": ("(tl.permute(tl.join(both & 15, both >> 4)",
+                                             "(tl.permute(tl.join(both >> 4, both & 15)", "three bits"),
+    "low bits of another token": ("((low & 12) << 2)", "((low & 12) << 6)", "three bits"),
+    "fp8 taken for whole numbers": ("    if FLOATS:\n", "    if BITS == 0:\n", "fp8"),
     "learned sinks left out": ("row_sum += tl.exp2(aux - finite_max)", "row_sum += 0", "s_aux"),
     "learned sinks of another head": ("tl.load(s_aux_ptr + head)", "tl.load(s_aux_ptr + query)", "s_aux"),
     "padding of sinks left out": ("key += leftpad", "key += 0", "sinks"),
@@ -291,7 +312,7 @@ BUGS = {
 
 
 def call_that_shows(where: str, monkeypatch) -> AttendCall:
-    if where != "one split":
+    if where not in ("one split", "exact"):
         few_blocks_a_split(monkeypatch)
     if where == "ring":
         return packed_ring((4, 4), 4, 100, monkeypatch)
@@ -305,11 +326,15 @@ def call_that_shows(where: str, monkeypatch) -> AttendCall:
         return problem("sinks-padded")
     if where == "dense ring":
         return dense_ring(149)
-    rules = {"splits": (1, {}), "one split": (1, {}), "queries": (3, {}), "padded": (1, {"leftpad": [2, 170, 100]})}[
-        where
-    ]
-    monkeypatch.setitem(SHAPES, "bug", (2, rules[0], 170, 64, rules[1]))
-    return packed_problem("bug", 4, 4, torch.float32, start=4)
+    if where == "wide":  # two groups of values to a warp
+        monkeypatch.setitem(SHAPES, "bug", (2, 1, 70, 256, {}))
+        return packed_problem("bug", 8, 8, torch.float32)
+    if where == "exact":
+        monkeypatch.setitem(SHAPES, "bug", (2, 1, 170, 64, {}))
+        return problem("bug")
+    rules = {"padded": {"leftpad": [2, 170, 100]}, "softcap": {"softcap": 2.0}}.get(where, {})
+    monkeypatch.setitem(SHAPES, "bug", (2, 16 if where == "queries" else 1, 170, 64, rules))
+    return packed_problem("bug", 4, 4, torch.float32, start=4, split=0.99)
 
 
 @pytest.mark.parametrize("where", sorted({where for _, _, where in BUGS.values()}))
@@ -435,8 +460,8 @@ def test_lengths_do_not_change_the_launch(monkeypatch):
 def test_what_a_split_without_work_leaves_is_not_merged(monkeypatch):
     """Its log-sum-exp is -inf; its part stays what that memory held before, NaN."""
     few_blocks_a_split(monkeypatch)
-    monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 66, 64, {}))
-    full = packed_problem("lengths", 4, 8, torch.float16, split=160.5 / 226, start=4)
+    monkeypatch.setitem(SHAPES, "lengths", (3, 1, 4 + 160 + 130, 64, {}))
+    full = packed_problem("lengths", 4, 8, torch.float16, split=160.5 / 290, start=4)
     host, every, lengths = to_lengths(full, 64, 5)
     parts, empty = [], torch.empty
 
@@ -449,7 +474,7 @@ def test_what_a_split_without_work_leaves_is_not_merged(monkeypatch):
     *_, partial, partial_lse = parts
     monkeypatch.undo()
     holds = partial_lse.isfinite().all(-1).all(0).all(0)
-    assert holds.tolist() == [False, False, True, False, True]  # of 5 packed blocks, and of 70 exact tokens
+    assert holds.tolist() == [False, True, False, True]  # 128 tokens are not shared out: 2 blocks, and 5 exact ones
     assert (partial_lse[:, :, ~holds] == -torch.inf).all() and partial[:, :, ~holds].isnan().all()
     check(host, made=made)
 
