@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,13 +37,18 @@ from ..tools.tables import Column, digits, table_of
 # Each GPU, and the bytes of shared memory that a block may ask for, and that a multiprocessor has.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 166912, 167936),
+    "sm_86": (GPUTarget("cuda", 86, 32), 101376, 102400),
+    "sm_89": (GPUTarget("cuda", 89, 32), 101376, 102400),
     "sm_90": (GPUTarget("cuda", 90, 32), 232448, 233472),
     "sm_100": (GPUTarget("cuda", 100, 32), 232448, 233472),
+    "sm_120": (GPUTarget("cuda", 120, 32), 101376, 102400),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65536, 65536),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65536, 65536),
 }
 Bits = int | str  # of a code, or "fp8"
 _RESERVED = 1024  # shared bytes that CUDA takes for itself in each block
 _REGISTERS = 65536  # of a multiprocessor
+_TENSOR_CORE = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"  # NVIDIA's instructions
 
 
 def _is_amd(target: str) -> bool:
@@ -85,7 +90,7 @@ def compile_only(target: str) -> Iterator[SimpleNamespace]:
         driver._active = before  # reset_active() raises where there is no GPU
 
 
-def _resources(compiled: Any, target: str) -> dict[str, int]:
+def _resources(compiled: Any, target: str) -> dict[str, Any]:
     """What a kernel takes that was compiled for `target`."""
     warps, shared, copies = compiled.metadata.num_warps, compiled.metadata.shared, 0
     if _is_amd(target):
@@ -98,7 +103,7 @@ def _resources(compiled: Any, target: str) -> dict[str, int]:
         usage, code = _disassembled(compiled.asm["cubin"])
         registers, stack, local = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
         spilled, spills, taken = stack + local, _count(r"\b(STL|LDL)\b", code), shared + _RESERVED
-        tensor_core, instruction = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b", r"^\s+/\*[0-9a-f]+\*/"
+        tensor_core, instruction = _TENSOR_CORE, r"^\s+/\*[0-9a-f]+\*/"
         copies = _count(r"\b(LDGSTS|UTMALDG)\b", code)
         by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     return {
@@ -110,6 +115,7 @@ def _resources(compiled: Any, target: str) -> dict[str, int]:
         "tensor_core_instructions": _count(tensor_core, code),
         "asynchronous_copies": copies,
         "instructions": _count(instruction, code),
+        "loop_instructions": [] if _is_amd(target) else _loops(code),
         "blocks_per_multiprocessor": min(by_registers, TARGETS[target][2] // max(taken, 1)),
     }
 
@@ -122,6 +128,27 @@ def _disassembled(cubin: bytes) -> list[str]:
         file.flush()
         commands = [f"{tools}/cuobjdump", "-res-usage", file.name], [f"{tools}/nvdisasm", "-c", file.name]
         return [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands]
+
+
+def _loops(code: str) -> list[int]:
+    """The instructions of each loop that multiplies on tensor cores, the packed tokens' before the exact ones'.
+
+    A loop is what lies between a backward branch and its target: what is loaded ahead before it is not counted.
+    """
+    found: list[int] = []
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(instruction[1])
+            branch = re.search(r"\bBRA\b.*(\.L_x_\d+)", instruction[1])
+            if branch and branch[1] in labels:
+                body = instructions[labels[branch[1]] :]
+                if any(re.search(_TENSOR_CORE, each) for each in body):
+                    found.append(len(body))
+    return found
 
 
 def _number(pattern: str, text: str) -> int:
@@ -163,15 +190,21 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
 FP8_MIXES: tuple[tuple[Bits, Bits], ...] = (("fp8", "fp8"), ("fp8", 4))
 FP8_TARGETS = ("sm_90", "sm_100")  # which convert it in hardware
+GRID = ("sm_80", "sm_90", "sm_100", "gfx942")  # all cases; of the other GPUs a sample
+SAMPLE: tuple[tuple[int, int, tuple[Bits, Bits]], ...] = (  # head_dim, rows, bits
+    (64, 16, (4, 4)), (64, 32, (8, 4)), (128, 16, (4, 4)), (128, 32, (4, 4)), (128, 32, (8, 8)), (256, 16, (8, 4)),
+    (128, 16, (0, 0)),
+)  # fmt: skip
 
 
 def all_cases() -> list[Case]:
     """What `hf-kvattn triton-resources` compiles."""
     cases = []
-    for target, dim in itertools.product(TARGETS, HEAD_DIMS):
+    for target, dim in itertools.product(GRID, HEAD_DIMS):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
             padded = triton.next_power_of_2(dim)
-            most = triton_attention.tile_for(triton_backend.MAX_QUERIES * 8, padded, 3 in mix, _is_amd(target)).rows
+            bits = [8 if each == "fp8" else int(each) for each in mix if each]
+            most = triton_attention.tile_for(triton_backend.MAX_QUERIES * 8, padded, bits, _is_amd(target)).rows
             cases += [Case("decode", target, dim, rows, *mix) for rows in sorted({16, most})]
             if mix in ((8, 4), (0, 0)):  # which take most and least registers
                 cases.append(Case("decode", target, dim, most, *mix, lengths=True))
@@ -179,10 +212,13 @@ def all_cases() -> list[Case]:
                 cases.append(Case("decode", target, dim, most, sinks=True))
         cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if not {2, 3} & set(mix)]
         cases.append(Case("merge", target, dim))
-    return cases
+    for target in TARGETS.keys() - set(GRID):
+        cases += [Case("decode", target, dim, rows, *mix) for dim, rows, mix in SAMPLE]
+        cases.append(Case("quantize", target, 128, 0, 4, 4))
+    return sorted(cases, key=lambda case: list(TARGETS).index(case.target))
 
 
-def compile_case(case: Case) -> dict[str, int]:
+def compile_case(case: Case) -> dict[str, Any]:
     """Compiles the case as the package would launch it, and says what it takes."""
     kernel = {
         "decode": triton_kernels.decode_attention_kernel,
@@ -248,9 +284,11 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads, item = call.k.shape[1], call.q.element_size()
     rows = q_heads // kv_heads * q_len
-    tile = triton_attention.tile_for(rows, max(16, triton.next_power_of_2(dim)), False, amd=False)
+    bits = () if call.packed is None else (call.packed.k_codec.bits, call.packed.v_codec.bits)
+    tile = triton_attention.tile_for(rows, max(16, triton.next_power_of_2(dim)), bits, amd=False)
     row_tiles = triton.cdiv(rows, tile.rows)
-    splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, tile.blocks)
+    at_once = tile.blocks if bits else tile.exact_blocks
+    splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, at_once)
     packed, exact = call.packed, call.kv_len
     of_blocks = of_mean = 0
     if packed is not None:
@@ -312,7 +350,29 @@ COLUMNS: list[Column] = [
     ("tensor-core instructions", "resources.tensor_core_instructions", str),
     ("asynchronous copies", "resources.asynchronous_copies", str),
     ("blocks a multiprocessor", "resources.blocks_per_multiprocessor", str),
+    ("instructions for 32 tokens", "per_32_tokens", digits(".0f")),
+    ("times exact", "times_exact", digits(".2f")),
 ]
+
+
+def per_32_tokens(case: Case, resources: dict[str, Any]) -> float | None:
+    """Instructions that each warp executes for 32 packed tokens (exact ones where none are packed); None on AMD's."""
+    if not resources["loop_instructions"]:
+        return None
+    bits = [8 if each == "fp8" else int(each) for each in (case.k_bits, case.v_bits) if each]
+    tile = triton_attention.tile_for(case.rows, triton.next_power_of_2(case.head_dim), bits, _is_amd(case.target))
+    return resources["loop_instructions"][0] / (tile.blocks if bits else tile.exact_blocks)
+
+
+def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` with `per_32_tokens`, and `times_exact`: against exact tokens on that GPU, of those sizes."""
+    found = {Case(**row["case"]): per_32_tokens(Case(**row["case"]), row["resources"]) for row in rows}
+    made = []
+    for row, (case, count) in zip(rows, found.items(), strict=True):
+        exact = found.get(replace(case, k_bits=0, v_bits=0)) if case.kernel == "decode" else None
+        times = count / exact if count and exact else None
+        made.append({**row, "per_32_tokens": count, "times_exact": times})
+    return made
 
 
 def table(found: dict[str, Any]) -> str:
@@ -329,10 +389,12 @@ checked numerically in Triton's interpreter. **Never run on a GPU:** nothing her
 from. bfloat16 models; `rows` are the query rows of a tile (query tokens times query heads of a KV head), `bits` those
 of keys and values, `lengths` says where the numbers of tokens are: with the host, or in a tensor that a captured launch
 reads anew. Registers and shared memory bound the blocks that a multiprocessor holds at once (on gfx942, a compute unit,
-whose loads wait in registers: no asynchronous copies there). float32 models are left to other backends: without tensor
+whose loads wait in registers: no asynchronous copies there). `instructions for 32 tokens` is what each warp executes in
+the loop over the tokens, packed ones where there are any, and `times exact` is that against the loop over exact tokens
+of the same sizes (NVIDIA). float32 models are left to other backends: without tensor
 cores the kernels spill.
 
-{table_of(COLUMNS, found["kernels"])}
+{table_of(COLUMNS, _with_ratios(found["kernels"]))}
 ## Bytes of a decode step
 
 What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against

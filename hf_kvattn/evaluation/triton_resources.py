@@ -19,7 +19,7 @@ HELP = """Compile the Triton kernels for NVIDIA and AMD GPUs, without one, and w
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="write triton.json and TRITON.md there")
-    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    targets = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx1100")
     parser.add_argument("--targets", nargs="+", choices=targets, default=targets, help="GPUs to compile for")
 
 

@@ -5,6 +5,7 @@ both kernels (`attention_kernels.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +74,20 @@ class Tile:
     stages: int
 
 
-def tile_for(rows: int, padded: int, three_bits: bool, amd: bool) -> Tile:
-    """The tile for `rows` query rows a KV head and heads of `padded` numbers.
+def tile_for(rows: int, padded: int, bits: Collection[int], amd: bool) -> Tile:
+    """The tile for `rows` query rows a KV head, heads of `padded` numbers, and codes of these `bits`.
 
-    No kernel spills registers, and two programs fit a multiprocessor. AMD's GPUs prefetch into registers: there only
-    one program fits with 8-bit keys and heads of more than 128 numbers, and 32 rows of 128 numbers would spill with
-    codes of 3 bits.
+    Four blocks are eight words (`quant/layout.py`) for each warp, a whole tile of the tensor cores. On NVIDIA's GPUs no
+    kernel spills registers; heads of 256 take fewer blocks at once for that, and fewer rows with codes of 3 bits. On
+    AMD's, loads wait in registers: more than two blocks would leave room for one program.
     """
-    max_rows = 32 if padded <= 64 or (padded <= 128 and not (amd and three_bits)) else 16
+    max_rows = 32 if padded <= 64 or (padded <= 128 and 3 not in bits) else 16
     # More query rows take several tiles, which read the same keys and values.
-    stages = 2 if amd and padded <= 128 else 3
-    return Tile(min(max_rows, max(16, triton.next_power_of_2(rows))), 4, 2 if padded <= 64 else 1, stages)
+    rows = min(max_rows, max(16, triton.next_power_of_2(rows)))
+    if amd:
+        return Tile(rows, 2, 2 if padded <= 64 else 1, 2 if rows * padded <= 16 * 128 else 1)
+    blocks = 2 if padded > 128 and {8, 3} & set(bits) else 4
+    return Tile(rows, blocks, 2 if padded <= 64 else 1, 3 if padded <= 128 else 2)
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,8 @@ def launch(
     batch, q_heads, q_len, dim = call.q.shape
     kv_heads, heads_per_kv = call.k.shape[1], q_heads // call.k.shape[1]
     rows, padded = heads_per_kv * q_len, max(16, triton.next_power_of_2(dim))
-    three_bits = call.packed is not None and 3 in (call.packed.k_codec.bits, call.packed.v_codec.bits)
-    tile = tile_for(rows, padded, three_bits, bool(torch.version.hip))
+    bits = () if call.packed is None else (call.packed.k_codec.bits, call.packed.v_codec.bits)
+    tile = tile_for(rows, padded, bits, bool(torch.version.hip))
     programs = batch * kv_heads * triton.cdiv(rows, tile.rows)
     at_once = tile.exact_blocks if call.packed is None else tile.blocks
     splits = splits_for(call, programs, multiprocessors, at_once, lengths is not None)

@@ -20,7 +20,10 @@ from ..call import PIECES, QUANTIZED, RULES, AttendCall
 SERVED = RULES | PIECES | QUANTIZED
 READ_CODECS = ("int8", "fp8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
-MAX_QUERIES = 16
+# Each tile of 32 query rows reads all codes again, mostly from the L2 cache: at 4 bits about 160 bytes a token and KV
+# head of 128. Dequantized once, a token takes 512 bytes to write and as many to read: as much as seven tiles, which are
+# 56 query tokens in a group of 4. Those are read in one launch, while any other backend takes many a layer.
+MAX_QUERIES = 128
 # In float32 the products leave the tensor cores, and the kernels spill: up to 1,392 bytes a thread on sm_80 (head_dim
 # 256, 4 bits); on gfx942 heads of 256 do not fit into shared memory.
 _DTYPES = (torch.float16, torch.bfloat16)

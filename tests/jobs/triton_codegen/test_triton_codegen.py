@@ -4,6 +4,7 @@ pytest tests/jobs/triton_codegen; with KVATTN_TRITON_ALL=1 all of `model_cards/k
 """
 
 import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -64,6 +65,36 @@ def test_no_spills_tensor_cores_and_two_blocks_a_multiprocessor(target):
         assert found["blocks_per_multiprocessor"] >= (1 if one else 2), case
         if target != "gfx942" and case.kernel == "decode":
             assert found["asynchronous_copies"] > 0, case
+
+
+NVIDIA = [target for target in codegen.TARGETS if target.startswith("sm")]
+SIZES = [*itertools.product(NVIDIA, (64, 128), (16, 32))] if ALL else [("sm_90", 128, 16), ("sm_80", 64, 16)]
+
+
+@pytest.mark.parametrize(("target", "dim", "rows"), SIZES)
+def test_packed_tokens_take_no_more_instructions_than_exact_ones(target, dim, rows):
+    """Of 4 bits, in the loops that each warp executes, for the same 32 tokens."""
+    packed, exact = (codegen.Case("decode", target, dim, rows, bits, bits) for bits in (4, 0))
+    counts = [codegen.per_32_tokens(case, codegen.compile_case(case)) for case in (packed, exact)]
+    assert counts[0] <= counts[1]
+
+
+def test_a_loop_is_counted_from_its_backward_branch():
+    """Not what is loaded ahead of it, nor loops without tensor-core instructions."""
+    code = """
+.L_x_0:
+        /*0000*/                   IADD3 R1, R1, 0x1, RZ ;
+        /*0010*/               @P0 BRA `(.L_x_0) ;
+        /*0020*/                   LDGSTS.E [R1], desc[UR4][R2.64] ;
+.L_x_1:
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/              @!P1 BRA `(.L_x_2) ;
+        /*0050*/                   FADD R1, R1, R2 ;
+.L_x_2:
+        /*0060*/               @P2 BRA `(.L_x_1) ;
+        /*0070*/                   EXIT ;
+"""
+    assert codegen._loops(code) == [4]
 
 
 def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
@@ -127,8 +158,10 @@ def test_auto_takes_it_for_packed_tokens_on_a_gpu_alone(monkeypatch):
         call = codegen.fake_call(64, 4, 8, tokens=256)
         assert dispatch.auto_choice(call) == ("triton", None)
         assert triton_backend.attend(call).shape == (1, 1, 8, 64)
-        call.q = torch.empty(1, 8, 17, 64, dtype=torch.bfloat16, device="cuda")
+        call.q = torch.empty(1, 8, 128, 64, dtype=torch.bfloat16, device="cuda")
+        assert dispatch.auto_choice(call) == ("triton", None)
+        call.q = torch.empty(1, 8, 129, 64, dtype=torch.bfloat16, device="cuda")
         module, reason = dispatch.auto_choice(call)
-        assert module == "sdpa" and "up to 16 query tokens, not 17" in reason
+        assert module == "sdpa" and "up to 128 query tokens, not 129" in reason
         dense = codegen.fake_call(64, 0, 0, tokens=0)
         assert dispatch.auto_choice(dense)[0] == "sdpa" and triton_backend.unsupported(dense) is None

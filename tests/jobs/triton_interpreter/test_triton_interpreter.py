@@ -113,6 +113,24 @@ def test_fp8(name, bits):
     check(packed_problem(name, *bits, torch.float32, start=4))
 
 
+@pytest.mark.parametrize(
+    ("q_len", "group", "rules"),
+    [
+        (17, 1, {}),
+        (20, 8, {"window": 50}),
+        (100, 2, {"leftpad": [0, 9, 150]}),
+        (128, 4, {"window": 90, "softcap": 2.0}),
+    ],
+    ids=str,
+)
+def test_many_query_tokens(q_len, group, rules, monkeypatch):
+    """Several tiles of rows; the first queries stand among the packed tokens."""
+    few_blocks_a_split(monkeypatch)
+    monkeypatch.setitem(SHAPES, "many", (group, q_len, 200, 64, rules))
+    call = packed_problem("many", 4, 4, torch.bfloat16, split=0.99, start=4)
+    check(one_head(call, 3 if "leftpad" in rules else 1))
+
+
 EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "s-aux",
          "s-aux-empty-row", "sinks", "sinks-coming-in", "sinks-one", "sinks-padded")  # fmt: skip
 
