@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
 from flash_stub import FA2, flash_libraries
-from impostor import Impostor, _Stream, fake_cuda, on_gpu
+from impostor import Impostor, fake_cuda, on_gpu
 from models import generate, prompt, tiny_config, tiny_model
+from streams import ORDERS, _Event, _Stream, streams
 
 import hf_kvattn
 from hf_kvattn import StaticKVCache
@@ -86,10 +88,11 @@ def test_two_layers_are_on_the_gpu_at_most_and_the_rest_on_its_way():
         k, v = on_gpu(torch.randn(2, 2, 2, 1, 16))
         for i, layer in enumerate(cache.layers):
             layer.append(k, v)
-            there = [x.layer_idx for x in cache.layers if x._here is not None or x._coming is not None]
-            assert sorted(there) == sorted([i, (i + 1) % 3])
-            coming = cache.layers[(i + 1) % 3]._coming[0].data_on_cpu
-            assert coming.isnan().all(), "the next layer's copy is not waited for"
+            there = [x.layer_idx for x in cache.layers if x._near is not None]
+            assert sorted(there) == sorted([i, (i + 1) % 3]) and len(layer.places) == 2
+            following = cache.layers[(i + 1) % 3]
+            there, all_of_it = (t[:, :, :5] for t in (following._near.buffers[0].data_on_cpu, following._k))
+            assert not torch.equal(there, all_of_it), "the next layer's copy is not waited for"
             assert not layer.dense()[0].data_on_cpu.isnan().any()
             layer.finish_attention(dispatch.quantize_blocks)
         assert cache.nbytes == 3 * 2 * (2 * 2 * 20 * 16) * 4
@@ -97,15 +100,103 @@ def test_two_layers_are_on_the_gpu_at_most_and_the_rest_on_its_way():
         assert stored.permute(2, 0, 1, 3).is_contiguous(), "one piece of memory, or the copy could not run beside work"
 
 
-def test_a_copy_that_nobody_waits_for_is_noticed(monkeypatch):
-    model, inputs = tiny_model(), prompt()
-    expected = run(model, inputs, None, {})
-    monkeypatch.setattr(_Stream, "wait_stream", lambda self, other: None)
-    with fake_cuda():
-        on_gpu(model)
-        with hf_kvattn.enabled(model):
-            ours = run(model, on_gpu(inputs), offloaded(model), {})
-    assert not torch.equal(ours.data_on_cpu, expected)
+def steps_on(order: str, layers: int, ahead: bool, enabled: bool = True) -> bool:
+    """Whether every attention over an offloaded cache reads what was stored, in parts of a prompt and steps.
+
+    Args:
+        ahead: the host queues everything before the GPU begins; else it waits at each step.
+        enabled: attention comes before `finish_attention`, else after it, as stock attention does.
+    """
+    offload._side_stream.cache_clear()
+    generator, right, allocated = torch.Generator().manual_seed(layers), [], []
+    buffers, kept, batch = KVOffloadedLayer._buffers, {}, 2
+
+    def counted(layer, **where):
+        allocated.append(where["device"])
+        return buffers(layer, **where)
+
+    def attend(layer, k, v):
+        """Queues a look at what attention is given."""
+        expected = kept[layer.layer_idx]
+        right.append(f"not run: layer {layer.layer_idx}")
+        number, seen = len(right) - 1, (k.data_on_cpu, v.data_on_cpu)
+        machine.queue(
+            lambda: right.__setitem__(number, all(torch.equal(*pair) for pair in zip(seen, expected, strict=True)))
+        )
+
+    with fake_cuda(), streams(order) as machine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KVOffloadedLayer, "_buffers", counted)
+        cache = StaticKVCache(tiny_config(num_hidden_layers=layers), max_cache_len=40, offload=True)
+        for new in (5, 1, 3, 1, 1, "beams", 1, 1, "reset", 4, 1, "other batch", 2, 1, 1):
+            if new == "beams":
+                rows = torch.tensor([1, 1])
+                cache.reorder_cache(rows)
+                kept = {i: tuple(t[rows] for t in pair) for i, pair in kept.items()}
+                continue
+            if isinstance(new, str):
+                machine.run()  # whoever resets has what he wanted
+                cache.reset()
+                kept, batch = {}, 3 if new == "other batch" else 2
+                continue
+            for layer in cache.layers:
+                tokens = torch.randn(2, batch, 2, new, 16, generator=generator).unbind()
+                before = kept.get(layer.layer_idx, [t[:, :, :0] for t in tokens])
+                kept[layer.layer_idx] = tuple(torch.cat(pair, 2) for pair in zip(before, tokens, strict=True))
+                if enabled:
+                    layer.append(*on_gpu(tokens))
+                    attend(layer, *layer.dense())
+                    layer.finish_attention(dispatch.quantize_blocks)
+                else:
+                    attend(layer, *layer.update(*on_gpu(tokens)))
+            if not ahead:
+                machine.run()
+        for layer in cache.layers:
+            right.append(all(torch.equal(*pair) for pair in zip(layer.dense(), kept[layer.layer_idx], strict=True)))
+        machine.run()
+        assert allocated.count("cpu") == 2 * layers
+        assert len(allocated) - allocated.count("cpu") == 2 * min(layers, 2), "two layers for each batch size, no more"
+    return all(each is True for each in right)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "in step"])
+@pytest.mark.parametrize("order", ORDERS)
+def test_attention_reads_what_was_stored_in_whatever_order_streams_run(order, ahead, layers):
+    assert steps_on(order, layers, ahead)
+    assert steps_on(order, layers, ahead, enabled=False)
+
+
+def waits(patch, drop: int | None = None) -> set[int]:
+    """The lines of `offload.py` that wait for an event; the one numbered `drop` does not."""
+    found: set[int] = set()
+    for kind, name in ((_Stream, "wait_event"), (_Event, "synchronize")):
+        wait = getattr(kind, name)
+
+        def noting(self, *event, wait=wait):
+            found.add(line := sys._getframe(1).f_lineno)
+            if line != drop:
+                wait(self, *event)
+
+        patch.setattr(kind, name, noting)
+    return found
+
+
+def test_each_wait_is_needed(monkeypatch):
+    """Without any one of them something is read that is not there yet, or not any more, in one of the orders."""
+    with monkeypatch.context() as patch:
+        found = waits(patch)
+        assert all(steps_on(order, 3, True) for order in ORDERS)
+    assert len(found) == 4, "the place is free, tokens have come, new ones are in it, they have reached the host"
+    for line in found:
+        with monkeypatch.context() as patch:
+            waits(patch, drop=line)
+            assert not all(steps_on(order, 3, True) for order in ORDERS), f"offload.py, line {line}"
+
+
+def test_stock_attention_comes_after_update(monkeypatch):
+    """What it reads stays there until it has run: the place is not marked as free before."""
+    monkeypatch.setattr(KVOffloadedLayer, "update", KVOffloadedLayer.__mro__[1].update)
+    assert not all(steps_on(order, 3, True, enabled=False) for order in ORDERS)
 
 
 def test_contents_are_those_of_a_cache_that_stays(tmp_path):

@@ -79,10 +79,12 @@ class _Event:
     def __init__(self, arriving: _Arriving):
         self.arriving, self.asked = arriving, False
 
-    def record(self, stream=None) -> None:
-        self.before = list(self.arriving.copies)
+    def record(self, stream) -> None:
+        self.before, self.stream = list(self.arriving.copies), stream
+        self.until = stream.ran + len(stream.queue or ())
 
     def synchronize(self) -> None:
+        self.stream.run(self.until)
         for target, numbers in self.before:
             target.copy_(numbers)
 
@@ -188,16 +190,15 @@ class _Stream:
     """A stream beside the default one does its copies when somebody waits for it, and not earlier."""
 
     def __init__(self, queue: list | None = None):
-        self.queue = queue
+        self.queue, self.ran = queue, 0
 
-    def wait_stream(self, other: _Stream) -> None:
-        other.synchronize()
+    def wait_event(self, event: _Event) -> None:
+        event.stream.run(event.until)
 
-    def synchronize(self) -> None:
-        for copy in self.queue or ():
-            copy()
-        if self.queue:
-            self.queue.clear()
+    def run(self, until: int) -> None:
+        while self.queue and self.ran < until:
+            self.queue.pop(0)()
+            self.ran += 1
 
 
 @contextlib.contextmanager
