@@ -30,5 +30,6 @@ MEASUREMENTS: dict[str, Row] = {
     "prefix": Row("hf_kvattn.evaluation.prefix", "prefix", "a prefix computed once and loaded later"),
     "stream": Row("hf_kvattn.evaluation.stream", "stream", "a text far longer than the model was trained on"),
     "beams": Row("hf_kvattn.evaluation.beams", "beams", "what beam search makes caches move"),
+    "gpu_check": Row("hf_kvattn.evaluation.gpu_check.command", "gpu-check", "a GPU, checked and measured in minutes"),
     "batching": Row("hf_kvattn.evaluation.batching", "batching", "requests of many lengths in a continuous batch"),
 }

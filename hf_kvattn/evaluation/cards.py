@@ -35,14 +35,18 @@ def render(folder: str | Path) -> str:
     """The card of a results folder.
 
     Raises:
-        ValueError: no results there, results that are not what the scripts write, or a plot that is missing.
+        ValueError: no results there, rehearsed ones, results that are not what the scripts write, or a plot that is
+            missing.
     """
     folder = Path(folder)
     sections = report.read(folder)
     if not sections:
         raise ValueError(f"{folder / 'results.json'}: there are no results to make a card of")
     measured = [(measurement(kind), sections[kind]) for kind in MEASUREMENTS if kind in sections]
-    missing = [kind.plot for kind, _ in measured if not (folder / kind.plot).is_file()]
+    if rehearsed := [kind.kind for kind, results in measured if results.get("rehearsed")]:
+        raise ValueError(f"{folder}: {', '.join(rehearsed)} was rehearsed: no number in it means anything")
+    plots = [kind.plot for kind, results in measured if report.plotted(results)]
+    missing = [plot for plot in plots if not (folder / plot).is_file()]
     if missing:
         raise ValueError(f"{folder}: the plots {missing} of these results are missing")
     try:
@@ -63,7 +67,7 @@ def _check(value: Any, where: str = "results") -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             _check(str(key), where)
-            if key != "describe":  # stands in report.md only
+            if key not in ("describe", "traceback"):  # which stand in report.md and in the JSON only
                 _check(item, f"{where}.{key}")
     elif isinstance(value, list):
         for item in value:

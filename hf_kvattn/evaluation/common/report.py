@@ -21,10 +21,16 @@ def table(results: Results) -> str:
     return measurement(results["kind"]).tables(results)
 
 
+def plotted(results: Results) -> bool:
+    """Whether there is a plot of these results: of a check of a GPU only where there was matplotlib."""
+    return results.get("plotted", True)
+
+
 def section(results: Results) -> str:
     """One measurement in Markdown: title, plot and tables."""
     kind = measurement(results["kind"])
-    return f"## {kind.title}\n\n![{kind.title}]({kind.plot})\n\n{kind.tables(results)}"
+    plot = f"![{kind.title}]({kind.plot})\n\n" if plotted(results) else ""
+    return f"## {kind.title}\n\n{plot}{kind.tables(results)}"
 
 
 def render(sections: dict[str, Results]) -> str:
@@ -51,17 +57,18 @@ def read(out_dir: str | Path) -> dict[str, Results]:
 
 def write(results: Results, out_dir: str | Path) -> list[Path]:
     """Put the results into the folder's `results.json`, and make its report and this measurement's plot."""
-    require_plotting()
-    folder = Path(out_dir)
+    if plotted(results):
+        require_plotting()
+    folder, kind = Path(out_dir), measurement(results["kind"])
+    written = [write_json(results, folder), replace_text(folder / "report.md", render(read(folder)))]
+    return [*written, replace(folder / kind.plot, kind.draw(results).savefig)] if plotted(results) else written
+
+
+def write_json(results: Results, folder: Path) -> Path:
+    """Put the results into the folder's `results.json` alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = measurement(results["kind"])
-    sections = read(folder) | {kind.kind: results}
-    text = json.dumps(sections, indent=1, allow_nan=False)
-    return [
-        replace_text(folder / "results.json", text + "\n"),
-        replace_text(folder / "report.md", render(sections)),
-        replace(folder / kind.plot, kind.draw(results).savefig),
-    ]
+    text = json.dumps(read(folder) | {results["kind"]: results}, indent=1, allow_nan=False)
+    return replace_text(folder / "results.json", text + "\n")
 
 
 def check_out_dir(out_dir: str | None) -> None:

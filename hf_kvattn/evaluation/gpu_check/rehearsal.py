@@ -1,0 +1,121 @@
+"""The stand-ins of a rehearsal: every stage's code runs on a CPU, and no number means anything.
+
+Triton's kernels run in its interpreter where the process was started with TRITON_INTERPRET=1, else PyTorch takes their
+place. flash-attn is replaced by the formula. What `torch.cuda` has of times, graphs, streams and memory does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from hf_kvattn.evaluation.gpu_check.judging import formula
+from hf_kvattn.evaluation.gpu_check.running import Machine
+from hf_kvattn.kernels import dispatch
+from hf_kvattn.kernels.call import AttendCall
+
+CPU = torch.device("cpu")
+# float16: Triton's interpreter keeps bfloat16 as whole numbers, and computes with those.
+MACHINE = Machine(CPU, CPU, torch.float16, rehearsed=True)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run here."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+
+
+class _Event:
+    """A time of the host."""
+
+    def __init__(self, enable_timing: bool = False):
+        self.time_s = 0.0
+
+    def record(self, stream: Any = None) -> None:
+        self.time_s = time.perf_counter()
+
+    def elapsed_time(self, other: _Event) -> float:
+        return max(1e-6, 1e3 * (other.time_s - self.time_s))
+
+
+class _Backend:
+    """A backend for GPUs in the table of backends, which serves calls on the CPU."""
+
+    def __init__(self, attend: Any, attend_lengths: Any = None):
+        self.attend = attend
+        if attend_lengths is not None:
+            self.attend_lengths = attend_lengths
+
+    def unavailable(self) -> None:
+        return None
+
+    def unsupported(self, call: AttendCall) -> str | None:
+        return "no dense mask" if call.mask is not None else None
+
+
+def _by_formula(call: AttendCall) -> torch.Tensor:
+    return formula(call, torch.float64).to(call.q.dtype)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, *, cache_seqlens, cache_leftpad=None, softmax_scale, causal=True, **ignored
+):
+    """flash-attn's function, as far as it is called here: `(B, Tq, Hq, D)` over `(B, T, Hkv, D)`."""
+    lengths = cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else torch.tensor([cache_seqlens] * len(q))
+    out = torch.empty_like(q)
+    for i, length in enumerate(lengths.tolist()):
+        if k is not None:
+            k_cache[i, length], v_cache[i, length] = k[i, 0], v[i, 0]
+            length += 1
+        first = 0 if cache_leftpad is None else int(cache_leftpad[i])
+        a, b, c = (t[i : i + 1].transpose(1, 2) for t in (q, k_cache[:, first:length], v_cache[:, first:length]))
+        out[i] = 0 if first == length else _by_formula(AttendCall(a, b, c, softmax_scale, causal=causal))[0]
+    return out
+
+
+@contextlib.contextmanager
+def stand_ins() -> Iterator[None]:
+    """A GPU that is none, for the body of a `with`."""
+    library = ModuleType("flash_attn")
+    library.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
+    library.__spec__ = ModuleSpec("flash_attn", None)
+    properties = SimpleNamespace(
+        multi_processor_count=2, total_memory=2**30, L2_cache_size=2**16, name="no GPU", major=9, minor=0
+    )
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    answers = {
+        "Event": _Event,
+        "synchronize": lambda device=None: None,
+        "Stream": lambda device=None: stream,
+        "current_stream": lambda device=None: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "device": lambda device: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph: contextlib.nullcontext(),
+        "empty_cache": lambda: None,
+        "memory_stats": lambda device=None: defaultdict(int),
+        "mem_get_info": lambda device=None: (2**30, 2**30),
+        "reset_peak_memory_stats": lambda device=None: None,
+        "set_sync_debug_mode": lambda mode: None,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_name": lambda device=None: properties.name,
+        "get_device_capability": lambda device=None: (9, 0),
+    }
+    real: Any = dispatch.BACKENDS["triton"]
+    triton = _Backend(real.attend, real.attend_lengths) if interpreted() else _Backend(_by_formula)
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch.dict(dispatch.BACKENDS, triton=triton, flash=_Backend(_by_formula)))
+        stack.enter_context(mock.patch.dict(sys.modules, flash_attn=library))
+        yield
