@@ -50,7 +50,8 @@ def read(out_dir: str | Path) -> dict[str, Results]:
     """The sections that a folder holds so far."""
     path = Path(out_dir) / "results.json"
     sections = read_json(path) if path.exists() else {}
-    if not isinstance(sections, dict) or not set(sections) <= set(MEASUREMENTS):
+    known = isinstance(sections, dict) and set(sections) <= set(MEASUREMENTS)
+    if not known or not all(isinstance(section, dict) for section in sections.values()):
         raise ValueError(f"{path} holds something else than the sections {list(MEASUREMENTS)}: choose another folder")
     return sections
 

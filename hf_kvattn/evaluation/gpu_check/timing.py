@@ -9,7 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from hf_kvattn.evaluation.gpu_check.running import Machine
+from hf_kvattn.evaluation.gpu_check.running import Machine, plain
 
 ACTIVE = "active_bytes.all."  # also what is free again, but not before a stream that used it is done
 
@@ -69,7 +69,8 @@ def kernels_of(machine: Machine, action: Callable[[], Any]) -> list[str]:
         torch.cuda.synchronize()
     kind = machine.pick(DeviceType.CUDA, DeviceType.CPU)
     events = [each.name for each in found.events() or () if each.device_type == kind]
-    return [name.removeprefix("void ").split("<")[0].split("(")[0].replace("|", " ") for name in events]
+    names = [name.removeprefix("void ").replace("(anonymous namespace)::", "") for name in events]
+    return [plain(name.split("<")[0].split("(")[0]) for name in names]
 
 
 def active_bytes() -> int:
