@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from command_lines import refused
+from flash_stub import FA3, flash_libraries
+from impostor import fake_cuda
 
 from hf_kvattn.evaluation import cards
 from hf_kvattn.evaluation.common import report
-from hf_kvattn.evaluation.gpu_check import bars, card, command, judging, rehearsal, running
+from hf_kvattn.evaluation.gpu_check import bars, caches, card, command, judging, kernels, rehearsal, running
 from hf_kvattn.evaluation.gpu_check.running import Machine, NotHere, Run, Stage
 from hf_kvattn.evaluation.gpu_check.stages import STAGES
 from hf_kvattn.kernels import dispatch, reference
@@ -239,14 +244,61 @@ def command_line(wrong: list[str]) -> None:
     parser.parse_args(wrong)
 
 
+@pytest.mark.parametrize("stage", ["versions", "kernels", "flash", "sdpa", "caches", "attention"])
+def test_stages_keep_to_the_gpu(stage, without_triton, monkeypatch):
+    """On tensors that claim a GPU, where one of the CPU among them raises, as a rehearsal does not see."""
+    real = dict(dispatch.BACKENDS)
+    stand_ins = {} if stage in ("kernels", "attention") else real  # those are about Triton's kernels
+    monkeypatch.setattr(caches, "PROGRAMS", dict.fromkeys(caches.PROGRAMS, (40, 1, 0, 1, -1, 2)))
+    machine = Machine(torch.device("cuda", 0), torch.device("cuda", 1), rehearsed=True)
+    with flash_libraries(FA3), fake_cuda((9, 0), devices=2), contextlib.ExitStack() as stack:
+        fakes = {name: getattr(torch.cuda, name) for name in ("Event", "Stream", "current_stream", "stream")}
+        stack.enter_context(rehearsal.stand_ins())
+        stack.enter_context(mock.patch.dict(dispatch.BACKENDS, stand_ins))
+        stack.enter_context(mock.patch.dict(sys.modules, flash_attn=None))
+        for name, fake in fakes.items():
+            timed = rehearsal._Event if name == "Event" else None
+            answer = (lambda fake=fake, timed=timed, **kwargs: timed() if kwargs else fake()) if timed else fake
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(torch.no_grad())
+        run = Run(machine, {}, time.monotonic() + 1000)
+        found = running.run_stage(STAGES[stage], run)
+    assert found["status"] in ("clean", "done"), [case for case in run.cases if not case.get("ok")]
+    served = [case for case in run.cases if "not_here" not in case]
+    assert len(served) > len(run.cases) / 2
+
+
+def test_the_rings_of_the_kernels_wrap():
+    """In a rehearsal and on a GPU: else the case would be one of plain tokens."""
+    for machine in (rehearsal.MACHINE, Machine(torch.device("cpu"), None, torch.float16)):
+        call = kernels.make_call(kernels.Case("exact", 64, 1, "ring"), machine)
+        assert call.tokens is not None and call.slot + call.tokens > call.k.shape[2]
+        assert call.window is not None and call.kv_len > call.window - 1
+    names = {str(case) for case in kernels.cases(Machine(torch.device("cpu"), None))}
+    for part in (*map(str, kernels.BITS), *kernels.RULES, *(f"D{dim}" for dim in kernels.DIMS)):
+        assert any(part in name for name in names)
+
+
+@pytest.mark.timeout(900)
 def test_every_stage_runs_in_a_rehearsal(tmp_path):
     """In processes of its own, as a user starts it: Triton's kernels in the interpreter where there is triton."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    typed = [sys.executable, "-m", "hf_kvattn", "gpu-check", "--rehearse", "--output", str(tmp_path)]
+    typed = [sys.executable, "-m", "hf_kvattn", "gpu-check", "--rehearse", "--output", str(tmp_path / "found")]
     ended = subprocess.run(typed, cwd=tmp_path, env=env, capture_output=True, text=True)
-    found = written(tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    found = written(tmp_path / "found")
     assert found["rehearsed"] and list(found["stages"]) == list(STAGES)
-    assert {record["status"] for record in found["stages"].values()} <= {"clean", "done"}
-    assert not any(record["left_out"] for record in found["stages"].values())
+    assert {record["status"] for record in found["stages"].values()} == {"clean", "done"}
+    for name, record in found["stages"].items():
+        cases = record["cases"]
+        assert cases or name == "memcheck"
+        assert not record["left_out"] and not [case for case in cases if "raised" in case or case.get("ok") is False]
+        absent = {case["not_here"].split()[0].rstrip(":") for case in cases if "not_here" in case}
+        assert absent <= {"flash_attn_interface", "flashinfer", "the", "this"}, (
+            absent
+        )  # libraries; no lengths in PyTorch
+        assert sum("not_here" not in case for case in cases) >= len(cases) / 2
     assert "no number here means anything" in ended.stdout and "### Bars" in ended.stdout
+    # Nothing that any stage notes is refused by a card.
+    report.write(found | {"rehearsed": False, "plotted": True}, tmp_path / "card")
+    assert "whole steps" in cards.render(tmp_path / "card")

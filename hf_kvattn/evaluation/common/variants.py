@@ -139,11 +139,13 @@ def running(model: PreTrainedModel, variant: Variant) -> AbstractContextManager[
 
 def generator(model: PreTrainedModel, variant: Variant) -> PreTrainedModel:
     """The model whose `generate()` is measured: `model`, or its compiled twin."""
-    return _compiled_twin(model) if variant.compiled else model
+    return _last_twin(model) if variant.compiled else model
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
+def compiled_twin(model: PreTrainedModel) -> PreTrainedModel:
     """`model` over the same weights, always enabled and compiled: what is compiled would not survive `disable`."""
     weights = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     return hf_kvattn.enable(copy.deepcopy(model, weights), compile=True)
+
+
+_last_twin = functools.lru_cache(maxsize=1)(compiled_twin)

@@ -19,10 +19,11 @@ from hf_kvattn.evaluation.gpu_check.libraries import LIBRARIES, load
 from hf_kvattn.evaluation.gpu_check.models import calls_over, fill, one_layer
 from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run, plain
 from hf_kvattn.evaluation.gpu_check.timing import captured, time_ms
+from hf_kvattn.evaluation.gpu_check.versions import l2_bytes
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 
-HEADS, FEW_HEADS = (32, 8, 128), (4, 2, 32)  # query and KV heads and head_dim of Llama 8B, and of a rehearsal
+HEADS, FEW_HEADS = (32, 8, 128), (2, 1, 16)  # query and KV heads and head_dim of Llama 8B, and of a rehearsal
 CELLS = tuple(itertools.product((32768, 8192, 2048, 131072), (1, 8)))  # tokens and rows; the bars' first
 BITS: dict[str, int | str | None] = {"exact": None, "int8": 8, "int4": 4, "int2": 2, "fp8": "fp8"}
 
@@ -31,14 +32,14 @@ def _calls(machine: Machine, bits: int | str | None, batch: int, tokens: int) ->
     """Calls over as many filled layers as together exceed the GPU's own cache, and the bytes of one of them."""
     q_heads, kv_heads, dim = machine.pick(HEADS, FEW_HEADS)
     of_token = batch * kv_heads * dim * 2 * (2 if bits is None else 1 if bits in (8, "fp8") else bits / 8)  # type: ignore[operator]
-    past_l2 = 4 * torch.cuda.get_device_properties(machine.device).L2_cache_size
+    past_l2 = 4 * l2_bytes(machine.device)
     layers = machine.pick(max(1, int(-(-past_l2 // (of_token * tokens)))), 1)
     config = one_layer(q_heads, kv_heads, dim, layers)
     cache: Any = StaticKVCache(config, max_cache_len=tokens)
     if bits is not None:
         cache = QuantizedKVCache(config, bits, max_cache_len=tokens)
-    fill(cache, (batch, kv_heads, tokens, dim), machine.dtype)
-    return calls_over(cache, q_heads, machine.dtype), cache.nbytes // layers
+    fill(machine, cache, (batch, kv_heads, tokens, dim))
+    return calls_over(machine, cache, q_heads), cache.nbytes // layers
 
 
 def _attends(backend: str, call: AttendCall) -> Callable[[], Any]:
@@ -105,7 +106,7 @@ def _lengths(machine: Machine, bits: str, tokens: int) -> tuple[Callable[[Attend
     packed = calls[0].packed
     exact = calls[0].kv_len - (0 if packed is None else packed.tokens)
     counts = [0, tokens] if packed is None else [packed.tokens // 16 // 32 * 32, exact]
-    lengths = torch.tensor(counts, dtype=torch.int32)
+    lengths = machine.numbers(counts)
     return lambda call: partial(backend.attend_lengths, call, lengths), (calls, size)
 
 
@@ -115,7 +116,9 @@ def _cell(run: Run, batch: int, tokens: int) -> None:
 
     def of(bits: str) -> tuple[list[AttendCall], int]:
         if bits not in made:
-            made[bits] = _calls(machine, BITS[bits], batch, machine.pick(tokens, max(48, tokens // 512)))
+            made[bits] = _calls(
+                machine, BITS[bits], machine.pick(batch, 1), machine.pick(tokens, max(48, tokens // 512))
+            )
         return made[bits]
 
     def lane(name: str, make: Callable[[AttendCall], Callable[[], Any]], bits: str) -> Found:

@@ -48,14 +48,14 @@ PROGRAMS: dict[str, tuple[int, ...]] = {
 
 def enabled_model(machine: Machine, window: int | None = None) -> PreTrainedModel:
     """A model of two layers, with sliding windows or without."""
-    return hf_kvattn.enable(make_model(model_config(machine, "1B", 2, window), DTYPE))
+    return hf_kvattn.enable(make_model(machine, model_config(machine, "1B", 2, window), DTYPE))
 
 
 def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor, padding: int = 0) -> torch.Tensor:
     """The logits `(B, T, V)` of new tokens; with `padding` the last row's first ones are padding."""
     mask = None
     if padding:
-        mask = torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+        mask = ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1])
         mask[-1, :padding] = 0
     return model(ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits
 
@@ -63,7 +63,7 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor, padding: int 
 def programmed(model: PreTrainedModel, make: MakeCache, program: str) -> Found:
     """Runs a program, and judges the logits of each forward; what is worst."""
     steps, padding = PROGRAMS[program], 23 if program == "padded" else 0
-    cache, ids = make(model.config, ROOM), token_ids(2, sum(n for n in steps if n > 0), model.config.vocab_size)
+    cache, ids = make(model.config, ROOM), token_ids(model, 2, sum(n for n in steps if n > 0))
     worst: Found = {"ok": True, "error": 0.0, "allowed": 1.0}
     done = 0
     with formulas():
@@ -89,7 +89,7 @@ def programmed(model: PreTrainedModel, make: MakeCache, program: str) -> Found:
 def caches(run: Run) -> None:
     machine = run.machine
     models = {window: enabled_model(machine, window) for window in (None, 96)}
-    names = machine.pick(list(OURS), ["static", "int4", "sliding", RING])
+    names = machine.pick(list(OURS), ["int4", "sliding", RING])
     programs = machine.pick(list(PROGRAMS), ["padded", "beams", "assisted", "second turns"])
     run.over({
         f"{name}, {program}": partial(programmed, models[96 if name == RING else None], OURS[name], program)
@@ -99,7 +99,7 @@ def caches(run: Run) -> None:
 
 def _waits(model: PreTrainedModel, make: MakeCache) -> Found:
     """Whether a decode step waits for the GPU, up to where a block is quantized."""
-    cache, ids = make(model.config, ROOM), token_ids(2, 110, model.config.vocab_size)
+    cache, ids = make(model.config, ROOM), token_ids(model, 2, 110)
     forward(model, cache, ids[:, :70])
     for new in ids[:, 70:73].split(1, 1):  # what is made at the first steps
         forward(model, cache, new)
@@ -123,7 +123,7 @@ def _halves(machine: Machine, make: MakeCache) -> Found:
     """A model with one layer on each GPU: the logits are those of one GPU."""
     assert machine.other is not None
     model = enabled_model(machine)
-    ids = token_ids(2, 90, model.config.vocab_size)
+    ids = token_ids(model, 2, 90)
 
     def logits() -> torch.Tensor:
         cache = make(model.config, ROOM)

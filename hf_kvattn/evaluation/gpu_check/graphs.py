@@ -55,7 +55,7 @@ def forced(model: PreTrainedModel, cache: Any, prompt: torch.Tensor, tokens: tor
 def _replayed(machine: Machine, eager: PreTrainedModel, make: MakeCache) -> Found:
     steps = machine.pick(200, 6)
     room = machine.pick(65536, 128)
-    ids = token_ids(2, PROMPT + steps, eager.config.vocab_size)
+    ids = token_ids(eager, 2, PROMPT + steps)
     prompt, tokens, expected = ids[:, :PROMPT], ids[:, PROMPT:], {}
     with formulas():
         for name in (TRUTH, PLAIN):

@@ -38,32 +38,32 @@ DIMS, GROUPS = (128, 64, 80, 256), (4, 1, 8)
 KV_HEADS, BATCH = 2, 2
 
 
-def _padded(call: AttendCall) -> None:
-    call.leftpad = torch.tensor([0, call.kv_len * 2 // 3], dtype=torch.int32)
+def _padded(machine: Machine, call: AttendCall) -> None:
+    call.leftpad = machine.numbers([0, call.kv_len * 2 // 3])
 
 
-def _empty_row(call: AttendCall) -> None:
-    call.leftpad = torch.tensor([3, call.kv_len], dtype=torch.int32)
+def _empty_row(machine: Machine, call: AttendCall) -> None:
+    call.leftpad = machine.numbers([3, call.kv_len])
 
 
-def _sinks(call: AttendCall) -> None:
-    k, v = (torch.randn(*call.k.shape[:2], 4, call.k.shape[3], dtype=call.q.dtype) for _ in "kv")
+def _sinks(machine: Machine, call: AttendCall) -> None:
+    k, v = (machine.randn(*call.k.shape[:2], 4, call.k.shape[3]) for _ in "kv")
     call.window, call.sinks = 60, SinkKV(k, v, torch.randn_like(call.q), 7)
 
 
 # What a case adds to its call. A ring, several queries and lengths change how it is made.
-RULES: dict[str, Callable[[AttendCall], None]] = {
-    "plain": lambda call: None,
+RULES: dict[str, Callable[[Machine, AttendCall], None]] = {
+    "plain": lambda machine, call: None,
     "padded": _padded,
     "an empty row": _empty_row,
-    "window": lambda call: setattr(call, "window", 45),
-    "softcap": lambda call: setattr(call, "softcap", 3.0),
-    "s_aux": lambda call: setattr(call, "s_aux", 2 * torch.randn(call.q.shape[1])),
+    "window": lambda machine, call: setattr(call, "window", 45),
+    "softcap": lambda machine, call: setattr(call, "softcap", 3.0),
+    "s_aux": lambda machine, call: setattr(call, "s_aux", 2 * machine.randn(call.q.shape[1])),
     "sinks": _sinks,
-    "ring": lambda call: setattr(call, "window", 70),
-    "5 queries": lambda call: None,
+    "ring": lambda machine, call: setattr(call, "window", 70),
+    "5 queries": lambda machine, call: None,
     "16 queries, padded": _padded,
-    "lengths": lambda call: None,
+    "lengths": lambda machine, call: None,
 }
 
 
@@ -82,7 +82,7 @@ class Case(NamedTuple):
 def cases(machine: Machine) -> list[Case]:
     """All bits, head_dims and groups with each other; all bits and rules; all head_dims and rules."""
     if machine.rehearsed:
-        groups = (1 if "16" in rule else GROUPS[i % 3] for i, rule in enumerate(RULES))  # the interpreter is slow
+        groups = (1 if "queries" in rule else GROUPS[i % 3] for i, rule in enumerate(RULES))  # the interpreter is slow
         return [Case(BITS[i % 6], (64, 80)[i % 2], next(groups), rule) for i, rule in enumerate(RULES)]
     found = [Case(bits, dim, group, "plain") for bits, dim, group in itertools.product(BITS, DIMS, GROUPS)]
     found += [Case(bits, 128, 4, rule) for bits, rule in itertools.product(BITS, RULES)]
@@ -98,16 +98,16 @@ def make_call(case: Case, machine: Machine) -> AttendCall:
     tokens, then = machine.pick((1185, 40), (120, 33))  # so that a ring wraps
     made: Any = {"max_cache_len": tokens + then + 40}
     cache: Any = StaticKVCache(config, **made) if case.bits == "exact" else QuantizedKVCache(config, case.bits, **made)
-    fill(cache, (BATCH, KV_HEADS, tokens, case.dim), machine.dtype, then)
+    fill(machine, cache, (BATCH, KV_HEADS, tokens, case.dim), then)
     for tensor, filled in cache.kv_layers[0].buffers().values():
         tensor[:, :, filled:] = float("nan") if tensor.is_floating_point() else 255
     queries = int(case.rule.split()[0]) if "queries" in case.rule else 1
-    (call,) = calls_over(cache, KV_HEADS * case.group, machine.dtype, queries)
-    RULES[case.rule](call)
+    (call,) = calls_over(machine, cache, KV_HEADS * case.group, queries)
+    RULES[case.rule](machine, call)
     return call
 
 
-def attended(case: Case, call: AttendCall) -> tuple[torch.Tensor, AttendCall]:
+def attended(machine: Machine, case: Case, call: AttendCall) -> tuple[torch.Tensor, AttendCall]:
     """What the kernels give, and the call that this should be the attention of."""
     backend: Any = dispatch.BACKENDS["triton"]
     if reason := backend.unavailable() or backend.unsupported(call):
@@ -120,23 +120,23 @@ def attended(case: Case, call: AttendCall) -> tuple[torch.Tensor, AttendCall]:
     if packed is not None:
         done = packed.tokens - 2 * BLOCK
         packed = replace(packed, tokens=done)
-    lengths = torch.tensor([done, exact], dtype=torch.int32)
+    lengths = machine.numbers([done, exact])
     shorter = replace(call, k=call.k[:, :, :exact], v=call.v[:, :, :exact], packed=packed)
     return backend.attend_lengths(call, lengths), shorter
 
 
 def _checked(case: Case, machine: Machine) -> Found:
-    return judged(*attended(case, make_call(case, machine)))
+    return judged(*attended(machine, case, make_call(case, machine)))
 
 
 def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
     """Whether codes, scales and zeros are those that PyTorch gives on a CPU, bit for bit."""
     torch.manual_seed(1)
     cache = QuantizedKVCache(one_layer(KV_HEADS, KV_HEADS, dim), bits, max_cache_len=256)
-    fill(cache, (BATCH, KV_HEADS, 36, dim), machine.dtype)  # room for blocks, and the mean of the keys
+    fill(machine, cache, (BATCH, KV_HEADS, 36, dim))  # room for blocks, and the mean of the keys
     packed = cache.kv_layers[0].stored_kv().packed
     assert packed is not None
-    k, v = torch.randn(2, BATCH, KV_HEADS, 4 * BLOCK, dim, dtype=machine.dtype)
+    k, v = machine.randn(2, BATCH, KV_HEADS, 4 * BLOCK, dim)
     k[..., 0] += 100  # a channel apart
     k[:, :, :BLOCK, 1] = 0  # and a scale of zero
     dispatch.quantize_blocks(k, v, packed, 0)
@@ -151,12 +151,14 @@ def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
 def _far(machine: Machine) -> Found:
     """Tokens that begin more than 2**31 numbers into their memory."""
     far, dim = machine.pick(2**31 + 2**20, 2**12), 128
-    memory = torch.empty(far + 2**18, dtype=machine.dtype)  # two rows: at the beginning, and at its end
+    memory = torch.empty(
+        far + 2**18, dtype=machine.dtype, device=machine.device
+    )  # two rows: at the beginning, and at its end
     k, v = (memory.as_strided((2, 1, 500, dim), (far, 1, dim, 1), offset) for offset in (0, 2**17))
     for tensor in (k, v):
         tensor.normal_()
-    call = AttendCall(torch.randn(2, 1, 4, dim, dtype=machine.dtype).transpose(1, 2), k, v, dim**-0.5)
-    return judged(*attended(Case("exact", dim, 4, "plain"), call))
+    call = AttendCall(machine.randn(2, 1, 4, dim).transpose(1, 2), k, v, dim**-0.5)
+    return judged(*attended(machine, Case("exact", dim, 4, "plain"), call))
 
 
 def _command(machine: Machine, first: int, step: int, limit: int) -> list[str]:
@@ -213,7 +215,7 @@ def memcheck(run: Run) -> Found:
 def _main(first: int, step: int, limit: int, machine: Machine) -> int:
     """The exit status: 3 where a case raised."""
     run = Run(machine, {}, math.inf)
-    with torch.device(machine.device), torch.no_grad():
+    with torch.no_grad():
         chosen = cases(machine)[first::step][:limit]
         run.over({str(case): partial(_checked, case, machine) for case in chosen})
     torch.cuda.synchronize()

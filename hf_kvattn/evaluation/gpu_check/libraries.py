@@ -47,17 +47,17 @@ def make_call(machine: Machine, heads: str, shape: str) -> AttendCall:
     torch.manual_seed(0)
     (q_heads, kv_heads, dim), (queries, tokens, rules) = HEADS[heads], SHAPES[shape]
     given: dict[str, Any] = dict(rules)
-    q = torch.randn(2, queries, q_heads, dim, dtype=machine.dtype).transpose(1, 2)
+    q = machine.randn(2, queries, q_heads, dim).transpose(1, 2)
     room = 0 if "slot" in given else 24
-    buffers = torch.full((2, 2, kv_heads, tokens + room, dim), float("nan"), dtype=machine.dtype)
-    buffers[..., :tokens, :] = torch.randn(2, 2, kv_heads, tokens, dim)
+    buffers = machine.randn(2, 2, kv_heads, tokens + room, dim)
+    buffers[..., tokens:, :] = float("nan")
     k, v = buffers[..., :tokens, :]
     if "leftpad" in given:
-        given["leftpad"] = torch.tensor(given["leftpad"], dtype=torch.int32)
+        given["leftpad"] = machine.numbers(given["leftpad"])
     if given.pop("s_aux", None):
-        given["s_aux"] = 2 * torch.randn(q_heads)
+        given["s_aux"] = 2 * machine.randn(q_heads)
     if given.pop("sinks", None):
-        first_k, first_v = torch.randn(2, 2, kv_heads, 4, dim, dtype=machine.dtype)
+        first_k, first_v = machine.randn(2, 2, kv_heads, 4, dim)
         given["sinks"] = SinkKV(first_k, first_v, torch.randn_like(q), 7)
     return AttendCall(q, k, v, dim**-0.5, **given)
 
@@ -81,9 +81,9 @@ def _appends(library: str, machine: Machine) -> Found:
     """The library's own way to append: two rows, of which one is padded and one has no earlier token at all."""
     attend = load(library)
     torch.manual_seed(0)
-    q, (k, v) = torch.randn(2, 1, 8, 128, dtype=machine.dtype), torch.randn(2, 2, 90, 2, 128, dtype=machine.dtype)
-    new_k, new_v = torch.randn(2, 2, 1, 2, 128, dtype=machine.dtype)
-    lengths, leftpad = (torch.tensor(each, dtype=torch.int32) for each in ([64, 64], [11, 64]))
+    q, (k, v) = machine.randn(2, 1, 8, 128), machine.randn(2, 2, 90, 2, 128)
+    new_k, new_v = machine.randn(2, 2, 1, 2, 128)
+    lengths, leftpad = (machine.numbers(each) for each in ([64, 64], [11, 64]))
     out = attend(q, k, v, k=new_k, v=new_v, cache_seqlens=lengths, cache_leftpad=leftpad, softmax_scale=0.1)
     k[:, 64:65], v[:, 64:65] = new_k, new_v
     q, k, v = (t.transpose(1, 2) for t in (q, k[:, :65], v[:, :65]))
@@ -112,8 +112,8 @@ def _taken(machine: Machine, shape: str) -> Found:
 def _grows(machine: Machine, backend: str | None) -> Found:
     """Microseconds of a decode step of one layer whose length was never met before, and of one met before."""
     q_heads, kv_heads, dim = HEADS["GQA"]
-    q = torch.randn(1, q_heads, 1, dim, dtype=machine.dtype)
-    k, v = torch.randn(2, 1, kv_heads, 4500, dim, dtype=machine.dtype)
+    q = machine.randn(1, q_heads, 1, dim)
+    k, v = machine.randn(2, 1, kv_heads, 4500, dim)
     attend = dispatch.attend if backend is None else dispatch.BACKENDS[backend].attend
     times_us: dict[str, list[float]] = {"new": [], "met": []}
     for length, kind in itertools.product(range(4001, 4001 + machine.pick(64, 2)), times_us):

@@ -17,14 +17,14 @@ from hf_kvattn.evaluation.gpu_check.timing import active_bytes, peak_bytes
 
 
 def _model(machine: Machine, layers: int, compile: bool = False):
-    return hf_kvattn.enable(make_model(model_config(machine, "1B", layers), machine.dtype), compile=compile)
+    return hf_kvattn.enable(make_model(machine, model_config(machine, "1B", layers), machine.dtype), compile=compile)
 
 
 def _offloaded(machine: Machine) -> Found:
     """Layers that are on the GPU at most, while the host runs several steps ahead of it."""
     tokens, layers, steps = machine.pick(32768, 64), 8, 6
     model = _model(machine, layers)
-    config, ids = model.config, token_ids(1, steps, model.config.vocab_size)
+    config, ids = model.config, token_ids(model, 1, steps)
 
     def decode(cache) -> None:
         for new in ids.split(1, 1):  # nothing reads a result: the host does not wait
@@ -37,7 +37,7 @@ def _offloaded(machine: Machine) -> Found:
     of_step = peak_bytes(partial(decode, short)) - before  # what a step takes without any cache to speak of
     shape = (1, config.num_key_value_heads, tokens, config.head_dim)
     cache = StaticKVCache(config, max_cache_len=tokens + steps, offload=True)
-    fill(cache, shape, machine.dtype)
+    fill(machine, cache, shape)
     torch.cuda.synchronize()
     layer = cache.nbytes / layers
     rise = peak_bytes(partial(decode, cache)) - before - of_step  # with whatever lies there between two steps
@@ -47,7 +47,7 @@ def _offloaded(machine: Machine) -> Found:
 def _prompt(machine: Machine) -> Found:
     """The peak of a long prompt into an int4 cache, which keeps no exact tokens, against that of stock transformers."""
     model, tokens = _model(machine, 4), machine.pick(16384, 40)
-    ids = token_ids(1, tokens, model.config.vocab_size)
+    ids = token_ids(model, 1, tokens)
     found: Found = {}
     caches = {"int4": OURS["int4"](model.config, tokens + 64), "stock": DynamicCache(config=model.config)}
     for name, cache in caches.items():
@@ -59,22 +59,23 @@ def _prompt(machine: Machine) -> Found:
 def _growth(machine: Machine) -> Found:
     """A cache that grows holds one layer twice while it moves, not all of them."""
     model, layers = _model(machine, 8), 8
-    config, tokens = model.config, machine.pick(8192, 40)
+    config, tokens = model.config, machine.pick(65536, 40)
+    heads, dim = config.num_key_value_heads, config.head_dim
     before = active_bytes()
     cache = StaticKVCache(config)
-    fill(cache, (1, config.num_key_value_heads, tokens, config.head_dim), machine.dtype)
-    full = cache.kv_layers[0].capacity
-    ids = token_ids(1, full + 1 - tokens, config.vocab_size)
-    for new in ids.split(512, 1):
-        peak = peak_bytes(partial(model, new, past_key_values=cache, logits_to_keep=1)) - before
-    allowed = cache.nbytes * (1 + 1 / layers) + 2**28  # with what a forward of 512 tokens takes
+    fill(machine, cache, (1, heads, tokens, dim))
+    fill(machine, cache, (1, heads, cache.kv_layers[0].capacity - tokens, dim))
+    full = cache.nbytes
+    peak = peak_bytes(partial(forward, model, cache, token_ids(model, 1, 1))) - before
+    assert cache.nbytes > full
+    allowed = cache.nbytes * (1 + 1 / layers) + 2**26  # with what a step takes
     return {"ok": peak <= allowed, "peak_bytes": peak, "cache_bytes": cache.nbytes}
 
 
 def _many(machine: Machine, graphed: bool) -> Found:
     """What stays behind many generates, each with a fresh cache."""
     model = _model(machine, 2, compile=graphed)
-    ids, how = token_ids(1, 40, model.config.vocab_size), {"compile_config": compile_config(machine)} if graphed else {}
+    ids, how = token_ids(model, 1, 40), {"compile_config": compile_config(machine)} if graphed else {}
     levels = []
     cache = None
     for _ in range(machine.pick(20 if graphed else 150, 2)):

@@ -36,10 +36,11 @@ def model_config(machine: Machine, shape: str, layers: int | None = None, window
     return kind(**sizes, **ids, **({} if window is None else {"sliding_window": window}), **changes)
 
 
-def make_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of random weights, the same ones at each call, on the default device."""
+def make_model(machine: Machine, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of random weights, the same ones at each call, made on the device."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+    with torch.device(machine.device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
 
 
 def one_layer(q_heads: int, kv_heads: int, dim: int, layers: int = 1, window: int | None = None) -> PreTrainedConfig:
@@ -50,30 +51,29 @@ def one_layer(q_heads: int, kv_heads: int, dim: int, layers: int = 1, window: in
     return kind(num_hidden_layers=layers, hidden_size=q_heads * dim, **heads, **more)
 
 
-def fill(cache: KVCache, shape: tuple[int, int, int, int], dtype: torch.dtype, then: int = 0) -> None:
+def fill(machine: Machine, cache: KVCache, shape: tuple[int, int, int, int], then: int = 0) -> None:
     """Stores random tokens `(B, Hkv, T, D)` in each layer, as a prompt; and `then` more, one after the other."""
     batch, heads, tokens, dim = shape
     for layer in cache.kv_layers:
         for new in itertools.chain([tokens], [1] * then):
-            layer.append(*(torch.randn(batch, heads, new, dim, dtype=dtype) for _ in "kv"))
+            layer.append(*(machine.randn(batch, heads, new, dim) for _ in "kv"))
             layer.finish_attention(dispatch.quantize_blocks)
 
 
-def calls_over(cache: KVCache, q_heads: int, dtype: torch.dtype, queries: int = 1, **rules: Any) -> list[AttendCall]:
+def calls_over(machine: Machine, cache: KVCache, q_heads: int, queries: int = 1) -> list[AttendCall]:
     """Random queries over each layer of a filled cache, laid out as a model's are."""
     calls = []
     for layer in cache.kv_layers:
-        q = torch.randn(layer.batch_size, queries, q_heads, layer.head_dim, dtype=dtype).transpose(1, 2)
+        q = machine.randn(layer.batch_size, queries, q_heads, layer.head_dim).transpose(1, 2)
         k, v, packed, tokens, slot = layer.stored_kv()
-        calls.append(AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed, tokens=tokens, slot=slot, **rules))
+        calls.append(AttendCall(q, k, v, q.shape[-1] ** -0.5, packed=packed, tokens=tokens, slot=slot))
     return calls
 
 
-def token_ids(batch: int, tokens: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Random ids `(B, T)`, the same ones at each call."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(1, vocabulary, (batch, tokens), generator=generator, device="cpu")
-    return ids.to(torch.empty(0).device)
+def token_ids(model: PreTrainedModel, batch: int, tokens: int) -> torch.Tensor:
+    """Random ids `(B, T)` for a model, the same ones at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(1, model.config.vocab_size, (batch, tokens), generator=generator).to(model.device)
 
 
 MakeCache = Callable[[PreTrainedConfig, int], Any]  # a model's config and the capacity in tokens

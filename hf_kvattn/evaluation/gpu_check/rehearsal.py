@@ -62,6 +62,9 @@ class _Backend:
     def unsupported(self, call: AttendCall) -> str | None:
         return "no dense mask" if call.mask is not None else None
 
+    def cannot_quantize(self, *given: Any) -> str:
+        return "a stand-in quantizes nothing"
+
 
 def _by_formula(call: AttendCall) -> torch.Tensor:
     return formula(call, torch.float64).to(call.q.dtype)

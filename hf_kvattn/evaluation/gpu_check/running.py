@@ -42,6 +42,14 @@ class Machine:
         """A size or a table for the GPU, or the small one of a rehearsal."""
         return rehearsed if self.rehearsed else real
 
+    # No default device is set: it would also be that of what the package makes for the host.
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def numbers(self, values: list[int]) -> torch.Tensor:
+        """As lengths and paddings are: int32 on the device."""
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
 
 class Stage(NamedTuple):
     """One row of the table of stages."""
@@ -151,8 +159,7 @@ def run_stage(stage: Stage, run: Run) -> Found:
     start_s = time.monotonic()
     if run.late():
         return {"status": "left out", "seconds": 0.0, "cases": [], "left_out": ["all"]}
-    with torch.device(run.machine.device):  # tensors that are made without a device are on the GPU
-        extra = attempt(lambda: stage.function(run) or {})
+    extra = attempt(lambda: stage.function(run) or {})
     release()
     ended = {"seconds": time.monotonic() - start_s, "cases": run.cases, "left_out": run.left_out}
     return {"status": _status(stage, run, extra), **ended, **extra}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -45,27 +46,41 @@ WAYS: dict[str, Way] = {
     "stock hqq int4": Way("stock-hqq-int4"),
     "stock fp8": Way("stock-fp8"),
 }
-CELLS = ((1, 8192, tuple(WAYS)), (8, 8192, tuple(WAYS)[:4]), (1, 32768, tuple(WAYS)[:6]))
+BARRED = tuple(WAYS)[:4]  # what the bars compare, which comes first
+CELLS = (
+    (1, 8192, (*BARRED, "stock quanto int4", "stock hqq int4")),
+    (8, 8192, BARRED),
+    (1, 32768, BARRED),
+    (1, 8192, tuple(WAYS)[4:-3] + tuple(WAYS)[-1:]),
+)
 BLOCK, ROUNDS = 12, 4  # steps of a lane's turn, the first two of which are dropped; turns
 # Tokens stored before, and new ones: a prompt, and two turns of a conversation.
 TURNS = {"8192": (0, 8192), "2048 after 30720": (30720, 2048), "20 after 30720": (30720, 20)}
 
 
-def _model(machine: Machine) -> PreTrainedModel:
-    """An 8B of as many layers as leave room for caches; all of them on 48 GiB and more."""
-    free, _ = torch.cuda.mem_get_info(machine.device)
-    layers = machine.pick(max(4, min(32, int((0.45 * free - 2.2e9) / 0.44e9))), 2)
-    return make_model(model_config(machine, "8B", layers), machine.dtype)
+def _model(run: Run) -> PreTrainedModel:
+    """An 8B, of as many of its 32 layers as leave room for caches and as there is time to compile, 15 s for each."""
+    machine, (free, _) = run.machine, torch.cuda.mem_get_info(run.machine.device)
+    fitting, left_s = int((0.45 * free - 2.2e9) / 0.44e9), run.end_s - time.monotonic()
+    layers = machine.pick(max(4, min(32, fitting, int(left_s / 15))), 2)
+    return make_model(machine, model_config(machine, "8B", layers), machine.dtype)
+
+
+# A model, as None, and its compiled twins by mode: one that changed modes would compile anew each time.
+Models = dict[str | None, PreTrainedModel]
 
 
 class Lane:
     """A way to decode, after its prompt."""
 
-    def __init__(self, machine: Machine, model: PreTrainedModel, way: Way, prompt: torch.Tensor):
-        self.machine, self.way, self.ids, self.model = machine, way, prompt, model
+    def __init__(self, machine: Machine, models: Models, way: Way, prompt: torch.Tensor):
+        self.machine, self.way, self.ids, self.model = machine, way, prompt, models[None]
         self.variant: Variant = VARIANTS[way.variant]
         room = prompt.shape[1] + BLOCK * (ROUNDS + 3)
-        self.cache, reason = variants.try_make(self.variant, model.config, room)
+        if self.variant.compiled and way.mode not in models:
+            models[way.mode] = variants.compiled_twin(self.model)
+        self.generator: Any = models[way.mode if self.variant.compiled else None]
+        self.cache, reason = variants.try_make(self.variant, self.model.config, room)
         if reason is not None:
             raise NotHere(reason)
 
@@ -73,17 +88,16 @@ class Lane:
         """Milliseconds of each of `steps` tokens, by the GPU's clock; the first ends the call's own set-up."""
         clock, machine = Clock(), self.machine
         attention = machine.pick(self.way.attention, "sdpa")
-        generator: Any = variants.generator(self.model, self.variant)
         more = {} if self.way.mode is None else {"compile_config": compile_config(machine, self.way.mode)}
 
         def mark(ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             """A stopping criterion that never stops."""
             clock.mark()
-            return torch.zeros(len(ids), dtype=torch.bool)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         clock.mark()
         with attending(self.model, attention), variants.running(self.model, self.variant):
-            self.ids = generator.generate(
+            self.ids = self.generator.generate(
                 self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, do_sample=False,
                 max_new_tokens=steps, min_new_tokens=steps, stopping_criteria=StoppingCriteriaList([mark]), **more,
             )  # fmt: skip
@@ -104,14 +118,14 @@ def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _cell(run: Run, model: PreTrainedModel, batch: int, tokens: int, names: tuple[str, ...]) -> None:
+def _cell(run: Run, models: Models, batch: int, tokens: int, names: tuple[str, ...]) -> None:
     machine = run.machine
     cell, stored = f"B{batch} x {tokens}", machine.pick(tokens, tokens // 256)
-    prompt = token_ids(batch, stored, model.config.vocab_size)
+    prompt = token_ids(models[None], batch, stored)
     lanes: dict[str, Callable[[], list[float]]] = {}
 
     def prepare(name: str) -> Found:
-        lane = Lane(machine, model, WAYS[name], prompt)
+        lane = Lane(machine, models, WAYS[name], prompt)
         first = lane.decode(1)
         lane.decode(machine.pick(BLOCK, 3))  # compiles, records
         launched = kernels_of(machine, partial(lane.decode, 2))
@@ -133,7 +147,7 @@ def _first_tokens(run: Run, model: PreTrainedModel) -> None:
         cache, reason = variants.try_make(variant, model.config, stored + new + 8)
         if cache is None or reason is not None:
             raise NotHere(reason or "no cache")
-        ids = token_ids(1, stored + new, model.config.vocab_size)
+        ids = token_ids(model, 1, stored + new)
 
         def turn() -> list[float]:
             clock, kept = Clock(), cache.get_seq_length()
@@ -161,9 +175,10 @@ def _first_tokens(run: Run, model: PreTrainedModel) -> None:
 
 
 def steps(run: Run) -> Found:
-    model = _model(run.machine)
-    for batch, tokens, names in run.machine.pick(CELLS, CELLS[:2]):
-        _cell(run, model, batch, tokens, names)
+    model = _model(run)
+    models: Models = {None: model}
+    for batch, tokens, names in run.machine.pick(CELLS, (*CELLS[:2], CELLS[3])):
+        _cell(run, models, batch, tokens, names)
         release()
     _first_tokens(run, model)
     return {"layers": model.config.num_hidden_layers, "parameters": sum(p.numel() for p in model.parameters())}

@@ -42,6 +42,11 @@ def _driver() -> str:
     return plain(found.stdout or found.stderr)
 
 
+def l2_bytes(device: torch.device) -> int:
+    """Of the GPU's own cache; 64 MiB, as much as most have, where PyTorch does not say."""
+    return getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 2**26)
+
+
 def _versions(run: Run) -> Found:
     device = run.machine.device
     gpu = torch.cuda.get_device_properties(device)
@@ -59,7 +64,7 @@ def _versions(run: Run) -> Found:
         "capability": list(torch.cuda.get_device_capability(device)),
         "multiprocessors": gpu.multi_processor_count,
         "memory_bytes": gpu.total_memory,
-        "l2_bytes": gpu.L2_cache_size,
+        "l2_bytes": l2_bytes(device),
     }
 
 
@@ -67,8 +72,8 @@ def _ceilings(run: Run) -> Found:
     """Bytes a second that are read, and copied (read and written); operations a second in `dtype` products."""
     machine = run.machine
     rows, size = machine.pick((1 << 30, 8192), (1 << 12, 16))
-    source = torch.ones(rows // 4, dtype=torch.float32)
-    target, a = torch.empty_like(source), torch.randn(size, size, dtype=machine.dtype)
+    source = torch.ones(rows // 4, dtype=torch.float32, device=machine.device)
+    target, a = torch.empty_like(source), machine.randn(size, size)
     actions: dict[str, tuple[Callable[[], Any], float]] = {
         "read_gb_s": (source.sum, source.nbytes / 1e9),
         "copy_gb_s": (lambda: target.copy_(source), 2 * source.nbytes / 1e9),
@@ -82,7 +87,7 @@ def _ceilings(run: Run) -> Found:
 
 
 def _describe(run: Run) -> Found:
-    model = make_model(model_config(run.machine, "1B", layers=1), run.machine.dtype)
+    model = make_model(run.machine, model_config(run.machine, "1B", layers=1), run.machine.dtype)
     return {"describe": str(hf_kvattn.describe(model))}
 
 
