@@ -117,6 +117,28 @@ def test_without_time_everything_is_left_out(tmp_path, stand_ins, monkeypatch, c
     capsys.readouterr()
     assert command.ended(found) == 1 and "not finished: one; two" in capsys.readouterr().out
     assert "1 left out" in card.tables(found)
+    found = checked(tmp_path, "one", "two", resume=True)
+    assert {record["status"] for record in found["stages"].values()} == {"clean"}
+
+
+def test_lanes_are_timed_in_turns_and_one_that_raises_drops_out(stand_ins, monkeypatch):
+    now, turns = [0.0], []
+    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    run = Run(rehearsal.MACHINE, {}, 7.5)
+
+    def lane(name):
+        now[0] += 1.0
+        turns.append(name)
+        if name == "b" and turns.count("b") == 2:
+            raise NotHere("its memory")
+        return [now[0], 1.0]
+
+    found = {name: {"case": name} for name in "abc"}
+    run.in_rounds(found, {name: lambda name=name: lane(name) for name in "abc"}, rounds=5)
+    assert "".join(turns) == "abcbcaca"  # late after the third
+    assert found["b"] == {"case": "b", "not_here": "its memory"}
+    assert found["a"]["ms"] == [[1.0, 1.0], [6.0, 1.0], [8.0, 1.0]] and len(found["c"]["ms"]) == 3
+    assert bars.median_ms(found["a"]) == 1.0
 
 
 def test_cases_are_left_out_when_the_time_of_their_stage_is_over(tmp_path, stand_ins, monkeypatch):

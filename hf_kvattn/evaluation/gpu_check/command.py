@@ -68,7 +68,8 @@ def check(machine: Machine, args: argparse.Namespace, progress: bool = True) -> 
     """Runs the stages of `args.stages` one after the other; its folder's `results.json` is written after each."""
     folder = Path(args.output)
     results = _begin(machine, folder, args)
-    wanted = [name for name in args.stages if name not in results["stages"]]
+    before = results["stages"]
+    wanted = [name for name in args.stages if before.get(name, {}).get("status", "left out") == "left out"]
     start_s, total_s = time.monotonic(), 60 * args.minutes
     scale = total_s / sum(STAGES[name].budget_s for name in wanted) if wanted else 0.0
     due_s = start_s
@@ -157,7 +158,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ",".join(STAGES)
     parser.add_argument("--stages", type=_stages, default=names, metavar="A,B", help="which ones, in their own order")
     parser.add_argument("--output", default="gpu_check", metavar="DIR", help="where the results go, stage by stage")
-    parser.add_argument("--resume", action="store_true", help="go on in a folder: stages that are there are not run")
+    parser.add_argument("--resume", action="store_true", help="go on in a folder: stages that ran are not run again")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with stand-ins for the GPU")
 
 

@@ -7,6 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -102,20 +103,22 @@ class Run:
         """
         lost: set[str] = set()
         times_ms: dict[str, list[list[float]]] = {name: [] for name in lanes}
-        for name in in_turns(list(lanes), range(rounds) if lanes else ()):
-            complete = len({len(each) for each in times_ms.values()}) == 1 and len(times_ms[name]) > 0
-            if complete and self.late():
+        for turn in range(rounds if lanes else 0):
+            if turn and self.late():
                 break
-            if name in lost:
-                continue
-            timed = attempt(lambda lane=lanes[name]: {"ms": lane()})  # type: ignore[misc]
-            if "ms" in timed:
-                times_ms[name].append(timed["ms"])
-            else:
-                found[name] |= timed
-                lost.add(name)
+            for name in in_turns(list(lanes), [turn]):
+                timed = {} if name in lost else attempt(partial(_times, lanes[name]))
+                if "ms" in timed:
+                    times_ms[name].append(timed["ms"])
+                else:
+                    found[name] |= timed
+                    lost.add(name)
         for name in set(lanes) - lost:
             found[name]["ms"] = times_ms[name]
+
+
+def _times(lane: Callable[[], list[float]]) -> Found:
+    return {"ms": lane()}
 
 
 def attempt(task: Callable[[], Found]) -> Found:
