@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,9 +35,26 @@ class Enabled:
     ours: dict[str, Callable]  # methods that replace the model's own, on this instance
     before: dict[str, Any]  # instance attributes that they replaced
     compiled: tuple[CompileConfig, Callable] | None = None  # the last one
+    # The layers of one cache at most that `generate()` made for steps in a CUDA graph, and that is gone; its kind.
+    idle: list[tuple[tuple, list]] = field(default_factory=list)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"compiled": None}  # a copy of the model compiles for itself
+        return self.__dict__ | {"compiled": None, "idle": []}  # a copy of the model compiles for itself
+
+    def adopt_idle(self, cache: KVCache) -> None:
+        """Gives an unused `cache` the layers of an idle one of its kind: where it lay, nothing is recorded anew.
+
+        For another batch size or dtype the layers allocate other buffers.
+        """
+        if self.idle and not any(layer.is_initialized for layer in cache.kv_layers):
+            kind, layers = self.idle.pop()
+            if kind == _kind(cache):
+                cache.layers = layers
+                cache._sort_layers()
+
+
+def _kind(cache: KVCache) -> tuple:
+    return type(cache), cache.settings, cache.fingerprint
 
 
 def generate(model, *args, **kwargs):
@@ -46,13 +65,13 @@ def generate(model, *args, **kwargs):
     """
     state: Enabled = getattr(model, STATE)
     inputs, in_place = (*args, None, None)[:2]
-    cache = kwargs.get("past_key_values")
+    cache, made = kwargs.get("past_key_values"), None
     _check_prompt(cache, kwargs.get("input_ids", kwargs.get("inputs", inputs)), kwargs)
     # What `generate()` is going to make of its arguments and of the model's defaults.
     config, _ = model._prepare_generation_config(**{"generation_config": in_place, **kwargs})
     if state.make_cache is not None and cache is None:
         if config.cache_implementation is None and config.use_cache is not False:
-            kwargs["past_key_values"] = cache = state.make_cache(model.config)
+            kwargs["past_key_values"] = cache = made = state.make_cache(model.config)
             if config.is_assistant and isinstance(cache, KVCache):  # as transformers does with caches that it makes
                 cache.activate_past_recording()
         else:
@@ -61,18 +80,33 @@ def generate(model, *args, **kwargs):
     _check_processes(model, cache)
     stock = state.before.get("generate") or functools.partial(type(model).generate, model)
     compiling = cache if "get_compiled_call" in state.ours and isinstance(cache, KVCache) else None
+    steps, compiled = None, state.compiled
     if compiling is not None:
         wish = config.compile_config or model.generation_config.compile_config or default_config()
         kwargs["compile_config"], compiling.steps = checked_config(wish, model.device, compiling)
-        compiling.is_compileable = True
+        compiling.is_compileable, steps = True, compiling.steps
+        if steps is not None and compiling is made:
+            state.adopt_idle(compiling)
     decoder = model.config.get_text_config(decoder=True)
     layers = decoder.num_hidden_layers
     try:
-        return stock(*args, **kwargs)
+        out = stock(*args, **kwargs)
     finally:
         decoder.num_hidden_layers = layers  # an early exit that raised leaves those of its draft alone
         if compiling is not None:
             compiling.is_compileable, compiling.steps = False, None
+        if steps is not None:
+            steps.close()
+    if steps is not None and compiling is made:
+        kind, kept, alive = _kind(cache), cache.layers, weakref.ref(cache)
+        del kwargs["past_key_values"], cache, made, compiling
+        if alive() is not None and compiled is not state.compiled:
+            gc.collect()  # a compiler leaves frames behind that hold the cache
+        if alive() is None:  # nobody kept it, neither in `out` nor where it was made
+            for layer in kept:
+                layer.reset()
+            state.idle[:] = [(kind, kept)]
+    return out
 
 
 def _check_prompt(cache: Any, ids: Any, kwargs: dict) -> None:

@@ -49,6 +49,7 @@ class KVQuantizedLayer(KVLayer):
         self.settings = settings
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
+        self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
         self._packed: dict[str, torch.Tensor] = {}
         self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
         # A GPU's answers `(2,)` bool to whether keys and values were finite, each with the event of its arrival.
@@ -71,7 +72,7 @@ class KVQuantizedLayer(KVLayer):
 
     def replace_buffers(self, buffers: dict[str, torch.Tensor]) -> None:
         self._packed, self._last_packed = {name: buffers[name] for name in self._packed}, None
-        self._exact_k, self._exact_v = buffers["exact_k"], buffers["exact_v"]
+        self._exact_k, self._exact_v, self._usual = buffers["exact_k"], buffers["exact_v"], None
 
     def stored_kv(self) -> Stored:
         exact = slice(0, self._exact)
@@ -117,6 +118,8 @@ class KVQuantizedLayer(KVLayer):
         self.make_ready(k, v)
         exact, new_exact = self._exact, self._exact + k.shape[2]
         fits = new_exact <= self._exact_k.shape[2]
+        if not fits and self._exact_k.shape[2] == self._least_exact + BLOCK:
+            self._usual = self._exact_k, self._exact_v
         if fits or exact:
             if not fits:  # a prompt: all of it is exact until `finish_attention`
                 self._resize_exact(new_exact, exact)
@@ -132,7 +135,7 @@ class KVQuantizedLayer(KVLayer):
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
-        self._packed = {}
+        self._packed, self._usual = {}, None
         self._allocate_blocks(blocks)
         self._resize_exact(self._least_exact + BLOCK, 0)
 
@@ -258,8 +261,13 @@ class KVQuantizedLayer(KVLayer):
     def _shrink_exact(self, keep: int) -> None:
         """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to a small buffer."""
         usual = self._least_exact + BLOCK
-        if self.is_initialized and self._exact_k.shape[2] != usual:
-            self._resize_exact(max(keep, usual), keep)
+        if not self.is_initialized or self._exact_k.shape[2] == usual:
+            return
+        if self._usual is None or keep > usual:
+            return self._resize_exact(max(keep, usual), keep)
+        (k, v), self._usual = self._usual, None  # where they were: CUDA graphs know the address
+        k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
+        self._exact_k, self._exact_v = k, v
 
     def check_crop(self, tokens_to_remove: int) -> None:
         super().check_crop(tokens_to_remove)

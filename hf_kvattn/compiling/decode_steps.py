@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..attention import Handle, Rules, scale_of
 from ..caches.base import KVCache
@@ -52,6 +53,8 @@ class DecodeSteps:
     def run(self, compiled: Callable, model: Callable, kwargs: dict[str, Any]) -> Any:
         """The output of `compiled`, or of `model` where the cache is empty still, for `kwargs` with this cache.
 
+        Of what a graph puts out, only the logits are overwritten by the next step: `generate()` copies them.
+
         Raises:
             ValueError: a full or inconsistent cache, another batch size, a mask that says more than left padding;
                 nothing has changed then.
@@ -64,8 +67,14 @@ class DecodeSteps:
             layer.seen += 1
         for layer in self.cache.kv_layers:
             layer.finish_attention(dispatch.quantize_blocks)
+        for name in out.keys() - {"logits", "past_key_values"}:  # hidden states that `generate()` keeps
+            out[name] = tree_map_only(torch.Tensor, torch.clone, out[name])  # the next replay overwrites its outputs
         out.past_key_values = self.cache
         return out
+
+    def close(self) -> None:
+        """Lets go of the cache, after the last step: a compiler's garbage may hold this object for a while."""
+        self.__dict__.clear()
 
     def _begin(self, tokens: torch.Tensor, mask: torch.Tensor | None) -> None:
         """The host's work before a step: checks, buffers, numbers."""

@@ -8,6 +8,7 @@ import functools
 import itertools
 import shutil
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,8 @@ class Recorded:
     """In the place of `torch.compile`: what a CUDA graph does. A step is traced and run once on tensors that stay.
 
     Every later step of the same cache copies its inputs into those of the first and runs the traced graph on exactly
-    the tensors of the first: no Python of the model, the cache or the package takes part.
+    the tensors of the first: no Python of the model, the cache or the package takes part. Outputs overwrite those of
+    the step before.
     """
 
     made: list["Recorded"] = []
@@ -69,24 +71,27 @@ class Recorded:
         self.traces += 1
 
         def run(*tensors):
-            self.graph, self.tensors = graph, tensors
-            return graph(*tensors)
+            self.graph, self.tensors, self.results = graph, tensors, graph(*tensors)
+            return self.results
 
         return run
 
     def __call__(self, **kwargs):
         given = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        if kwargs["past_key_values"] is not self.steps:
-            self.steps, self.given = kwargs["past_key_values"], given
-            return self.compiled(**kwargs)
+        if self.steps is None or kwargs["past_key_values"] is not self.steps():
+            self.steps, self.given = weakref.ref(kwargs["past_key_values"]), given
+            out = self.compiled(**kwargs)
+            self.out = {name: value for name, value in out.items() if name != "past_key_values"}
+            return out
         assert given.keys() == self.given.keys()
         for name, tensor in given.items():
             self.given[name].copy_(tensor)
         self.replays += 1
         if self.fails is not None and self.replays >= self.fails:
             raise RuntimeError("a replay that fails")
-        (logits,) = self.graph(*self.tensors)
-        return CausalLMOutputWithPast(logits=logits)
+        for tensor, new in zip(self.results, self.graph(*self.tensors), strict=True):  # which lie where they lay
+            tensor.copy_(new)
+        return CausalLMOutputWithPast(**self.out)
 
 
 @pytest.fixture
@@ -167,6 +172,88 @@ def test_a_cache_that_is_reset_keeps_its_addresses(recordings):
                 tensor[:, :, 24:] = torch.nan  # what a generation that went wrong leaves
         assert all(one is other for one, other in zip(*buffers, strict=True))
     assert [recorded.traces for recorded in recordings] == [1]
+
+
+MAKES = {
+    "static": functools.partial(StaticKVCache, max_cache_len=90),
+    "int4": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=90),
+    "residual": functools.partial(QuantizedKVCache, bits=8, group_size=16, max_cache_len=90, residual_length=7),
+}
+
+
+@pytest.mark.parametrize("kind", MAKES)
+@pytest.mark.parametrize("length", [13, 50])
+def test_fresh_caches_lie_where_the_one_before_lay(length, kind, recordings, monkeypatch):
+    """Five calls of `generate()`, each with a cache of its own: a graph that knows the addresses serves all of them."""
+    model, make = tiny_model("qwen2-sliding" if kind == "static" else "llama", num_hidden_layers=2), MAKES[kind]
+    inputs, run_step, found = prompt(length, left_padding=3), DecodeSteps.run, []
+
+    def noting(steps, *args):
+        out = run_step(steps, *args)
+        found[-1] = [t.data_ptr() for layer in steps.cache.layers for t, _ in layer.buffers().values() if t.numel()]
+        return out
+
+    monkeypatch.setattr(DecodeSteps, "run", noting)
+    with hf_kvattn.enabled(model), hf_kvattn.backend("sdpa"):
+        expected, _ = generate(model, inputs, 30, past_key_values=make(model.config))
+    with hf_kvattn.enabled(model, make, compile=True):
+        state = getattr(model, generation.STATE)
+        run = functools.partial(model.generate, **inputs, max_new_tokens=30, do_sample=False)
+        run = functools.partial(run, compile_config=RECORDING)
+        for _ in range(5):
+            found.append([])
+            with hf_kvattn.backend("sdpa"):
+                assert torch.equal(run(), expected)
+            ((_, layers),) = state.idle
+            for layer in layers:
+                assert layer.seen == 0
+                for tensor, _ in layer.buffers().values():
+                    tensor.fill_(torch.nan if tensor.is_floating_point() else 255)  # whatever was left there
+        assert all(each == found[0] for each in found) and len(recordings) == 1 and recordings[0].traces == 1
+        found.append([])
+        kept = run(return_dict_in_generate=True).past_key_values  # it leaves with its buffers
+        assert found[5] == found[0] and not state.idle
+        found.append([])
+        before = [tensor.clone() for layer in kept.layers for tensor in layer.filled().values()]
+        run()
+        assert not set(found[6]) & set(found[0]), "two caches that live"
+        after = [tensor for layer in kept.layers for tensor in layer.filled().values()]
+        assert all(map(torch.equal, before, after))
+        for each in (inputs, {name: tensor[:1] for name, tensor in inputs.items()}):  # another batch size, and back
+            tokens = model.generate(**each, max_new_tokens=9, do_sample=False, compile_config=RECORDING)
+            assert tokens.shape == (len(each["input_ids"]), length + 9) and len(state.idle) == 1
+        gone = weakref.ref(state.idle[0][1][0])
+        del layers, layer, tensor, state
+    assert gone() is None, "disable() frees them"
+
+
+def test_a_cache_that_somebody_keeps_is_nobody_elses(recordings):
+    """Such as one that the caller's own function made and noted."""
+    model, made = tiny_model(num_hidden_layers=1), []
+
+    def make(config):
+        made.append(StaticKVCache(config, max_cache_len=40))
+        return made[-1]
+
+    with hf_kvattn.enabled(model, make, compile=True):
+        for _ in range(2):
+            model.generate(**prompt(), max_new_tokens=5, do_sample=False, compile_config=RECORDING)
+        assert [cache.get_seq_length() for cache in made] == [17, 17]
+        assert made[0].layers[0]._k.data_ptr() != made[1].layers[0]._k.data_ptr()
+        assert not getattr(model, generation.STATE).idle
+
+
+def test_hidden_states_of_a_step_are_not_those_of_the_next(recordings):
+    """Outputs of a graph lie at the same addresses in each step; what `generate()` keeps of them is copied."""
+    model, inputs, asked = tiny_model(num_hidden_layers=2), prompt(), {"max_new_tokens": 6, "do_sample": False}
+    asked |= {"return_dict_in_generate": True, "output_hidden_states": True, "output_logits": True}
+    asked |= {"output_scores": True}
+    expected = model.generate(**inputs, **asked)
+    with hf_kvattn.enabled(model, lambda config: StaticKVCache(config, max_cache_len=40), compile=True):
+        ours = model.generate(**inputs, **asked, compile_config=RECORDING)
+    assert recordings[0].replays == 4 and len(ours.hidden_states) == 6
+    for name in ("sequences", "logits", "scores", "hidden_states"):
+        torch.testing.assert_close(getattr(ours, name), getattr(expected, name), **LOGITS)
 
 
 @pytest.mark.parametrize(
