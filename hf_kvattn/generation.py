@@ -97,8 +97,8 @@ def generate(model, *args, **kwargs):
             compiling.is_compileable, compiling.steps = False, None
         if steps is not None:
             steps.close()
-    if steps is not None and compiling is made:
-        kind, kept, alive = _kind(cache), cache.layers, weakref.ref(cache)
+    if steps is not None and compiling is made and compiling is not None:
+        kind, kept, alive = _kind(compiling), compiling.layers, weakref.ref(compiling)
         del kwargs["past_key_values"], cache, made, compiling
         if alive() is not None and compiled is not state.compiled:
             gc.collect()  # a compiler leaves frames behind that hold the cache
