@@ -156,6 +156,18 @@ def test_a_ring_that_wraps_is_read_in_two_pieces(launches, slot, changes, s_aux)
     assert len(launches) <= 2
 
 
+@pytest.mark.parametrize("empty", ["first piece", "sinks"])
+def test_a_piece_in_which_no_row_has_a_key(launches, empty):
+    """FA3's scheduler would divide by their number: each row gets one, and the piece has no share."""
+    call = problem("padded" if empty == "first piece" else "sinks", torch.float16)
+    if empty == "first piece":
+        call.tokens, call.slot, call.leftpad = 100, 60, torch.full((3,), 45, dtype=torch.int32)  # 40 up to the end
+    else:
+        call.sinks.evicted = 0
+    assert_close_to_reference(flash.attend(moved(call)).data_on_cpu, in_order(call) if call.tokens else call)
+    assert len(launches) == 2
+
+
 @pytest.mark.parametrize("dim", [7, 33, 130, 264])
 def test_head_sizes_that_would_be_padded_are_refused(launches, dim):
     q, k = torch.zeros(1, 4, 1, dim).half(), torch.zeros(1, 2, 9, dim).half()
