@@ -22,6 +22,7 @@ from . import flash_libraries
 from .call import PIECES, RULES, AttendCall, Feature
 
 SERVED = RULES | PIECES
+_LEFT_PADDING = int(Feature.LEFT_PADDING)
 
 
 def unavailable() -> str | None:
@@ -106,7 +107,7 @@ def cannot_append(call: AttendCall) -> str | None:
 
 
 def _append_features(call: AttendCall) -> int:
-    return call.features() | Feature.LEFT_PADDING  # which says where each row begins
+    return call.features() | _LEFT_PADDING  # which says where each row begins
 
 
 def append_attend(

@@ -81,7 +81,17 @@ def load(name: str) -> tuple[Callable | None, str]:
     if missing := ARGUMENTS - inspect.signature(function).parameters.keys():
         (least,) = [library.least for library in LIBRARIES if library.name == name]
         return None, f"{name}: {version} lacks {', '.join(sorted(missing))}; {least} or later is needed"
-    return function, version
+    return (function if torch.version.hip is None else _on_its_gpu(function)), version
+
+
+def _on_its_gpu(function: Callable) -> Callable:
+    """AITER's function is Triton's, which launches on the current GPU wherever the tensors are."""
+
+    def launch(q: torch.Tensor, *args, **kwargs):
+        with torch.cuda.device(q.device):
+            return function(q, *args, **kwargs)
+
+    return launch
 
 
 def _imported(name: str) -> tuple[ModuleType, str]:
@@ -157,8 +167,10 @@ def serving(q: torch.Tensor, features: int) -> tuple[Callable | None, str | None
 
 
 def _refused(library: Library, features: int) -> str | None:
-    refused = [str(f.name).lower().replace("_", " ") for f in Feature if f & features & ~library.serves]
-    return f"{library.name}: not used with {', '.join(refused)}" if refused else None
+    if not (refused := features & ~library.serves):
+        return None
+    names = [str(feature.name).lower().replace("_", " ") for feature in Feature if feature & refused]
+    return f"{library.name}: not used with {', '.join(names)}"
 
 
 def _failure(name: str, function: Callable, q: torch.Tensor, features: int) -> str | None:

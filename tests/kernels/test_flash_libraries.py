@@ -1,5 +1,6 @@
 """Which library serves a call of flash: what is found, what is tried once, and why others are passed over."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -280,6 +281,12 @@ def test_on_amd_only_calls_that_its_library_computes(monkeypatch):
         assert {Feature.RING_BUFFERS, Feature.WINDOW_SINKS, Feature.LEARNED_SINKS} <= {
             f for f in Feature if "not used with" in (libraries.serving(call.q, int(f))[1] or "")
         }
+    entered = []
+    with flash_libraries(AITER), fake_cuda((9, 4), devices=2), monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
+        q, k, v = (on_gpu(torch.zeros(1, 1, 2, 64).half(), "cuda:1") for _ in "qkv")
+        dispatch.attend(AttendCall(q, k, v, 1.0))
+        assert entered[-1] == torch.device("cuda", 1) and len(entered) == 3, "around the probe, in it, and for the call"
     with flash_libraries(FA2), fake_cuda((9, 4)):
         assert "flash-attn cannot be loaded (kernels-community/aiter" in flash.unavailable(), "FA2 is for NVIDIA"
 
