@@ -67,6 +67,7 @@ def compile_only(target: str) -> Iterator[SimpleNamespace]:
     def launcher(source, metadata):
         return lambda x, y, z, *arguments: launches.append((metadata.name, (x, y, z)))
 
+    active = "_active" if "_active" in vars(driver) else "active"  # of triton up to 3.3
     properties = {"max_shared_mem": block_bytes, "multiprocessor_count": 1, "warpSize": 32}
     stand_in = SimpleNamespace(
         launches=launches,
@@ -76,10 +77,10 @@ def compile_only(target: str) -> Iterator[SimpleNamespace]:
         get_current_stream=lambda device: 0,
         utils=SimpleNamespace(
             get_device_properties=lambda device: properties,
-            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024),
+            load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024)[: 4 if active == "active" else 5],
         ),
     )
-    before, hip = driver._active, torch.version.hip
+    before, hip = vars(driver)[active], torch.version.hip
     driver.set_active(stand_in)
     torch.version.hip = "none" if _is_amd(target) else None  # what tells a ROCm build of PyTorch
     try:
@@ -87,7 +88,7 @@ def compile_only(target: str) -> Iterator[SimpleNamespace]:
             yield stand_in
     finally:
         torch.version.hip = hip
-        driver._active = before  # reset_active() raises where there is no GPU
+        setattr(driver, active, before)  # reset_active() raises where there is no GPU
 
 
 def _resources(compiled: Any, target: str) -> dict[str, Any]:

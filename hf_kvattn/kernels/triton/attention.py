@@ -28,7 +28,7 @@ _SMALLEST_SCALE = 1e-30  # for 0: no product of it and -inf is NaN
 
 
 def _assembly(bits: int, dtype: torch.dtype) -> str:
-    """PTX of `attention_kernels._dequantize` for NVIDIA's GPUs, which makes two numbers at a time (of 2 bits, four).
+    """PTX of `attention_kernels.dequantize` for NVIDIA's GPUs, which makes two numbers at a time (of 2 bits, four).
 
     No integer is converted: a code among the low bits of the mantissa of 128 (float16: 1,024) makes that number plus
     the code. Subtracting it again is exact, so that `code * scale + zero` is rounded once.

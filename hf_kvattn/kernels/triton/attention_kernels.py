@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_words(
+def load_words(
     codes_ptr, slot, word, channel, valid,
     KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
@@ -51,7 +51,7 @@ def _load_words(
 
 
 @triton.jit
-def _dequantize(
+def dequantize(
     words, scale, zero, TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr
 ):  # fmt: skip
     """The numbers of token TOKEN of each word, in the dtype of `scale`: `code * scale + zero`, rounded once."""
@@ -87,7 +87,7 @@ def _scores(
     TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of token TOKEN of each word of keys, `(rows, words)`, in units of `factor`; -inf where it is not seen."""
-    k = _dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    k = dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
     scores = tl.dot(q, tl.trans(k))
     if SOFTCAP:
         scores = (scores + mean_score[:, None]) * factor
@@ -126,7 +126,7 @@ def _add_values(
     scale = _spread(scale, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
     if BITS != 8:
         zero = _spread(zero, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
-    v = _dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    v = dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
     return tl.dot(weights, v, acc)
 
 
@@ -264,7 +264,7 @@ def decode_attention_kernel(
             if K_BITS != 8:
                 kz = tl.load(k_zero + k_at, mask=k_valid, other=0).to(q.dtype)
                 kz = tl.reshape(tl.broadcast_to(kz[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
-            k = _load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, D, WORDS, PADDED)
+            k = load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, D, WORDS, PADDED)
             seen = (at * 32 + index * 4)[None, :] - first[:, None]
             s0 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 0, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
             s1 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 1, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
@@ -283,7 +283,7 @@ def decode_attention_kernel(
             sums = sums * rescale[:, None] + ((s0 + s1) + (s2 + s3))  # of each row: once, after the loop
             acc = acc * rescale[:, None]
 
-            v = _load_words(v_codes, at_slot, index % 8, channel, valid, False, V_BITS, D, WORDS, PADDED)
+            v = load_words(v_codes, at_slot, index % 8, channel, valid, False, V_BITS, D, WORDS, PADDED)
             v_at = (
                 at_slot[:, None, None] * (D // GROUP * 8) + (index % 8)[:, None, None] + (run // GROUP * 8)[None, :, :]
             )

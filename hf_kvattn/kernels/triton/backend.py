@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from dataclasses import replace
+from types import ModuleType
 
 import torch
 
 from ...quant.codecs import Codec
 from ...quant.packed import PackedKV
+from .. import flash, sdpa
 from ..call import PIECES, QUANTIZED, RULES, AttendCall
 
 SERVED = RULES | PIECES | QUANTIZED
@@ -64,16 +67,29 @@ def unsupported(call: AttendCall) -> str | None:
         return f"triton kernels take float16 and bfloat16, not {q.dtype}"
     if q.shape[-1] % 16 or q.shape[-1] > 256:
         return f"triton kernels take heads of 16 to 256 in steps of 16, not {q.shape[-1]}"
-    if q.shape[2] > MAX_QUERIES:
+    if q.shape[2] > MAX_QUERIES and call.packed is None:
         return f"triton kernels serve up to {MAX_QUERIES} query tokens, not {q.shape[2]}"
     codecs = set() if call.packed is None else {call.packed.k_codec.name, call.packed.v_codec.name}
     if codecs - set(READ_CODECS):
         return f"triton kernels read {', '.join(READ_CODECS)}, not {', '.join(sorted(codecs - set(READ_CODECS)))}"
     if "fp8" in codecs and (reason := _no_fp8(q.device)):
         return reason
+    if q.shape[2] > MAX_QUERIES:
+        k = q.new_empty((1, 1, 1, q.shape[3])).expand(*call.k.shape[:2], call.kv_len, -1)
+        return _dense_backend(replace(call, k=k, v=k, packed=None))[1]
     if beyond := call.beyond(SERVED):
         return f"triton kernels serve {beyond}"
     return None
+
+
+def _dense_backend(call: AttendCall) -> tuple[ModuleType, str | None]:
+    """What computes `call`, of more than `MAX_QUERIES` query tokens, once they are dense; why nothing does, or None."""
+    reason = flash.unavailable() or flash.unsupported(call)
+    if reason is None:
+        return flash, None
+    if not sdpa.is_plain(call):
+        return sdpa, f"beyond {MAX_QUERIES} query tokens blocks are dequantized for flash-attn or SDPA; {reason}"
+    return sdpa, sdpa.unsupported(call)
 
 
 def attend(call: AttendCall) -> torch.Tensor:
@@ -83,9 +99,12 @@ def attend(call: AttendCall) -> torch.Tensor:
 
 def attend_lengths(call: AttendCall, lengths: torch.Tensor | None) -> torch.Tensor:
     """As `attend`, for a launch that is captured once for all lengths, which `attention.launch` describes."""
-    from . import attention  # triton is an optional dependency
+    from . import attention, dequantize  # triton is an optional dependency
 
     with torch.cuda.device(call.q.device):
+        if lengths is None and call.q.shape[2] > MAX_QUERIES:
+            dense = dequantize.dense(call)
+            return _dense_backend(dense)[0].attend(dense)
         out, _ = attention.launch(call, _multiprocessors(call.q.device), lengths)
     return out
 

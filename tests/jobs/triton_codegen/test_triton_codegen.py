@@ -109,6 +109,22 @@ def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
     assert grid == (17, 8, 1) and merge_grid == (1, 32, 1)
 
 
+@pytest.mark.parametrize("q_len", [300, 2000])
+def test_a_chunk_of_a_prompt_over_32_k_takes_one_launch_beside_sdpa(q_len, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_too_old", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    ran = []
+    monkeypatch.setattr(triton_backend.sdpa, "attend", lambda call: ran.append(call) or call.q.transpose(1, 2))
+    with codegen.compile_only("sm_90") as recorder:
+        call = codegen.fake_call(128, 4, 4, query_heads=8, tokens=32768)
+        call.q = torch.empty(1, 8, q_len, 128, dtype=torch.bfloat16, device="cuda")
+        assert triton_backend.unsupported(call) is None
+        assert triton_backend.attend(call).shape == (1, q_len, 8, 128)
+    assert recorder.launches == [("dequantize_kernel", (1024 + 2, 2, 1))]
+    (dense,) = ran
+    assert dense.packed is None and dense.k.shape == dense.v.shape == (1, 2, 32768 + 40, 128)
+
+
 @pytest.mark.parametrize(("heads", "tokens", "splits"), [((32, 8), 512, 1), ((32, 8), 65536, 33), ((8, 8), 2**20, 33),
                                                          ((8, 1), 2**20, 126)])  # fmt: skip
 def test_splits_fill_the_multiprocessors(heads, tokens, splits):
@@ -160,8 +176,8 @@ def test_auto_takes_it_for_packed_tokens_on_a_gpu_alone(monkeypatch):
         assert triton_backend.attend(call).shape == (1, 1, 8, 64)
         call.q = torch.empty(1, 8, 128, 64, dtype=torch.bfloat16, device="cuda")
         assert dispatch.auto_choice(call) == ("triton", None)
-        call.q = torch.empty(1, 8, 129, 64, dtype=torch.bfloat16, device="cuda")
+        call.softcap, call.q = 2.0, torch.empty(1, 8, 129, 64, dtype=torch.bfloat16, device="cuda")
         module, reason = dispatch.auto_choice(call)
-        assert module == "sdpa" and "up to 128 query tokens, not 129" in reason
+        assert module == "sdpa" and "beyond 128 query tokens blocks are dequantized" in reason
         dense = codegen.fake_call(64, 0, 0, tokens=0)
         assert dispatch.auto_choice(dense)[0] == "sdpa" and triton_backend.unsupported(dense) is None

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from impostor import fake_cuda, on_gpu
 from models import prompt, tiny_model
-from packed_problems import PACKED, packed_problem
+from packed_problems import PACKED, as_dense, packed_problem
 from problems import POISON, RINGS, SHAPES, problem, ringed
 from tolerance import FACTOR, FLOOR, plain_torch
 from triton.runtime import interpreter
@@ -33,6 +33,7 @@ from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import attention as triton_attention
 from hf_kvattn.kernels.triton import attention_kernels as triton_kernels
 from hf_kvattn.kernels.triton import backend as triton_backend
+from hf_kvattn.kernels.triton import dequantize as triton_dequantize
 from hf_kvattn.kernels.triton import quantize as triton_quantize
 from hf_kvattn.quant import layout
 from hf_kvattn.quant.codecs import codec_for
@@ -129,6 +130,21 @@ def test_many_query_tokens(q_len, group, rules, monkeypatch):
     monkeypatch.setitem(SHAPES, "many", (group, q_len, 200, 64, rules))
     call = packed_problem("many", 4, 4, torch.bfloat16, split=0.99, start=4)
     check(one_head(call, 3 if "leftpad" in rules else 1))
+
+
+@pytest.mark.parametrize("bits", [(8, 4), (3, 3), (2, FP8)], ids=str)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_long_chunks_read_what_one_kernel_wrote_out(bits, dim, monkeypatch):
+    """Two sequences with first tokens and newest ones beside a ring of blocks."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setitem(SHAPES, "long", (2, 129, 200, dim, {"window": 90, "leftpad": [0, 9, 150]}))
+    call = packed_problem("long", *bits, torch.float16, split=0.9, start=4)
+    made = triton_dequantize.dense(call)
+    for ours, theirs in zip((made.k, made.v), (as_dense(call).k, as_dense(call).v), strict=True):
+        torch.testing.assert_close(ours.float(), theirs, rtol=2e-3, atol=1e-3)
+    exact, _ = reference.attend_with_lse(call)
+    error, plain = ((out.float() - exact).abs().max() for out in (triton_backend.attend(call), plain_torch(made)))
+    assert error <= FACTOR * plain + ATOL[torch.float16]
 
 
 EXACT = ("one-token", "g1-31", "g5-d80", "window-1", "softcap", "not-causal", "padded-window", "s-aux",
