@@ -164,9 +164,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _main(args: argparse.Namespace) -> int:
     if args.rehearse:
-        if importlib.util.find_spec("triton") is not None and not rehearsal.interpreted():
-            # Triton asks for its interpreter when it is imported, which transformers has done by now.
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton looks for it when it is imported, which transformers has done by now.
             return subprocess.run(_typed(args), env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+        if reason := rehearsal.not_interpreted():
+            print(f"rehearsed with PyTorch in Triton's place: {reason}")
         machine = rehearsal.MACHINE
     elif torch.cuda.is_available():
         other = torch.device("cuda", 1) if torch.cuda.device_count() > 1 else None

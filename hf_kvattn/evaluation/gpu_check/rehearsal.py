@@ -1,7 +1,7 @@
 """The stand-ins of a rehearsal: every stage's code runs on a CPU, and no number means anything.
 
-Triton's kernels run in its interpreter where the process was started with TRITON_INTERPRET=1, else PyTorch takes their
-place. flash-attn is replaced by the formula. What `torch.cuda` has of times, graphs, streams and memory does nothing.
+Triton's kernels run in its interpreter, or PyTorch takes their place. flash-attn is replaced by the formula. What
+`torch.cuda` has of times, graphs, streams and memory does nothing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,16 @@ CPU = torch.device("cpu")
 MACHINE = Machine(CPU, CPU, torch.float16, rehearsed=True)
 
 
-def interpreted() -> bool:
-    """Whether Triton's kernels run here."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
+def not_interpreted() -> str | None:
+    """Why Triton's kernels do not run here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "TRITON_INTERPRET=1 was not set"
+    version = importlib.import_module("triton").__version__
+    if tuple(map(int, version.split(".")[:2])) < (3, 7):
+        return f"the interpreter of triton {version} fails with NumPy of today"
+    return None
 
 
 class _Event:
@@ -115,7 +122,7 @@ def stand_ins() -> Iterator[None]:
         "get_device_capability": lambda device=None: (9, 0),
     }
     real: Any = dispatch.BACKENDS["triton"]
-    triton = _Backend(real.attend, real.attend_lengths) if interpreted() else _Backend(_by_formula)
+    triton = _Backend(real.attend, real.attend_lengths) if not_interpreted() is None else _Backend(_by_formula)
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
