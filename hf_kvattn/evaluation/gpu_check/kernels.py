@@ -146,7 +146,7 @@ def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
     dispatch.quantize_blocks(k, v, packed, 0)
     names = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
     arrays: dict[str, Any] = {name: getattr(packed, name) for name in names}
-    here = {name: None if array is None else array.to(place) for name, array in arrays.items()}
+    here: dict[str, Any] = {name: None if array is None else array.to(place) for name, array in arrays.items()}
     made, expected = (replace(packed, tokens=4 * BLOCK, **copy.deepcopy(here)) for _ in range(2))
     blocks.quantize_blocks(k.to(place), v.to(place), expected, 0)
     pairs = zip(made.dense(0, 4), expected.dense(0, 4), strict=True)
