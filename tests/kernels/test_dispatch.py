@@ -39,9 +39,9 @@ def taken(call) -> str:
         (2, 0, False, "flash"),
         (2, 3, False, "triton"),
         (2, 0, True, "triton"),
-        (16, 3, True, "triton"),
-        (17, 3, False, "sdpa"),
-        (17, 0, True, "sdpa"),
+        (128, 3, True, "triton"),
+        (129, 3, False, "sdpa"),
+        (129, 0, True, "sdpa"),
     ],
 )
 def test_on_a_gpu_triton_joins_what_flash_cannot(queries, slot, sinks, expected, monkeypatch):

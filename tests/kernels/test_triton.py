@@ -77,13 +77,18 @@ def unsupported_on_gpu(call):
     return triton_backend.unsupported(call)
 
 
+def long(call, softcap: float | None = None) -> None:
+    call.q, call.softcap = call.q.repeat(1, 1, 129, 1), softcap
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda c: None, None),
+        (long, None),
         (lambda c: setattr(c, "q", c.q.float()), "float16 and bfloat16, not torch.float32"),
         (lambda c: setattr(c, "q", c.q[..., :40]), "16 to 256 in steps of 16, not 40"),
-        (lambda c: setattr(c, "q", c.q.repeat(1, 1, 17, 1)), "up to 16 query tokens, not 17"),
+        (lambda c: long(c, 2.0), "beyond 128 query tokens blocks are dequantized for flash-attn or SDPA; "),
         (lambda c: setattr(c.packed, "v_codec", CODECS["int3"]), None),
         (lambda c: setattr(c.packed, "v_codec", Codec("int6", (4, 2))), "read int8, fp8, int4, int3, int2, not int6"),
         (lambda c: setattr(c, "mask", torch.ones(1)), "dense mask"),
