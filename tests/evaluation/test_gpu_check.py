@@ -51,12 +51,16 @@ def written(folder) -> dict:
     return json.loads((Path(folder) / "results.json").read_text())["gpu_check"]
 
 
-def plant(monkeypatch, **functions) -> None:
-    """Stages of these names and functions are the table."""
-    for name in list(STAGES):
-        monkeypatch.delitem(STAGES, name)
-    for name, function in functions.items():
-        monkeypatch.setitem(STAGES, name, Stage(name, 10, function))
+@pytest.fixture
+def plant():
+    """A function: stages of these names and functions are the table, until the test ends."""
+    with contextlib.ExitStack() as stack:
+
+        def planted(**functions) -> None:
+            table = {name: Stage(name, 10, function) for name, function in functions.items()}
+            stack.enter_context(mock.patch.dict(STAGES, table, clear=True))  # restores the order, too
+
+        yield planted
 
 
 def right(run: Run) -> None:
@@ -67,14 +71,14 @@ def raises(run: Run) -> None:
     raise ZeroDivisionError("no <such> thing | in /a/b")
 
 
-def test_a_stage_that_raises_is_recorded_and_the_next_runs(tmp_path, stand_ins, monkeypatch, capsys):
+def test_a_stage_that_raises_is_recorded_and_the_next_runs(tmp_path, stand_ins, plant, capsys):
     def one_raises(run):
         run.over({"bad": lambda: raises(run), "absent": absent, "good": lambda: {"ok": True}})
 
     def absent():
         raise NotHere("nobody has it")
 
-    plant(monkeypatch, first=raises, second=one_raises, third=right)
+    plant(first=raises, second=one_raises, third=right)
     found = checked(tmp_path, "first", "second", "third")
     first, second, third = found["stages"].values()
     assert first["status"] == "failed" and "ZeroDivisionError: no  such  thing   in :a:b" == first["raised"]
@@ -88,7 +92,7 @@ def test_a_stage_that_raises_is_recorded_and_the_next_runs(tmp_path, stand_ins, 
     assert "**failed**" in card.tables(found)
 
 
-def test_a_kill_leaves_what_was_over_and_resume_goes_on(tmp_path, stand_ins, monkeypatch):
+def test_a_kill_leaves_what_was_over_and_resume_goes_on(tmp_path, stand_ins, plant):
     runs = []
 
     def killed(run):
@@ -96,7 +100,7 @@ def test_a_kill_leaves_what_was_over_and_resume_goes_on(tmp_path, stand_ins, mon
         if len(runs) == 1:
             raise KeyboardInterrupt
 
-    plant(monkeypatch, one=right, two=right, three=right, four=killed, five=right)
+    plant(one=right, two=right, three=right, four=killed, five=right)
     with pytest.raises(KeyboardInterrupt):
         checked(tmp_path, *STAGES)
     found = written(tmp_path)
@@ -111,8 +115,8 @@ def test_a_kill_leaves_what_was_over_and_resume_goes_on(tmp_path, stand_ins, mon
         checked(tmp_path, *STAGES, resume=True, machine=Machine(torch.device("cpu"), None))
 
 
-def test_without_time_everything_is_left_out(tmp_path, stand_ins, monkeypatch, capsys):
-    plant(monkeypatch, one=right, two=right)
+def test_without_time_everything_is_left_out(tmp_path, stand_ins, plant, capsys):
+    plant(one=right, two=right)
     found = checked(tmp_path, "one", "two", minutes=0.0)
     assert {record["status"] for record in found["stages"].values()} == {"left out"}
     capsys.readouterr()
@@ -142,20 +146,20 @@ def test_lanes_are_timed_in_turns_and_one_that_raises_drops_out(stand_ins, monke
     assert bars.median_ms(found["a"]) == 1.0
 
 
-def test_cases_are_left_out_when_the_time_of_their_stage_is_over(tmp_path, stand_ins, monkeypatch):
+def test_cases_are_left_out_when_the_time_of_their_stage_is_over(tmp_path, stand_ins, monkeypatch, plant):
     now = [0.0]
     monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
 
     def slow(run):
         run.over({name: lambda: now.__setitem__(0, now[0] + 40.0) or {"ok": True} for name in "abc"})
 
-    plant(monkeypatch, one=slow, two=slow, three=right)
+    plant(one=slow, two=slow, three=right)
     found = checked(tmp_path, "one", "two", "three", minutes=2.0)  # 40 s for each
     assert [len(record["cases"]) for record in found["stages"].values()] == [1, 1, 1]
     assert found["stages"]["one"]["left_out"] == ["b", "c"] and found["stages"]["one"]["status"] == "unfinished"
 
 
-def test_a_gpu_that_answers_no_more_is_left_to_a_fresh_process(tmp_path, stand_ins, monkeypatch):
+def test_a_gpu_that_answers_no_more_is_left_to_a_fresh_process(tmp_path, stand_ins, monkeypatch, plant):
     answers, started = [True], []
 
     def breaks(run):
@@ -171,7 +175,7 @@ def test_a_gpu_that_answers_no_more_is_left_to_a_fresh_process(tmp_path, stand_i
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(command.os, "execv", execv)
-    plant(monkeypatch, one=right, two=breaks, three=right)
+    plant(one=right, two=breaks, three=right)
     with pytest.raises(SystemExit):
         checked(tmp_path, "one", "two", "three")
     found = written(tmp_path)
