@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from ..quant.blocks import Quantize, quantize_blocks
+from ..quant.blocks import Blocks, Quantize, quantize_blocks
 from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK, keys_to, values_to
@@ -52,7 +53,7 @@ class KVQuantizedLayer(KVLayer):
         self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
         self._packed: dict[str, torch.Tensor] = {}
         self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
-        # A GPU's answers `(2,)` bool to whether keys and values were finite, each with the event of its arrival.
+        # A GPU's answers `(n, 2)` to whether keys and values were finite, each with the event of its arrival.
         self._finite_checks: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
 
     @property
@@ -151,31 +152,47 @@ class KVQuantizedLayer(KVLayer):
         Raises:
             ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
         """
-        blocks = max(0, self._exact - self._least_exact) // BLOCK
-        if not blocks:
-            return
-        self._check_finite(blocks * BLOCK)
-        first = (self.dropped + self.packed_tokens) // BLOCK  # the number of the first new block in the stream
+        quantize_due([self], quantize)
+
+    @property
+    def blocks_due(self) -> int:
+        """How many of the oldest whole blocks of exact tokens are to be quantized."""
+        return max(0, self._exact - self._least_exact) // BLOCK
+
+    @property
+    def _next_block(self) -> int:
+        """The number in the stream of the first block that is not quantized."""
+        return (self.dropped + self.packed_tokens) // BLOCK
+
+    def check_finite(self) -> None:
+        """Refuses NaN and infinite numbers in the blocks that are due."""
+        part = slice(self.settings.exact_first, self.settings.exact_first + self.blocks_due * BLOCK)
+        finite = torch.stack([tensor[:, :, part].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
+        if name := _not_finite(finite):
+            raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
+
+    def begin_blocks(self) -> tuple[list[Blocks], int]:
+        """Makes room for the blocks that are due; returns them, and the number of the oldest block that stays."""
+        first, blocks = self._next_block, self.blocks_due
         dropped = self._make_room(first, blocks)
         self.inconsistent = "quantization"  # from here on a ring's old blocks are overwritten
         written = self.dropped + self.settings.exact_first + self.packed_tokens
         self.unchanged_prefix = min(self.unchanged_prefix, written)
-        self._write_blocks(first, max(0, dropped - first), blocks, quantize)
+        return self._new_blocks(first, max(0, dropped - first), blocks), dropped
+
+    def end_blocks(self, dropped: int, finite: torch.Tensor | None, answered: torch.cuda.Event | None) -> None:
+        """Counts the blocks of `begin_blocks`, now that they are codes.
+
+        Args:
+            finite: whether they were finite, `(n, 2)` on the host as soon as a GPU has `answered`.
+        """
+        if finite is not None and answered is not None:
+            self._finite_checks += ((finite, answered),)
+        first, blocks = self._next_block, self.blocks_due
         self._move_exact_forward(blocks * BLOCK)
         self.packed_tokens = (first + blocks - dropped) * BLOCK
         self.dropped = dropped * BLOCK
         self.inconsistent = None
-
-    def _check_finite(self, tokens: int) -> None:
-        """Refuses NaN and infinite numbers in the `tokens` that are to be quantized; on a GPU it only asks."""
-        part = slice(self.settings.exact_first, self.settings.exact_first + tokens)
-        finite = torch.stack([tensor[:, :, part].isfinite().all() for tensor in (self._exact_k, self._exact_v)])
-        if self.device.type == "cuda":
-            answer, answered = finite.to("cpu", non_blocking=True), torch.cuda.Event()
-            answered.record(torch.cuda.current_stream(self.device))
-            self._finite_checks += ((answer, answered),)
-        elif name := _not_finite(finite):
-            raise ValueError(f"layer {self.layer_idx}: {name} are NaN or infinite and cannot be quantized")
 
     def _make_room(self, first: int, blocks: int) -> int:
         """Makes room for `blocks` from block number `first` on; returns the number of the oldest block that stays."""
@@ -187,8 +204,8 @@ class KVQuantizedLayer(KVLayer):
             self._allocate_blocks(max(first + blocks, int((first + blocks) * GROWTH)))
         return dropped
 
-    def _write_blocks(self, first: int, start: int, stop: int, quantize: Quantize) -> None:
-        """Quantizes blocks [start, stop) of the exact tokens; block `i` becomes block number `first + i`.
+    def _new_blocks(self, first: int, start: int, stop: int) -> list[Blocks]:
+        """Blocks [start, stop) of the exact tokens; block `i` becomes block number `first + i`.
 
         Those before `start` no later token sees: they are not quantized at all.
         """
@@ -196,12 +213,14 @@ class KVQuantizedLayer(KVLayer):
         if not self.packed_tokens:  # means of the first tokens: offsets that no block must spend its range on
             part = slice(lead + start * BLOCK, lead + min(stop, start + _CHUNK_BLOCKS) * BLOCK)
             self._packed["k_mean"].copy_(self._exact_k[:, :, part].float().mean(2))
+        jobs = []
         while start < stop:
             slot = (first + start) % slots
             end = min(start + _CHUNK_BLOCKS, stop, start + slots - slot)
             part = slice(lead + start * BLOCK, lead + end * BLOCK)
-            quantize(self._exact_k[:, :, part], self._exact_v[:, :, part], self.packed(0), slot)
+            jobs.append(Blocks(self._exact_k[:, :, part], self._exact_v[:, :, part], self.packed(0), slot))
             start = end
+        return jobs
 
     def _move_exact_forward(self, tokens: int) -> None:
         """Closes the gap that `tokens` leave behind the first ones among the exact tokens, now that they are codes."""
@@ -386,5 +405,25 @@ def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:
 
 
 def _not_finite(finite: torch.Tensor) -> str | None:
-    """ "keys" or "values", whichever is not finite by `finite` `(2,)` bool; None if both are."""
-    return next((name for name, each in zip(("keys", "values"), finite.tolist(), strict=True) if not each), None)
+    """ "keys" or "values", whichever is not finite by `finite` `(2,)` or `(n, 2)`; None if both are."""
+    both = finite.reshape(-1, 2).bool().all(0).tolist()
+    return next((name for name, each in zip(("keys", "values"), both, strict=True) if not each), None)
+
+
+def quantize_due(layers: Sequence[KVQuantizedLayer], quantize: Quantize) -> None:
+    """`finish_attention` of all `layers`, which lie on one device, in one call of `quantize`."""
+    due = [layer for layer in layers if layer.blocks_due]
+    for layer in due:
+        if layer.device.type != "cuda":  # a GPU says so later
+            layer.check_finite()
+    begun = [layer.begin_blocks() for layer in due]
+    jobs = [job for jobs, _ in begun for job in jobs]
+    finite, answered = quantize(jobs) if jobs else None, None
+    if finite is not None:
+        stream, answered = torch.cuda.current_stream(finite.device), torch.cuda.Event()
+        finite = finite.to("cpu", non_blocking=True)
+        answered.record(stream)
+    at = 0
+    for layer, (own, dropped) in zip(due, begun, strict=True):
+        layer.end_blocks(dropped, None if finite is None else finite[at : at + len(own)], answered)
+        at += len(own)

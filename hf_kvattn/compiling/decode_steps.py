@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ..attention import Handle, Rules, scale_of
 from ..caches.base import KVCache
 from ..caches.layer import KVLayer
-from ..caches.quantized_layer import KVQuantizedLayer
+from ..caches.quantized_layer import KVQuantizedLayer, quantize_due
 from ..kernels import dispatch
 from ..masks import compact_mask, left_padding, read_compact_mask
 from ..quant.layout import BLOCK
@@ -65,8 +65,7 @@ class DecodeSteps:
         out = compiled(**{**kwargs, "past_key_values": self, "attention_mask": None})
         for layer in self.cache.kv_layers:
             layer.seen += 1
-        for layer in self.cache.kv_layers:
-            layer.finish_attention(dispatch.quantize_blocks)
+        self._finish_attention()
         for name in out.keys() - {"logits", "past_key_values"}:  # hidden states that `generate()` keeps
             out[name] = tree_map_only(torch.Tensor, torch.clone, out[name])  # the next replay overwrites its outputs
         out.past_key_values = self.cache
@@ -88,13 +87,20 @@ class DecodeSteps:
             each.raise_if_not_finite(wait=False)
         if not self.leftpad_known:
             self._read_leftpad(mask, tokens.shape[0], layers[0])
-        for layer in layers:
-            layer.finish_attention(dispatch.quantize_blocks)  # where an interrupt came between a step and this
+        self._finish_attention()  # where an interrupt came between a step and this
         self.backend = dispatch.chosen_backend()
         self._prepare_buffers()
         for layer in layers:
             layer.reserve_slot()
         self._fill_numbers(self.cache.get_seq_length())
+
+    def _finish_attention(self) -> None:
+        """Tells all layers that the step's attention is done. Those that quantize do so in one launch."""
+        layers = self.cache.kv_layers
+        quantize_due([layer for layer in layers if isinstance(layer, KVQuantizedLayer)], dispatch.quantize_blocks)
+        for layer in layers:
+            if not isinstance(layer, KVQuantizedLayer):
+                layer.finish_attention(dispatch.quantize_blocks)
 
     def _fill_numbers(self, seen: int) -> None:
         """Writes the numbers of the step after `seen` tokens; the host's own go along with the launches."""

@@ -30,6 +30,7 @@ from ..kernels.triton import attention as triton_attention
 from ..kernels.triton import attention_kernels as triton_kernels
 from ..kernels.triton import backend as triton_backend
 from ..kernels.triton import quantize as triton_quantize
+from ..quant.blocks import Blocks
 from ..quant.codecs import codec_for
 from ..quant.layout import BLOCK
 from ..tools.tables import Column, digits, table_of
@@ -235,7 +236,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         if case.kernel == "quantize":
             assert call.packed is not None
             new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
-            triton_quantize.launch(new, new, call.packed, 0)
+            triton_quantize.launch([Blocks(new, new, call.packed, 0)])
         else:
             lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
             triton_attention.launch(call, 132, lengths)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -12,9 +12,8 @@ import torch
 from transformers.utils import logging
 
 from ..quant import blocks
-from ..quant.blocks import Quantize
+from ..quant.blocks import Blocks, Quantize
 from ..quant.codecs import Codec
-from ..quant.packed import PackedKV
 from . import flash, native, reference, sdpa
 from .call import AttendCall
 from .triton import backend as triton_backend
@@ -25,7 +24,7 @@ logger = logging.get_logger("hf_kvattn")
 class Backend(Protocol):
     """What a backend must have. Optional parts are methods that may be missing; `dispatch` asks for them by name:
 
-    - `cannot_quantize(k, k_codec, v_codec)` and `quantize_blocks(k, v, into, slot)`: turns blocks into codes;
+    - `cannot_quantize(k, k_codec, v_codec)` and `quantize_blocks(jobs)`: turns blocks into codes;
     - `cannot_append(call)` and `append_attend(call, k, v, lengths, begin)`: stores a token and attends in one call;
     - `attend_lengths(call, lengths)`: reads how many tokens there are from the device.
     """
@@ -178,10 +177,19 @@ def quantizer(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> Quantize:
     return blocks.quantize_blocks
 
 
-def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    """`quant.blocks.quantize_blocks`, bit for bit, by the fastest function that serves these blocks."""
-    into.check_blocks(k, v, slot)
-    quantizer(k, into.k_codec, into.v_codec)(k, v, into, slot)
+def quantize_blocks(jobs: Sequence[Blocks]) -> torch.Tensor | None:
+    """`quant.blocks.quantize_blocks`, bit for bit, by the fastest function that serves each job."""
+    together: dict[Quantize, list[int]] = {}
+    for i, (k, v, into, slot) in enumerate(jobs):
+        into.check_blocks(k, v, slot)
+        together.setdefault(quantizer(k, into.k_codec, into.v_codec), []).append(i)
+    finite: dict[int, torch.Tensor] = {}
+    for quantize, numbers in together.items():
+        answer = quantize([jobs[i] for i in numbers])
+        if answer is not None and len(together) == 1:
+            return answer
+        finite |= {} if answer is None else dict(zip(numbers, answer.bool(), strict=True))
+    return torch.stack([finite[i] for i in range(len(jobs))]) if finite else None
 
 
 def _usable(name: str, source: str) -> str:

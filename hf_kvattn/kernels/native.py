@@ -13,11 +13,13 @@ import importlib.metadata
 import os
 import struct
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from ..quant import rotation
+from ..quant.blocks import Blocks
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK
 from ..quant.packed import PackedKV
@@ -228,8 +230,13 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     return None
 
 
-def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    """`quant.blocks.quantize_blocks`, bit for bit, with PyTorch's number of threads."""
+def quantize_blocks(jobs: Sequence[Blocks]) -> None:
+    """`quant.blocks.quantize_blocks` on the CPU, bit for bit, with PyTorch's number of threads."""
+    for job in jobs:
+        _quantize(*job)
+
+
+def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     k, v = _side_by_side(k), _side_by_side(v)
     dim = k.shape[3]
     args = _QUANTIZE_ARGS.pack(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -10,14 +11,40 @@ from .layout import BLOCK, pack_keys, pack_values
 from .packed import PackedKV
 from .rotation import rotate
 
-Quantize = Callable[[torch.Tensor, torch.Tensor, PackedKV, int], None]  # as `quantize_blocks`
 
+class Blocks(NamedTuple):
+    """Whole blocks that become codes.
 
-def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    """Writes whole blocks `(B, Hkv, n * 32, D)` of finite numbers to the arrays of `into`, from `slot` on.
-
-    The fields `start`, `tokens` and `slot` of `into` are ignored.
+    Attributes:
+        k, v: `(B, Hkv, n * 32, D)`.
+        into: its arrays are written to but for `k_mean`; its fields `start`, `tokens` and `slot` are ignored.
+        slot: of the first block in them. The others follow.
     """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    into: PackedKV
+    slot: int
+
+
+Quantize = Callable[[Sequence[Blocks]], torch.Tensor | None]  # as `quantize_blocks`
+
+
+def quantize_blocks(jobs: Sequence[Blocks]) -> torch.Tensor | None:
+    """Turns all `jobs`, of one device, into codes.
+
+    Returns:
+        On a GPU `(jobs, 2)`, there: whether keys and values were finite, 0 or False if not. None elsewhere: there the
+        caller has seen to it.
+    """
+    for job in jobs:
+        _quantize(*job)
+    if not jobs or jobs[0].k.device.type != "cuda":
+        return None
+    return torch.stack([torch.stack([k.isfinite().all(), v.isfinite().all()]) for k, v, *_ in jobs])
+
+
+def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
     slots, groups = slice(slot, slot + k.shape[2] // BLOCK), into.v_scale.shape[3]
     k_codec, v_codec = into.k_codec, into.v_codec
     blocks = (k.float() - into.k_mean[:, :, None]).unflatten(2, (-1, BLOCK))

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, generation
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
+from hf_kvattn.compiling import decode_steps
 from hf_kvattn.compiling import step as compiled
 from hf_kvattn.compiling.append_attend import Numbers
 from hf_kvattn.compiling.decode_steps import DecodeSteps
@@ -743,7 +744,7 @@ def test_an_interrupt_before_a_block_is_quantized():
                 step = {"input_ids": ids[:, token : token + 1], "past_key_values": cache}
                 if interrupted and token == 35:  # 36 tokens, 4 of them sinks
                     with patch.context() as inner, pytest.raises(KeyboardInterrupt):
-                        inner.setattr(KVQuantizedLayer, "finish_attention", stop_when_counted)
+                        inner.setattr(decode_steps, "quantize_due", stop_when_counted)
                         steps.run(model, model, step)
                     cache.check_consistent_layers()
                     assert [layer.packed_tokens for layer in cache.layers] == [0, 0] and cache.get_seq_length() == 36
@@ -754,8 +755,8 @@ def test_an_interrupt_before_a_block_is_quantized():
     torch.testing.assert_close(*logits, **LOGITS)
 
 
-def stop_when_counted(layer, quantize):
-    if layer.seen == 36:
+def stop_when_counted(layers, quantize):
+    if layers[0].seen == 36:
         raise KeyboardInterrupt
 
 

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hf_kvattn
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall, SinkKV
+from hf_kvattn.quant.blocks import Blocks
 from hf_kvattn.quant.codecs import CODECS
 from hf_kvattn.quant.packed import PackedKV
 
@@ -237,7 +238,7 @@ def test_blocks_are_quantized_where_they_fit_only(shape, slot, words):
     into = copy.deepcopy(BLOCKS)
     k = torch.randn(shape)
     with pytest.raises(ValueError) as refusal:
-        dispatch.quantize_blocks(k, k, into, slot)
+        dispatch.quantize_blocks([Blocks(k, k, into, slot)])
     assert all(word in str(refusal.value) for word in words), refusal.value
     unchanged = zip(into.arrays(), BLOCKS.arrays(), strict=True)
     assert all(a is b is None or torch.equal(a, b) for a, b in unchanged)
@@ -247,7 +248,7 @@ def test_blocks_are_quantized_where_they_fit_only(shape, slot, words):
 def test_values_are_quantized_beside_their_keys_only(change):
     into, k = copy.deepcopy(BLOCKS), torch.randn(3, 2, 64, 64)
     with pytest.raises(ValueError, match="v is .*, not "):
-        dispatch.quantize_blocks(k, change(k), into, 0)
+        dispatch.quantize_blocks([Blocks(k, change(k), into, 0)])
     assert torch.equal(into.k_codes, BLOCKS.k_codes) and torch.equal(into.k_scale, BLOCKS.k_scale)
 
 
@@ -297,7 +298,7 @@ def test_tensors_without_memory_are_not_read(good):
             fake["packed"] = replace(BLOCKS, **made)
             k = mode.from_tensor(torch.zeros(3, 2, 32, 64))
             with pytest.raises(RuntimeError, match="bad argument"):
-                dispatch.quantize_blocks(k, k, fake["packed"], 0)
+                dispatch.quantize_blocks([Blocks(k, k, fake["packed"], 0)])
         with pytest.raises(RuntimeError, match="bad argument"):
             dispatch.attend(replace(good, **fake))
 

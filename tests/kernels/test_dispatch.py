@@ -20,7 +20,7 @@ import hf_kvattn
 from hf_kvattn.kernels import dispatch, flash, native, reference
 from hf_kvattn.kernels.call import AttendCall, Feature, SinkKV
 from hf_kvattn.kernels.triton import backend as triton_backend
-from hf_kvattn.quant.blocks import quantize_blocks
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import CODECS
 
 pytestmark = pytest.mark.usefixtures("fresh_choice")
@@ -210,7 +210,7 @@ def test_a_pointer_of_another_device_never_gets_into_c(name):
     into = packed_problem("g3-65", 8, 4).packed
     k = torch.zeros(2, 2, 32, 64, device="meta")
     with pytest.raises(ValueError, match="on meta"):
-        dispatch.quantize_blocks(k, k, into, 0)
+        dispatch.quantize_blocks([Blocks(k, k, into, 0)])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import hf_kvattn
 from hf_kvattn.kernels import dispatch, native, reference, sdpa
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.kernels.triton import backend as triton_backend
-from hf_kvattn.quant.blocks import quantize_blocks
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import CODECS, Codec, codec_for
 from hf_kvattn.quant.layout import BLOCK
 from hf_kvattn.quant.packed import PackedKV
@@ -226,7 +226,7 @@ def quantized_by_pytorch(bits: tuple[int, int], dtype: torch.dtype) -> list[tupl
         empty = blank((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
         empty.k_mean[1, 1] = 0
         expected = copy.deepcopy(empty)
-        quantize_blocks(k.to(dtype), v.to(dtype), expected, slot=2)
+        quantize_blocks([Blocks(k.to(dtype), v.to(dtype), expected, 2)])
         made.append((k.to(dtype), v.to(dtype), empty, expected))
     return made
 
@@ -238,7 +238,7 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(bits, dtype, variant):
     for k, v, empty, expected in quantized_by_pytorch(bits, dtype):
         ours = copy.deepcopy(empty)
         assert dispatch.quantizer(k, *map(codec_for, bits)) is native.quantize_blocks
-        native.quantize_blocks(k, v, ours, slot=2)
+        native.quantize_blocks([Blocks(k, v, ours, 2)])
         for i, (array, other) in enumerate(zip(ours.arrays(), expected.arrays(), strict=True)):
             assert array is None or torch.equal(array, other), (i, k.shape)
         assert not any(torch.signbit(scale).any() for scale in (ours.k_scale, ours.v_scale)), "-0 equals 0"

@@ -20,7 +20,7 @@ from tolerance import Expected
 import hf_kvattn
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant.blocks import quantize_blocks
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.packed import PackedKV
 
@@ -224,11 +224,11 @@ def test_blocks_are_quantized_alike_or_refused(two_threads):
         right = right and k.dtype == v.dtype and k.is_floating_point() and k.device == v.device == torch.device("cpu")
         served_by[right] += 1
         if right:
-            quantize_blocks(k, v, expected, slot)
-            dispatch.quantize_blocks(k, v, ours, slot)
+            quantize_blocks([Blocks(k, v, expected, slot)])
+            dispatch.quantize_blocks([Blocks(k, v, ours, slot)])
         else:
             with pytest.raises(ValueError):
-                dispatch.quantize_blocks(k, v, ours, slot)
+                dispatch.quantize_blocks([Blocks(k, v, ours, slot)])
         for array, other in zip(ours.arrays(), expected.arrays(), strict=True):
             assert array is other is None or torch.equal(array, other)
     assert min(served_by.values()) > COUNT / 40

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
 import torch
 
+from ...quant.blocks import Blocks
 from ...quant.codecs import Codec
-from ...quant.packed import PackedKV
 from .. import flash, sdpa
 from ..call import PIECES, QUANTIZED, RULES, AttendCall
 
@@ -120,12 +121,12 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     return None
 
 
-def quantize_blocks(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    """`quant.blocks.quantize_blocks` on the GPU of `k`. Queued."""
+def quantize_blocks(jobs: Sequence[Blocks]) -> torch.Tensor:
+    """`quant.blocks.quantize_blocks` on a GPU. Queued."""
     from . import quantize  # triton is an optional dependency
 
-    with torch.cuda.device(k.device):
-        quantize.launch(k, v, into, slot)
+    with torch.cuda.device(jobs[0].k.device):
+        return quantize.launch(jobs)
 
 
 @functools.lru_cache

@@ -7,13 +7,15 @@ group's range is searched for, which stays with PyTorch's operations: unrolled i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from ...quant import rotation
+from ...quant.blocks import Blocks
 from ...quant.layout import BLOCK
-from ...quant.packed import PackedKV
 from .attention import strides
 from .attention_kernels import rotate
 
@@ -42,6 +44,12 @@ def _quantize(x, members, AXIS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def _not_finite(x):
+    """Whether a number of `x` is infinite or NaN."""
+    return tl.max(tl.max((x - x != 0).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
 def _store_words(to_ptr, codes, KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
     """Packs codes `(32, PADDED)`, float32, into the words of `quant/layout.py`, and stores those of D channels."""
     shift = (BITS * tl.arange(0, 4))[None, :, None]
@@ -55,15 +63,33 @@ def _store_words(to_ptr, codes, KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.co
     tl.store(to_ptr + at, words.to(to_ptr.dtype.element_ty), mask=(word < 8) & (channel < D))
 
 
-@triton.jit(do_not_specialize=["slot", "slots"])
+@triton.jit
+def _at(table_ptr, i, like):
+    """Address number `i` of a row of the table, as a pointer like `like`."""
+    return tl.load(table_ptr + i).to(tl.pointer_type(like.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["slot", "slots", "batches"])
 def quantize_blocks_kernel(
     k_ptr, v_ptr, k_mean,
     k_codes, k_scale, k_zero, v_codes, v_scale, v_zero,
-    slot, slots, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    finite_ptr,  # (2,) uint8, set to 0 where keys and values are not finite
+    table_ptr,  # (jobs, 10) int64, the addresses of each job's tensors in the order above; None for one job
+    batches, slot, slots, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     KV_HEADS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, LOG_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    head, batch = tl.program_id(1).to(tl.int64), (tl.program_id(2) % batches).to(tl.int64)
+    if table_ptr is not None:
+        row = table_ptr + tl.program_id(2) // batches * 10
+        k_ptr, v_ptr, k_mean = _at(row, 0, k_ptr), _at(row, 1, v_ptr), _at(row, 2, k_mean)
+        k_codes, k_scale = _at(row, 3, k_codes), _at(row, 4, k_scale)
+        v_codes, v_scale = _at(row, 6, v_codes), _at(row, 7, v_scale)
+        if K_BITS != 8:
+            k_zero = _at(row, 5, k_zero)
+        if V_BITS != 8:
+            v_zero = _at(row, 8, v_zero)
+        finite_ptr = _at(row, 9, finite_ptr)
     kv, at_slot = batch * KV_HEADS + head, (slot + tl.program_id(0)) % slots
     block = kv * slots + at_slot
     token = (tl.program_id(0) * 32 + tl.arange(0, 32)).to(tl.int64)
@@ -72,6 +98,7 @@ def quantize_blocks_kernel(
 
     at = k_ptr + batch * stride_kb + head * stride_kh + token[:, None] * stride_kt + d[None, :]
     x = tl.load(at, mask=inside, other=0).to(tl.float32)
+    tl.store(finite_ptr, 0, mask=_not_finite(x))
     x = x - tl.load(k_mean + kv * D + d, mask=d < D, other=0)[None, :]
     codes, scale, zero = _quantize(x, inside, 0, K_BITS)
     _store_words(k_codes + block * (4 * K_BITS * D), codes, True, K_BITS, D, PADDED)
@@ -81,7 +108,9 @@ def quantize_blocks_kernel(
         tl.store(k_zero + block * D + channel, zero.to(tl.bfloat16), mask=inside)
 
     at = v_ptr + batch * stride_vb + head * stride_vh + token[:, None] * stride_vt + d[None, :]
-    x = rotate(tl.load(at, mask=inside, other=0).to(tl.float32), 32, PADDED, LOG_SIZE)
+    x = tl.load(at, mask=inside, other=0).to(tl.float32)
+    tl.store(finite_ptr + 1, 0, mask=_not_finite(x))
+    x = rotate(x, 32, PADDED, LOG_SIZE)
     all_codes = tl.zeros((32, PADDED), tl.float32)
     for group in tl.range(0, D // GROUP):
         members = (d // GROUP == group)[None, :]
@@ -94,22 +123,43 @@ def quantize_blocks_kernel(
     _store_words(v_codes + block * (4 * V_BITS * D), all_codes, False, V_BITS, D, PADDED)
 
 
-def launch(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    """Queues the kernel. Finite numbers only: the caller checks that they are.
+def launch(jobs: Sequence[Blocks]) -> torch.Tensor:
+    """Queues the kernel, once for all jobs that are alike but for their tensors: those of a model's layers.
 
-    Args:
-        k, v: `(B, Hkv, n * 32, D)`; whole blocks.
-        into: its `k_mean` is subtracted from the keys, and its other arrays are written to.
-        slot: of the first block. The others follow, and wrap at the end of the arrays.
+    Returns:
+        `(jobs, 2)` uint8 on the GPU: whether keys and values are finite.
     """
-    batch, kv_heads, tokens, dim = k.shape
-    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
-    quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch)](
-        k_ptr=k, v_ptr=v, k_mean=into.k_mean, k_codes=into.k_codes, k_scale=into.k_scale, k_zero=into.k_zero,
-        v_codes=into.v_codes, v_scale=into.v_scale, v_zero=into.v_zero, slot=slot, slots=into.k_codes.shape[2],
-        **strides(k=k, v=v),
-        KV_HEADS=kv_heads, D=dim, PADDED=triton.next_power_of_2(dim), GROUP=dim // into.v_scale.shape[3],
-        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, K_BITS=into.k_codec.bits, V_BITS=into.v_codec.bits,
+    finite = torch.ones((len(jobs), 2), dtype=torch.uint8, device=jobs[0].k.device)
+    alike: dict[tuple, list[tuple]] = {}
+    for (k, v, into, slot), answer in zip(jobs, finite, strict=True):
+        k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        codecs, groups = (into.k_codec, into.v_codec), into.v_scale.shape[3]
+        kind = (k.shape, k.dtype, k.stride(), v.dtype, v.stride(), slot, into.k_codes.shape[2], codecs, groups)
+        arrays = (into.k_codes, into.k_scale, into.k_zero, into.v_codes, into.v_scale, into.v_zero)
+        alike.setdefault(kind, []).append((k, v, into.k_mean, *arrays, answer))
+    for (shape, _, _, _, _, slot, slots, codecs, groups), tensors in alike.items():
+        _queue(tensors, shape, slot, slots, [codec.bits for codec in codecs], groups)
+    return finite
+
+
+_TENSORS = ("k_ptr", "v_ptr", "k_mean", "k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero", "finite_ptr")
+
+
+def _queue(
+    tensors: list[tuple], shape: tuple[int, ...], slot: int, slots: int, bits: Sequence[int], groups: int
+) -> None:
+    """One launch for the blocks `(B, Hkv, n * 32, D)` of some layers, each with the kernel's tensors in its order."""
+    batch, kv_heads, tokens, dim = shape
+    first, table = tensors[0], None
+    if len(tensors) > 1:  # pinned: the copy does not wait for the GPU
+        addresses = [[0 if t is None else t.data_ptr() for t in each] for each in tensors]
+        pinned = torch.tensor(addresses, device="cpu", pin_memory=first[0].is_cuda)
+        table = pinned.to(first[0].device, non_blocking=True)
+    quantize_blocks_kernel[(tokens // BLOCK, kv_heads, batch * len(tensors))](
+        **dict(zip(_TENSORS, first, strict=True)), table_ptr=table, batches=batch, slot=slot, slots=slots,
+        **strides(k=first[0], v=first[1]),
+        KV_HEADS=kv_heads, D=dim, PADDED=triton.next_power_of_2(dim), GROUP=dim // groups,
+        LOG_SIZE=rotation.size_for(dim).bit_length() - 1, K_BITS=bits[0], V_BITS=bits[1],
         num_warps=4 if dim <= 128 else 8 if torch.version.hip else 16,  # of 64 and of 32 threads; none spills
         enable_fp_fusion=False,
     )  # fmt: skip

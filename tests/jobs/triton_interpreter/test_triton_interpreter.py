@@ -36,6 +36,7 @@ from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.kernels.triton import dequantize as triton_dequantize
 from hf_kvattn.kernels.triton import quantize as triton_quantize
 from hf_kvattn.quant import layout
+from hf_kvattn.quant.blocks import Blocks
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
 from hf_kvattn.quant.packed import PackedKV
@@ -705,7 +706,7 @@ def test_blocks_are_quantized_bit_for_bit_as_quant_does(dim, group, bits, kind):
     mean = k.float().mean(2)
     expected, arrays = (empty_arrays((3, 2, 5, dim), bits, group) for _ in range(2))
     quantized_by_torch(k, v, mean, expected, bits, group, [4, 0])
-    triton_quantize.launch(k, v, PackedKV(0, 0, *map(codec_for, bits), **arrays, k_mean=mean), slot=4)
+    triton_quantize.launch([Blocks(k, v, PackedKV(0, 0, *map(codec_for, bits), **arrays, k_mean=mean), 4)])
     for name, tensor in expected.items():
         assert tensor is None or torch.equal(arrays[name], tensor), name
 
@@ -728,9 +729,13 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
     monkeypatch.setattr(quantized_layer, "_CHUNK_BLOCKS", 2)
     launched, launch = [], triton_quantize.launch
 
-    def launch_on_cpu(k, v, into, slot):  # the interpreter reads memory
-        on_cpu = replace(into, **{name: getattr(into, name).data_on_cpu for name in arrays_of(into)})
-        launched.append(launch(k.data_on_cpu, v.data_on_cpu, on_cpu, slot))
+    def launch_on_cpu(jobs):  # the interpreter reads memory
+        on_cpu = []
+        for k, v, into, slot in jobs:
+            arrays = {name: getattr(into, name).data_on_cpu for name in arrays_of(into)}
+            on_cpu.append(Blocks(k.data_on_cpu, v.data_on_cpu, replace(into, **arrays), slot))
+        launched.append(launch(on_cpu))
+        return on_gpu(launched[-1])
 
     monkeypatch.setattr(triton_quantize, "launch", launch_on_cpu)
     settings = quantized_layer.QuantSettings(
@@ -750,6 +755,27 @@ def test_a_cache_on_a_gpu_holds_the_codes_of_one_on_a_cpu(bits, window, monkeypa
         assert torch.equal(ours[name].data_on_cpu, tensor), name
 
 
+def test_one_launch_quantizes_the_blocks_of_many_layers_and_says_which_are_not_finite(monkeypatch):
+    queued, queue = [], triton_quantize._queue
+    monkeypatch.setattr(
+        triton_quantize, "_queue", lambda tensors, *rest: queued.append(tensors) or queue(tensors, *rest)
+    )
+    bits, layers = [(4, 8), (8, 4), (4, 8), (4, 8)], [made_of("normal", 32) for _ in range(4)]
+    layers[2][0][1, 1, 40, 7], layers[3][1][0, 1, 63, 0] = torch.nan, -torch.inf
+    arrays, expected, jobs = [], [], []
+    for (k, v), widths in zip(layers, bits, strict=True):
+        ours, theirs = (empty_arrays((3, 2, 4, 32), widths, 16) for _ in "ab")
+        quantized_by_torch(k, v, mean := k[:, :, :8].float().mean(2), theirs, widths, 16, [2, 3])
+        arrays.append(ours), expected.append(theirs)
+        jobs.append(Blocks(k, v, PackedKV(0, 0, *map(codec_for, widths), **ours, k_mean=mean), 2))
+    finite = triton_quantize.launch(jobs)
+    assert finite.tolist() == [[1, 1], [1, 1], [0, 1], [1, 0]]
+    assert [len(tensors) for tensors in queued] == [3, 1]
+    for i, (ours, theirs) in enumerate(zip(arrays, expected, strict=True)):
+        for name, tensor in theirs.items() if i < 2 else ():
+            assert tensor is None or torch.equal(ours[name][:, :, 2:], tensor[:, :, 2:]), (i, name)
+
+
 def test_keys_and_values_of_any_strides_are_quantized():
     k, v = made_of("normal", 32)
     arrays, expected = (empty_arrays((3, 2, 3, 32), (4, 4), 32) for _ in "ab")
@@ -757,7 +783,7 @@ def test_keys_and_values_of_any_strides_are_quantized():
     quantized_by_torch(k, v, mean, expected, (4, 4), 32, [0, 1])
     apart = [torch.stack((t, torch.full_like(t, 7)), -1)[..., 0] for t in (k, v)]
     assert apart[0].stride(-1) == 2
-    triton_quantize.launch(*apart, PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean), slot=0)
+    triton_quantize.launch([Blocks(*apart, PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean), 0)])
     assert all(torch.equal(arrays[name], tensor) for name, tensor in expected.items())
 
 
@@ -770,7 +796,7 @@ def test_append_quantize_and_attend():
         for block in range(packed // BLOCK):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
             into = PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean)
-            triton_quantize.launch(k[:, :, part], v[:, :, part], into, slot=block)
+            triton_quantize.launch([Blocks(k[:, :, part], v[:, :, part], into, block)])
         tail = slice(packed, step)
         call = AttendCall(q[:, :, step : step + 1], k[:, :, tail], v[:, :, tail], 0.125)
         call.packed = PackedKV(0, packed, codec_for(4), codec_for(4), **arrays, k_mean=mean)
