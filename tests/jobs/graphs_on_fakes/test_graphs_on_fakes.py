@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache
+from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings, quantize_due
 from hf_kvattn.compiling import append_attend
 from hf_kvattn.compiling.append_attend import Numbers
 from hf_kvattn.compiling.decode_steps import DecodeSteps, StepHandle
 from hf_kvattn.evaluation import codegen
 from hf_kvattn.kernels import dispatch, flash, flash_libraries
 from hf_kvattn.kernels.triton import backend as triton_backend
+from hf_kvattn.quant.codecs import CODECS
 
 GUARD = """#include <c10/core/impl/DeviceGuardImplInterface.h>
 static c10::impl::DeviceGuardImplRegistrar guard(
@@ -180,6 +183,31 @@ def test_how_many_kernels_a_layer_takes_without_flash(kind, monkeypatch):
     assert operations == ["aten::index_copy_"] * 2
     assert [name for name, _ in gpu.launches] == ["decode_attention_kernel", "merge_splits_kernel"]
     assert len(operations) + len(gpu.launches) == 4
+
+
+def test_the_blocks_of_all_layers_become_codes_in_one_launch(monkeypatch):
+    """Beside it: flags that begin as ones, the addresses of the layers' tensors, the means of the first blocks."""
+    monkeypatch.setattr(triton_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(triton_backend, "_too_old", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda stream: None, query=lambda: False))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    made = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, pin_memory, **how: made(data, **how))  # which needs a driver
+    with codegen.compile_only("sm_90") as gpu:
+        settings = QuantSettings(CODECS["int8"], CODECS["int4"], 16, residual_length=0, exact_first=4)
+        layers = [KVQuantizedLayer(settings, 100, i, 2, 64, None) for i in range(5)]
+        for layer in layers:
+            for tokens in (36, 32):  # the first block, with its mean, then one as in a step
+                layer.append(*(torch.empty(1, 2, tokens, 64, device="cuda").bfloat16() for _ in "kv"))
+                if tokens == 36:
+                    quantize_due([layer], dispatch.quantize_blocks)
+        gpu.launches.clear()
+        with launched() as operations:
+            quantize_due(layers, dispatch.quantize_blocks)
+    assert gpu.launches == [("quantize_blocks_kernel", (1, 2, 5))]
+    assert operations == ["aten::ones", "aten::_to_copy"], operations
+    assert {layer.packed_tokens for layer in layers} == {64}
 
 
 def compiled_graph(model, steps, arguments, through_steps=True):
