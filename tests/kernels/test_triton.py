@@ -29,15 +29,27 @@ needs_triton = pytest.mark.skipif(
 def test_the_package_works_without_triton_and_imports_its_kernels_with_the_first_call():
     code = (
         "import sys, hf_kvattn; hf_kvattn.describe(); assert 'hf_kvattn.kernels.triton.attention' not in sys.modules\n"
+        "from hf_kvattn.kernels.triton import backend; backend._installed.cache_clear()\n"
         "sys.modules['triton'] = None; print(hf_kvattn.describe().backends['triton'])"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.startswith("triton is not installed")
 
 
-def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.fixture
+def search():
+    """Forgets whether triton was found, before and after."""
+    triton_backend._installed.cache_clear()
+    yield
+    triton_backend._installed.cache_clear()
+
+
+def test_what_is_missing_is_named(search, monkeypatch):
+    searched = []
+    monkeypatch.setattr(importlib.util, "find_spec", searched.append)
     assert "pip install triton" in triton_backend.unavailable()
+    assert triton_backend.unavailable() and searched == ["triton"], "found out once"
+    triton_backend._installed.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert f"no GPU that this PyTorch ({torch.__version__})" in triton_backend.unavailable()

@@ -34,11 +34,17 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed: pip install triton (PyTorch's CUDA and ROCm builds bring it along)"
     if not torch.cuda.is_available():
         return f"no GPU that this PyTorch ({torch.__version__}) can use"
     return _too_old(torch.device("cuda", torch.cuda.current_device()))
+
+
+@functools.lru_cache
+def _installed() -> bool:
+    """Asked once: a search for a module reads folders, and backends are chosen for every call."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def _too_old(
