@@ -15,13 +15,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.static import StaticKVCache
 from hf_kvattn.evaluation.gpu_check.bars import median_ms
-from hf_kvattn.evaluation.gpu_check.libraries import LIBRARIES, load
+from hf_kvattn.evaluation.gpu_check.libraries import load
 from hf_kvattn.evaluation.gpu_check.models import calls_over, fill, one_layer
 from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run, plain
 from hf_kvattn.evaluation.gpu_check.timing import captured, time_ms
 from hf_kvattn.evaluation.gpu_check.versions import l2_bytes
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.kernels.flash_libraries import LIBRARIES, Library
 
 HEADS, FEW_HEADS = (32, 8, 128), (2, 1, 16)  # query and KV heads and head_dim of Llama 8B, and of a rehearsal
 CELLS = tuple(itertools.product((32768, 8192, 2048, 131072), (1, 8)))  # tokens and rows; the bars' first
@@ -49,9 +50,10 @@ def _attends(backend: str, call: AttendCall) -> Callable[[], Any]:
     return partial(chosen.attend, call)
 
 
-def _flash_attn(library: str, call: AttendCall) -> Callable[[], Any]:
+def _flash_attn(library: Library, machine: Machine, call: AttendCall) -> Callable[[], Any]:
+    attend, _ = load(library, machine)
     q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
-    return partial(load(library), q, k, v, cache_seqlens=call.kv_len, softmax_scale=call.scale, causal=True)
+    return partial(attend, q, k, v, cache_seqlens=call.kv_len, softmax_scale=call.scale, causal=True)
 
 
 def _sdpa_flash(machine: Machine, call: AttendCall) -> Callable[[], Any]:
@@ -125,11 +127,11 @@ def _cell(run: Run, batch: int, tokens: int) -> None:
         return _prepared(lanes, f"{cell}: {name}", machine, make, of(bits))
 
     def sixteenth(bits: str) -> Found:
-        make, calls = _lengths(machine, bits, machine.pick(tokens, max(48, tokens // 512)))
+        make, calls = _lengths(machine, bits, machine.pick(tokens, 16))
         return _prepared(lanes, f"{cell}: {bits}, a sixteenth filled", machine, make, calls)
 
     tasks = {bits: partial(lane, bits, partial(_attends, "triton"), bits) for bits in BITS}
-    tasks |= {name: partial(lane, name, partial(_flash_attn, name), "exact") for name in LIBRARIES}
+    tasks |= {x.name: partial(lane, x.name, partial(_flash_attn, x, machine), "exact") for x in LIBRARIES}
     tasks |= {"SDPA flash": partial(lane, "SDPA flash", partial(_sdpa_flash, machine), "exact")}
     tasks |= {"flashinfer": partial(lane, "flashinfer", _flashinfer, "exact")}
     if (batch, tokens) == (1, 2048):

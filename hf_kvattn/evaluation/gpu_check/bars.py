@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from hf_kvattn.evaluation.common.timing import ratio
 from hf_kvattn.evaluation.gpu_check.running import Found, NotHere
+from hf_kvattn.kernels.flash_libraries import LIBRARIES
 
 Stages = dict[str, Found]
 LEAST_CAPABILITY = (9, 0)  # of the GPU that the bars of speed are for: an H100, or later
-FLASHES = ("flash_attn", "flash_attn_interface", "SDPA flash", "flashinfer")
+FLASHES = (*(library.name for library in LIBRARIES), "SDPA flash", "flashinfer")
 CLEAN = ("clean", "done", "not here")  # how a stage may end
 GRAPH, COMPILED = "kvattn static, graph", "stock static, compiled"
 
@@ -80,6 +81,12 @@ def _layers(stages: Stages) -> float:
     return case_of(stages, "memory", "offloaded steps")["layers"]
 
 
+def _launches(stages: Stages) -> float:
+    """Of a layer in a graph: all kernels and copies that the profiler sees of its op, in the worst of the caches."""
+    cases = [case["case"] for case in stages.get("graphs", {}).get("cases", []) if case["case"].endswith(", a layer")]
+    return max(case_of(stages, "graphs", name)["launches"] for name in cases or ["static, a layer"])
+
+
 def _unclean(stages: Stages, only: str | None = None) -> float:
     """How many stages, or cases of one stage, are not right; stages that this machine cannot have do not count."""
     if only is None:
@@ -117,6 +124,7 @@ BARS: tuple[Bar, ...] = (
     ),
     Bar("a length that SDPA has not met: times one that it has", "sdpa", _sdpa_growth, 3.0, at_least=False),
     Bar("offload: layers on the GPU at most", "memory", _layers, 2.0, at_least=False, of="size"),
+    Bar("kernels of a layer in a graph, to store and attend", "graphs", _launches, 4, at_least=False, of="size"),
     Bar("forwards that wait for the GPU", "sync", partial(_unclean, only="sync"), 0, at_least=False, of="code"),
     Bar("stages that are not clean", "all", _unclean, 0, at_least=False, of="code"),
 )  # fmt: skip

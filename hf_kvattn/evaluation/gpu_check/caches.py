@@ -60,9 +60,9 @@ def forward(model: PreTrainedModel, cache: Any, ids: torch.Tensor, padding: int 
     return model(ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits
 
 
-def programmed(model: PreTrainedModel, make: MakeCache, program: str) -> Found:
-    """Runs a program, and judges the logits of each forward; what is worst."""
-    steps, padding = PROGRAMS[program], 23 if program == "padded" else 0
+def programmed(machine: Machine, model: PreTrainedModel, make: MakeCache, program: str) -> Found:
+    """Runs a program, of a rehearsal its beginning, and judges the logits of each forward; what is worst."""
+    steps, padding = PROGRAMS[program][: machine.pick(len(PROGRAMS[program]), 7)], 23 if program == "padded" else 0
     cache, ids = make(model.config, ROOM), token_ids(model, 2, sum(n for n in steps if n > 0))
     worst: Found = {"ok": True, "error": 0.0, "allowed": 1.0}
     done = 0
@@ -92,7 +92,7 @@ def caches(run: Run) -> None:
     names = machine.pick(list(OURS), ["int4", "sliding", RING])
     programs = machine.pick(list(PROGRAMS), ["padded", "beams", "assisted", "second turns"])
     run.over({
-        f"{name}, {program}": partial(programmed, models[96 if name == RING else None], OURS[name], program)
+        f"{name}, {program}": partial(programmed, machine, models[96 if name == RING else None], OURS[name], program)
         for name, program in itertools.product(names, programs)
     })  # fmt: skip
 
@@ -145,7 +145,7 @@ def _elsewhere(machine: Machine) -> Found:
     """A model on one GPU while the other is the current one."""
     model = enabled_model(machine)
     with torch.cuda.device(machine.other):
-        return programmed(model, OURS["int4"], "greedy")
+        return programmed(machine, model, OURS["int4"], "greedy")
 
 
 def two_gpus(run: Run) -> None:

@@ -1,4 +1,6 @@
-"""Stage `graphs`: steps in CUDA graphs give what eager steps give, in a second cache too, and skip and copy nothing."""
+"""Stage `graphs`: steps in CUDA graphs give what eager steps give, in a second cache too, and skip and copy nothing;
+how many kernels each layer has in a graph.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,15 @@ from typing import Any
 import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
+from hf_kvattn.compiling.decode_steps import DecodeSteps
 from hf_kvattn.evaluation.gpu_check.caches import DTYPE, OURS, RING, enabled_model
 from hf_kvattn.evaluation.gpu_check.judging import PLAIN, TRUTH, formulas, logits_compared
-from hf_kvattn.evaluation.gpu_check.models import MakeCache, token_ids
+from hf_kvattn.evaluation.gpu_check.models import MakeCache, fill, model_config, token_ids
 from hf_kvattn.evaluation.gpu_check.running import Found, Machine, Run
-from hf_kvattn.evaluation.gpu_check.timing import active_bytes
+from hf_kvattn.evaluation.gpu_check.timing import active_bytes, kernels_of
 from hf_kvattn.kernels import dispatch
 
 PROMPT = 90
@@ -92,9 +96,34 @@ def _replayed(machine: Machine, eager: PreTrainedModel, make: MakeCache) -> Foun
     return {"ok": not wrong, "said": "; ".join(wrong), "steps": steps, "skipped": skipped, "kept_bytes": kept, **errors}
 
 
+def _launched(machine: Machine, make: MakeCache, window: int | None) -> Found:
+    """The kernels and copies of a layer's op by itself, with the arguments of a step: what a graph repeats of it."""
+    config, names = model_config(machine, "1B", 1, window), []
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    cache = make(config, 128)
+    fill(machine, cache, (2, kv_heads, PROMPT, dim))
+    steps = DecodeSteps(cache)
+
+    def step(**given: Any) -> CausalLMOutputWithPast:
+        part, (q, k, v) = steps.layers[0], (machine.randn(2, n, 1, dim) for n in (heads, kv_heads, kv_heads))
+        tensors, how = (part.k, part.v, q, k, v, *part.numbers), (None, None, "auto")
+        action = partial(torch.ops.hf_kvattn.append_attend, *tensors, dim**-0.5, part.wraps, *how)
+        if part.packed:
+            stored = (part.packed, part.codecs, part.layout)
+            action = partial(torch.ops.hf_kvattn.append_attend_packed, *tensors, *stored, dim**-0.5, *how)
+        names.extend(kernels_of(machine, action))
+        return CausalLMOutputWithPast()
+
+    steps.run(step, step, {"input_ids": torch.ones(2, 1, dtype=torch.long, device=machine.device)})
+    return {"kernels": names, "launches": len(names)}
+
+
 def graphs(run: Run) -> None:
-    models = {window: enabled_model(run.machine, window) for window in (None, 96)}
-    run.over({
-        name: partial(_replayed, run.machine, models[96 if name == RING else None], OURS[name])
-        for name in run.machine.pick(("static", "int4", RING), ("static",))
-    })  # fmt: skip
+    machine = run.machine
+    windows = {"static": None, "int4": None, RING: 96}
+    models = {window: enabled_model(machine, window) for window in (None, 96)}
+    tasks = {
+        name: partial(_replayed, machine, models[windows[name]], OURS[name])
+        for name in machine.pick(tuple(windows), ("static",))
+    }
+    run.over(tasks | {f"{name}, a layer": partial(_launched, machine, OURS[name], windows[name]) for name in windows})

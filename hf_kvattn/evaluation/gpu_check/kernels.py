@@ -24,14 +24,14 @@ import torch
 
 from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.static import StaticKVCache
-from hf_kvattn.evaluation.gpu_check.judging import judged
+from hf_kvattn.evaluation.gpu_check.judging import UNITS, compared, judged
 from hf_kvattn.evaluation.gpu_check.models import calls_over, fill, one_layer
 from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run, plain
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall, SinkKV
 from hf_kvattn.quant import blocks
 from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.layout import BLOCK, keys_to, values_to
 
 BITS: tuple[int | str, ...] = ("exact", 8, 4, 3, 2, "fp8")
 DIMS, GROUPS = (128, 64, 80, 256), (4, 1, 8)
@@ -63,6 +63,8 @@ RULES: dict[str, Callable[[Machine, AttendCall], None]] = {
     "ring": lambda machine, call: setattr(call, "window", 70),
     "5 queries": lambda machine, call: None,
     "16 queries, padded": _padded,
+    "20 queries, padded": _padded,  # more query rows than a program takes
+    "150 queries": lambda machine, call: None,  # so many that blocks are dequantized first
     "lengths": lambda machine, call: None,
 }
 
@@ -87,6 +89,7 @@ def cases(machine: Machine) -> list[Case]:
     found = [Case(bits, dim, group, "plain") for bits, dim, group in itertools.product(BITS, DIMS, GROUPS)]
     found += [Case(bits, 128, 4, rule) for bits, rule in itertools.product(BITS, RULES)]
     found += [Case(bits, dim, 8, rule) for dim, rule in itertools.product(DIMS[1:], RULES) for bits in ("exact", 4)]
+    found = [case for case in found if (case.bits, case.rule) != ("exact", "150 queries")]  # nothing to dequantize
     return list(dict.fromkeys(found))
 
 
@@ -95,7 +98,7 @@ def make_call(case: Case, machine: Machine) -> AttendCall:
     torch.manual_seed(0)
     window = 70 if case.rule == "ring" else None
     config = one_layer(KV_HEADS * case.group, KV_HEADS, case.dim, window=window)
-    tokens, then = machine.pick((1185, 40), (120, 33))  # so that a ring wraps
+    tokens, then = machine.pick((1185, 40), (120, 4))  # so that a ring wraps
     made: Any = {"max_cache_len": tokens + then + 40}
     cache: Any = StaticKVCache(config, **made) if case.bits == "exact" else QuantizedKVCache(config, case.bits, **made)
     fill(machine, cache, (BATCH, KV_HEADS, tokens, case.dim), then)
@@ -147,10 +150,29 @@ def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
     names = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
     arrays: dict[str, Any] = {name: getattr(packed, name) for name in names}
     here: dict[str, Any] = {name: None if array is None else array.to(place) for name, array in arrays.items()}
+    here["k_codes"] = keys_to(packed.k_codes, packed.k_codec.planes, place)
+    here["v_codes"] = values_to(packed.v_codes, packed.v_codec.planes, place)
     made, expected = (replace(packed, tokens=4 * BLOCK, **copy.deepcopy(here)) for _ in range(2))
     blocks.quantize_blocks(k.to(place), v.to(place), expected, 0)
     pairs = zip(made.dense(0, 4), expected.dense(0, 4), strict=True)
     return {"ok": all(torch.equal(own, other) for own, other in pairs)}
+
+
+def _dequantizes(machine: Machine, bits: int | str, dim: int) -> Found:
+    """Keys and values as the kernel for many queries writes them, all tokens in order."""
+    call = make_call(Case(bits, dim, 1, "150 queries"), machine)
+    backend: Any = dispatch.BACKENDS["triton"]
+    if not hasattr(backend, "attend_lengths"):
+        raise NotHere("this backend dequantizes nothing")
+    if reason := backend.unavailable() or backend.unsupported(call):
+        raise NotHere(reason)
+    from hf_kvattn.kernels.triton import dequantize  # triton is an optional dependency
+
+    dense = dequantize.dense(call)
+    _, keys, values = zip(*call.tiles(call.kv_len), strict=True)
+    truth = torch.stack([torch.cat(parts, 2).float() for parts in (keys, values)])
+    out, least = torch.stack([dense.k, dense.v]), UNITS * torch.finfo(machine.dtype).eps
+    return compared(out, truth, truth.to(machine.dtype), least)
 
 
 def _far(machine: Machine) -> Found:
@@ -193,6 +215,7 @@ def kernels(run: Run) -> Found:
     tasks = {str(case): partial(_checked, case, machine) for case in cases(machine)}
     for b, dim in itertools.product(bits, machine.pick(DIMS, (64,))):
         tasks[f"quantizes {b} D{dim}"] = partial(_quantizes, machine, b, dim)
+        tasks[f"dequantizes {b} D{dim}"] = partial(_dequantizes, machine, b, dim)
     run.over(tasks | {"offsets beyond 2**31": partial(_far, machine)})
     return {"codecs": [codec_for(b).name for b in bits]}
 
@@ -204,7 +227,7 @@ def memcheck(run: Run) -> Found:
     watch = machine.pick([tool, "--tool", "memcheck", "--error-exitcode", "9"], [tool])
     if shutil.which(tool) is None:
         raise NotHere("there is no compute-sanitizer")
-    count = machine.pick(20, 2)
+    count = machine.pick(20, 1)
     command = [*watch, *_command(machine, 0, max(1, len(cases(machine)) // count), count)]
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     left_s = max(1.0, run.end_s - time.monotonic())

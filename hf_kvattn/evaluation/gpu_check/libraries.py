@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import time
 from collections.abc import Callable
@@ -13,12 +12,12 @@ import torch
 
 from hf_kvattn.evaluation.common.timing import spread
 from hf_kvattn.evaluation.gpu_check.judging import judged
-from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run, plain
+from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run
 from hf_kvattn.evaluation.gpu_check.timing import kernels_of
-from hf_kvattn.kernels import dispatch
-from hf_kvattn.kernels.call import AttendCall, SinkKV
+from hf_kvattn.kernels import dispatch, flash_libraries
+from hf_kvattn.kernels.call import AttendCall, Feature, SinkKV
+from hf_kvattn.kernels.flash_libraries import LIBRARIES, Library
 
-LIBRARIES = ("flash_attn", "flash_attn_interface")
 # Query heads, KV heads, head_dim.
 HEADS = {"GQA": (32, 8, 128), "MHA": (8, 8, 64), "MQA": (8, 1, 128), "D 256": (8, 2, 256), "D 80": (8, 2, 80)}
 # Query tokens, stored tokens, and the rules of a call.
@@ -69,17 +68,21 @@ def _through(backend: str, machine: Machine, heads: str, shape: str) -> Found:
     return judged(chosen.attend(call), call)
 
 
-def load(library: str) -> Callable[..., Any]:
-    """A flash library's `flash_attn_with_kvcache`."""
-    try:
-        return importlib.import_module(library).flash_attn_with_kvcache
-    except (ImportError, AttributeError) as error:
-        raise NotHere(f"{library}: {plain(error)}") from error
+def load(library: Library, machine: Machine) -> tuple[Callable[..., Any], str]:
+    """A flash library's `flash_attn_with_kvcache`, and its version."""
+    if not library.is_for(machine.device):
+        raise NotHere(f"the library {library.name} is for other GPUs")
+    function, text = flash_libraries.load(library.name)
+    if function is None:
+        raise NotHere(text)
+    return function, text
 
 
-def _appends(library: str, machine: Machine) -> Found:
+def _appends(library: Library, machine: Machine) -> Found:
     """The library's own way to append: two rows, of which one is padded and one has no earlier token at all."""
-    attend = load(library)
+    attend, version = load(library, machine)
+    if not library.serves & Feature.LEFT_PADDING:
+        raise NotHere(f"the library {library.name} is not used with left padding")
     torch.manual_seed(0)
     q, (k, v) = machine.randn(2, 1, 8, 128), machine.randn(2, 2, 90, 2, 128)
     new_k, new_v = machine.randn(2, 2, 1, 2, 128)
@@ -87,15 +90,14 @@ def _appends(library: str, machine: Machine) -> Found:
     out = attend(q, k, v, k=new_k, v=new_v, cache_seqlens=lengths, cache_leftpad=leftpad, softmax_scale=0.1)
     k[:, 64:65], v[:, 64:65] = new_k, new_v
     q, k, v = (t.transpose(1, 2) for t in (q, k[:, :65], v[:, :65]))
-    found = judged(out, AttendCall(q, k, v, 0.1, leftpad=leftpad))
-    return found | {"version": str(getattr(importlib.import_module(library), "__version__", "unknown"))}
+    return judged(out, AttendCall(q, k, v, 0.1, leftpad=leftpad)) | {"version": version}
 
 
 def flash(run: Run) -> None:
     machine = run.machine
     heads = machine.pick(list(HEADS), ["GQA", "MQA"])
     shapes = machine.pick(list(SHAPES), ["decode, padded", "decode, a ring with an empty piece", "17 queries"])
-    tasks = {f"{name} appends": partial(_appends, name, machine) for name in LIBRARIES}
+    tasks = {f"{library.name} appends": partial(_appends, library, machine) for library in LIBRARIES}
     for each, shape in itertools.product(heads, shapes):
         tasks[f"{each}: {shape}"] = partial(_through, "flash", machine, each, shape)
     run.over(tasks)

@@ -1,7 +1,8 @@
 """The stand-ins of a rehearsal: every stage's code runs on a CPU, and no number means anything.
 
-Triton's kernels run in its interpreter, or PyTorch takes their place. flash-attn is replaced by the formula. What
-`torch.cuda` has of times, graphs, streams and memory does nothing.
+Triton's kernels run in its interpreter, or PyTorch takes their place. flash-attn is replaced by the formula. Codes lie
+as on a GPU, and the CPU's own kernels are out of the way, which read another order. What `torch.cuda` has of times,
+graphs, streams and memory does nothing.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,8 +21,9 @@ import torch
 
 from hf_kvattn.evaluation.gpu_check.judging import formula
 from hf_kvattn.evaluation.gpu_check.running import Machine
-from hf_kvattn.kernels import dispatch
+from hf_kvattn.kernels import dispatch, flash_libraries, native
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.quant import layout
 
 CPU = torch.device("cpu")
 # float16: Triton's interpreter keeps bfloat16 as whole numbers, and computes with those.
@@ -93,12 +93,14 @@ def flash_attn_with_kvcache(
     return out
 
 
+def _load(name: str) -> tuple[Any, str]:
+    """In the place of `flash_libraries.load`: flash-attn, and no other library."""
+    return (flash_attn_with_kvcache, "a stand-in") if name == "flash_attn" else (None, f"the library {name}")
+
+
 @contextlib.contextmanager
 def stand_ins() -> Iterator[None]:
     """A GPU that is none, for the body of a `with`."""
-    library = ModuleType("flash_attn")
-    library.flash_attn_with_kvcache = flash_attn_with_kvcache  # type: ignore[attr-defined]
-    library.__spec__ = ModuleSpec("flash_attn", None)
     properties = SimpleNamespace(
         multi_processor_count=2, total_memory=2**30, L2_cache_size=2**16, name="no GPU", major=9, minor=0
     )
@@ -127,5 +129,7 @@ def stand_ins() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.dict(dispatch.BACKENDS, triton=triton, flash=_Backend(_by_formula)))
-        stack.enter_context(mock.patch.dict(sys.modules, flash_attn=library))
+        stack.enter_context(mock.patch.object(flash_libraries, "load", _load))
+        stack.enter_context(mock.patch.object(layout, "in_words", lambda device: True))
+        stack.enter_context(mock.patch.object(native, "unavailable", lambda: "a GPU has none"))
         yield

@@ -177,7 +177,7 @@ def _first_tokens(run: Run, model: PreTrainedModel) -> None:
 def steps(run: Run) -> Found:
     model = _model(run)
     models: Models = {None: model}
-    for batch, tokens, names in run.machine.pick(CELLS, (*CELLS[:2], CELLS[3])):
+    for batch, tokens, names in run.machine.pick(CELLS, (CELLS[0], CELLS[3])):
         _cell(run, models, batch, tokens, names)
         release()
     _first_tokens(run, model)
