@@ -8,7 +8,6 @@ launched. Reading a tensor's numbers from the host, which would wait for the GPU
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 import subprocess
 import tempfile
@@ -29,6 +28,7 @@ from ..kernels.call import AttendCall, PackedKV, SinkKV
 from ..kernels.triton import attention as triton_attention
 from ..kernels.triton import attention_kernels as triton_kernels
 from ..kernels.triton import backend as triton_backend
+from ..kernels.triton import dequantize as triton_dequantize
 from ..kernels.triton import quantize as triton_quantize
 from ..quant.blocks import Blocks
 from ..quant.codecs import codec_for
@@ -49,7 +49,10 @@ TARGETS = {
 Bits = int | str  # of a code, or "fp8"
 _RESERVED = 1024  # shared bytes that CUDA takes for itself in each block
 _REGISTERS = 65536  # of a multiprocessor
+# Registers that the waves of a SIMD share, in steps of how many, and SIMDs of a compute unit.
+_AMD_REGISTERS = {"gfx942": (512, 8, 4), "gfx1100": (1536, 24, 2)}
 _TENSOR_CORE = r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA)\b"  # NVIDIA's instructions
+_SPILL = r"\b(STL|LDL)\b"  # NVIDIA's
 
 
 def _is_amd(target: str) -> bool:
@@ -95,18 +98,20 @@ def compile_only(target: str) -> Iterator[SimpleNamespace]:
 def _resources(compiled: Any, target: str) -> dict[str, Any]:
     """What a kernel takes that was compiled for `target`."""
     warps, shared, copies = compiled.metadata.num_warps, compiled.metadata.shared, 0
+    loops: list[list[str]] = []
     if _is_amd(target):
         code, taken = compiled.asm["amdgcn"], shared
         names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count")
         registers, spilled, spills = (_number(rf"\.{name}:\s+(\d+)", code) for name in names)
-        tensor_core, instruction = r"\bv_mfma_\w+", r"^\s+[a-z]+_\w+"
-        by_registers = 512 // (-(-registers // 8) * 8) * 4 // warps  # 512 for each of the four SIMDs' waves
+        tensor_core, instruction = r"\bv_(mfma|wmma)_\w+", r"^\s+[a-z]+_\w+"
+        of_simd, granule, simds = _AMD_REGISTERS[target]
+        by_registers = of_simd // (-(-registers // granule) * granule) * simds // warps
     else:
         usage, code = _disassembled(compiled.asm["cubin"])
         registers, stack, local = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
-        spilled, spills, taken = stack + local, _count(r"\b(STL|LDL)\b", code), shared + _RESERVED
+        spilled, spills, taken = stack + local, _count(_SPILL, code), shared + _RESERVED
         tensor_core, instruction = _TENSOR_CORE, r"^\s+/\*[0-9a-f]+\*/"
-        copies = _count(r"\b(LDGSTS|UTMALDG)\b", code)
+        copies, loops = _count(r"\b(LDGSTS|UTMALDG)\b", code), _loops(code)
         by_registers = _REGISTERS // (-(-registers // 8) * 8 * 32 * warps)
     return {
         "warps": warps,
@@ -117,7 +122,8 @@ def _resources(compiled: Any, target: str) -> dict[str, Any]:
         "tensor_core_instructions": _count(tensor_core, code),
         "asynchronous_copies": copies,
         "instructions": _count(instruction, code),
-        "loop_instructions": [] if _is_amd(target) else _loops(code),
+        "loop_instructions": [len(body) for body in loops],
+        "loop_spills": [_count(_SPILL, "\n".join(body)) for body in loops],
         "blocks_per_multiprocessor": min(by_registers, TARGETS[target][2] // max(taken, 1)),
     }
 
@@ -132,12 +138,12 @@ def _disassembled(cubin: bytes) -> list[str]:
         return [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands]
 
 
-def _loops(code: str) -> list[int]:
+def _loops(code: str) -> list[list[str]]:
     """The instructions of each loop that multiplies on tensor cores, the packed tokens' before the exact ones'.
 
     A loop is what lies between a backward branch and its target: what is loaded ahead before it is not counted.
     """
-    found: list[int] = []
+    found: list[list[str]] = []
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in code.splitlines():
@@ -149,7 +155,7 @@ def _loops(code: str) -> list[int]:
             if branch and branch[1] in labels:
                 body = instructions[labels[branch[1]] :]
                 if any(re.search(_TENSOR_CORE, each) for each in body):
-                    found.append(len(body))
+                    found.append(body)
     return found
 
 
@@ -165,7 +171,7 @@ def _count(pattern: str, text: str) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One variant of a kernel: `decode`, `merge` or `quantize`, of bfloat16 heads of `head_dim`.
+    """One variant of a kernel: `decode`, `merge`, `quantize` or `dequantize`, of bfloat16 heads of `head_dim`.
 
     Attributes:
         rows: query rows of a tile (decode).
@@ -188,21 +194,22 @@ class Case:
         return name + " lengths" * self.lengths + " sinks" * self.sinks
 
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 MIXES: tuple[tuple[Bits, Bits], ...] = ((8, 8), (4, 4), (3, 3), (2, 2), (8, 4))
 FP8_MIXES: tuple[tuple[Bits, Bits], ...] = (("fp8", "fp8"), ("fp8", 4))
 FP8_TARGETS = ("sm_90", "sm_100")  # which convert it in hardware
-GRID = ("sm_80", "sm_90", "sm_100", "gfx942")  # all cases; of the other GPUs a sample
+# All mixes of bits, with these heads; of the other heads and GPUs a sample.
+GRID = {"sm_80": (64, 128, 256), "sm_90": (64, 128, 256)}
 SAMPLE: tuple[tuple[int, int, tuple[Bits, Bits]], ...] = (  # head_dim, rows, bits
-    (64, 16, (4, 4)), (64, 32, (8, 4)), (128, 16, (4, 4)), (128, 32, (4, 4)), (128, 32, (8, 8)), (256, 16, (8, 4)),
-    (128, 16, (0, 0)),
+    (64, 16, (4, 4)), (64, 16, (0, 0)), (128, 16, (4, 4)), (128, 16, (0, 0)), (128, 32, (4, 4)), (128, 32, (8, 8)),
+    (256, 16, (4, 4)), (256, 16, (0, 0)), (256, 16, (8, 4)),
 )  # fmt: skip
+DEQUANTIZED: tuple[tuple[int, tuple[Bits, Bits]], ...] = ((128, (4, 4)), (128, (3, 3)), (256, (8, 8)))
 
 
 def all_cases() -> list[Case]:
     """What `hf-kvattn triton-resources` compiles."""
     cases = []
-    for target, dim in itertools.product(GRID, HEAD_DIMS):
+    for target, dim in ((target, dim) for target, dims in GRID.items() for dim in dims):
         for mix in (*MIXES, *(FP8_MIXES if target in FP8_TARGETS else ()), (0, 0)):
             padded = triton.next_power_of_2(dim)
             bits = [8 if each == "fp8" else int(each) for each in mix if each]
@@ -214,9 +221,11 @@ def all_cases() -> list[Case]:
                 cases.append(Case("decode", target, dim, most, sinks=True))
         cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if not {2, 3} & set(mix)]
         cases.append(Case("merge", target, dim))
-    for target in TARGETS.keys() - set(GRID):
-        cases += [Case("decode", target, dim, rows, *mix) for dim, rows, mix in SAMPLE]
-        cases.append(Case("quantize", target, 128, 0, 4, 4))
+    for target in TARGETS:
+        sample = [Case("decode", target, dim, rows, *mix) for dim, rows, mix in SAMPLE]
+        sample += [Case("quantize", target, 128, 0, 4, 4), Case("merge", target, 128)]
+        cases += [case for case in sample if case not in cases]
+        cases += [Case("dequantize", target, dim, 0, *mix) for dim, mix in DEQUANTIZED]
     return sorted(cases, key=lambda case: list(TARGETS).index(case.target))
 
 
@@ -226,6 +235,7 @@ def compile_case(case: Case) -> dict[str, Any]:
         "decode": triton_kernels.decode_attention_kernel,
         "merge": triton_kernels.merge_splits_kernel,
         "quantize": triton_quantize.quantize_blocks_kernel,
+        "dequantize": triton_dequantize.dequantize_kernel,
     }[case.kernel]
     kernel.device_caches.pop(case.target, None)
     bits = (case.k_bits, case.v_bits) if case.k_bits or case.kernel == "decode" else (4, 4)
@@ -237,6 +247,8 @@ def compile_case(case: Case) -> dict[str, Any]:
             assert call.packed is not None
             new = torch.empty(1, 2, 64, case.head_dim, dtype=torch.bfloat16, device="cuda")
             triton_quantize.launch([Blocks(new, new, call.packed, 0)])
+        elif case.kernel == "dequantize":
+            triton_dequantize.dense(call)
         else:
             lengths = torch.empty(2, dtype=torch.int32, device="cuda") if case.lengths else None
             triton_attention.launch(call, 132, lengths)
@@ -348,6 +360,7 @@ COLUMNS: list[Column] = [
     ("warps", "resources.warps", str),
     ("registers a thread", "resources.registers", str),
     ("spilled bytes", "resources.spilled_bytes", str),
+    ("spill instructions in loops", "resources.loop_spills", lambda spills: str(sum(spills))),
     ("shared bytes", "resources.shared_bytes", str),
     ("tensor-core instructions", "resources.tensor_core_instructions", str),
     ("asynchronous copies", "resources.asynchronous_copies", str),

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,25 @@ def test_recorded_resources_are_those_of_this_code(case):
     assert codegen.compile_case(case) == row["resources"]
 
 
+EVERY_TRITON = [
+    codegen.Case(kernel, target, 128, 16 if kernel == "decode" else 0, *bits, lengths=lengths)
+    for target in ("sm_80", "sm_90", "sm_120", "gfx942")
+    for kernel, bits, lengths in (
+        ("decode", (4, 4), False), ("decode", (8, 8), False), ("decode", (0, 0), False), ("decode", (4, 4), True),
+        ("merge", (0, 0), False), ("quantize", (4, 4), False), ("dequantize", (4, 4), False),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.every_triton
+@pytest.mark.parametrize("case", EVERY_TRITON, ids=str)
+def test_no_spills_with_this_version_of_triton(case):
+    """Numbers are not compared: those that are recorded are of one version."""
+    found = codegen.compile_case(case)
+    assert found["spilled_bytes"] == found["spill_instructions"] == 0
+    assert (found["tensor_core_instructions"] > 0) == (case.kernel == "decode")
+
+
 def test_everything_that_is_shipped_is_recorded():
     assert sorted(map(str, CASES)) == sorted(map(str, codegen.all_cases()))
 
@@ -54,29 +74,38 @@ def test_everything_that_is_shipped_is_recorded():
 @pytest.mark.parametrize("target", codegen.TARGETS)
 def test_no_spills_tensor_cores_and_two_blocks_a_multiprocessor(target):
     rows = [row for row in RECORDED["kernels"] if row["case"]["target"] == target]
-    assert len(rows) == {"sm_80": 89, "gfx942": 86}.get(target, 107)  # fp8 where hardware converts it
+    assert len(rows) == sum(case.target == target for case in codegen.all_cases())
     for row in rows:
         case, found = codegen.Case(**row["case"]), row["resources"]
-        assert found["spilled_bytes"] == found["spill_instructions"] == 0, case
+        most_bytes, most_in_loops = spills_of(case)
+        assert found["spilled_bytes"] <= most_bytes and sum(found["loop_spills"]) <= most_in_loops, case
+        assert (found["spill_instructions"] > 0) <= (most_bytes > 0), case
         if case.kernel == "decode":
             assert found["tensor_core_instructions"] > 0, case
-        # Quantizing runs once in 32 steps; on gfx942, where loads wait in registers, large heads of 8 bits take all.
-        one = case.kernel == "quantize" or (target == "gfx942" and case.head_dim == 256 and case.k_bits == 8)
-        assert found["blocks_per_multiprocessor"] >= (1 if one else 2), case
-        if target != "gfx942" and case.kernel == "decode":
+        assert found["blocks_per_multiprocessor"] >= (1 if takes_all(case) else 2), case
+        if target.startswith("sm") and case.kernel == "decode":
             assert found["asynchronous_copies"] > 0, case
 
 
-NVIDIA = [target for target in codegen.TARGETS if target.startswith("sm")]
-SIZES = [*itertools.product(NVIDIA, (64, 128), (16, 32))] if ALL else [("sm_90", 128, 16), ("sm_80", 64, 16)]
+def exact_of(case: codegen.Case) -> codegen.Case:
+    return replace(case, k_bits=0, v_bits=0)
 
 
-@pytest.mark.parametrize(("target", "dim", "rows"), SIZES)
-def test_packed_tokens_take_no_more_instructions_than_exact_ones(target, dim, rows):
-    """Of 4 bits, in the loops that each warp executes, for the same 32 tokens."""
-    packed, exact = (codegen.Case("decode", target, dim, rows, bits, bits) for bits in (4, 0))
-    counts = [codegen.per_32_tokens(case, codegen.compile_case(case)) for case in (packed, exact)]
-    assert counts[0] <= counts[1]
+PACKED = [case for case in CASES if (case.kernel, case.k_bits, case.v_bits) == ("decode", 4, 4)]
+PACKED = [case for case in PACKED if case.target.startswith("sm") and exact_of(case) in CASES]
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_tokens_take_no_more_instructions_than_exact_ones(case):
+    """Of 4 bits, in the loops that each warp executes, for the same 32 tokens: as recorded."""
+    found = {codegen.Case(**row["case"]): row["resources"] for row in RECORDED["kernels"]}
+    packed, exact = (codegen.per_32_tokens(each, found[each]) for each in (case, exact_of(case)))
+    assert packed <= exact
+
+
+def test_instructions_are_compared_for_every_head():
+    sizes = itertools.product(("sm_80", "sm_90"), (64, 128, 256), (16, 32))
+    assert {size for size in sizes if size[1:] != (256, 32)} <= {(c.target, c.head_dim, c.rows) for c in PACKED}
 
 
 def test_a_loop_is_counted_from_its_backward_branch():
@@ -94,7 +123,7 @@ def test_a_loop_is_counted_from_its_backward_branch():
         /*0060*/               @P2 BRA `(.L_x_1) ;
         /*0070*/                   EXIT ;
 """
-    assert codegen._loops(code) == [4]
+    assert [len(body) for body in codegen._loops(code)] == [4]
 
 
 def test_reading_a_number_on_the_host_would_raise_and_the_kernels_read_none():
