@@ -37,12 +37,25 @@ PYTHONPATH=$environment/oldest "$bin/pytest" "${parallel[@]}" tests/test_masks.p
 
 job() {
   echo "$1:"
-  "$bin/pytest" "${parallel[@]}" "$1"
+  "$bin/pytest" "${parallel[@]}" "$@"
 }
+triton_versions=(3.3.1 3.6.0 3.9.0) # beside the pinned one: what PyTorch 2.7 brings, what 2.11 does, and the newest
 if [ $# -eq 0 ]; then
   if "$bin/python" -c 'import triton' 2>/dev/null; then
     TRITON_INTERPRET=1 job tests/jobs/triton_interpreter
     job tests/jobs/triton_codegen
+    for version in "${triton_versions[@]}"; do
+      beside=$environment/triton-$version
+      if [ ! -d "$beside" ]; then
+        # Interpreters before 3.7 do not work with a numpy that is newer.
+        "$bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --target "$beside.new" \
+          "triton==$version" numpy==2.2.6
+        mv "$beside.new" "$beside"
+      fi
+      echo "triton $version:"
+      PYTHONPATH=$beside TRITON_INTERPRET=1 job tests/jobs/triton_interpreter -m every_triton
+      PYTHONPATH=$beside job tests/jobs/triton_codegen -m every_triton
+    done
   else
     echo "tests/jobs/triton_*: not run, triton is not installed"
   fi

@@ -300,7 +300,7 @@ def test_stages_keep_to_the_gpu(stage, without_triton, monkeypatch):
 
 def test_a_wrong_quantizer_is_found(monkeypatch):
     assert kernels._quantizes(rehearsal.MACHINE, 4, 64)["ok"]
-    wrong = lambda k, v, into, slot: blocks.quantize_blocks(k, 1.01 * v, into, slot)  # noqa: E731
+    wrong = lambda jobs: blocks.quantize_blocks([job._replace(v=1.01 * job.v) for job in jobs])  # noqa: E731
     monkeypatch.setattr(dispatch, "quantizer", lambda *given: wrong)
     assert not kernels._quantizes(rehearsal.MACHINE, 4, 64)["ok"]
 

@@ -30,6 +30,7 @@ from hf_kvattn.evaluation.gpu_check.running import Found, Machine, NotHere, Run,
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall, SinkKV
 from hf_kvattn.quant import blocks
+from hf_kvattn.quant.blocks import Blocks
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK, keys_to, values_to
 
@@ -133,7 +134,7 @@ def _checked(case: Case, machine: Machine) -> Found:
 
 
 def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
-    """Whether codes mean, bit for bit, what those of PyTorch on a CPU mean.
+    """Whether codes mean, bit for bit, what those of PyTorch on a CPU mean; two layers' blocks in one launch.
 
     Fewer bits are searched for, with sums whose order differs by device: these are held against the device's own.
     """
@@ -146,16 +147,22 @@ def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
     k, v = machine.randn(2, BATCH, KV_HEADS, 4 * BLOCK, dim)
     k[..., 0] += 100  # a channel apart
     k[:, :, :BLOCK, 1] = 0  # and a scale of zero
-    dispatch.quantize_blocks(k, v, packed, 0)
     names = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
     arrays: dict[str, Any] = {name: getattr(packed, name) for name in names}
+    twin = replace(packed, **copy.deepcopy(arrays))
+    finite = dispatch.quantize_blocks([Blocks(k, v, packed, 0), Blocks(k, v, twin, 0)])
+    pairs = ((a[:, :, :4], getattr(twin, name)[:, :, :4]) for name, a in arrays.items() if a is not None)
+    alike = all(torch.equal(*pair) for pair in pairs)
+    if finite is not None:  # a GPU says so itself
+        flagged = dispatch.quantize_blocks([Blocks(k, v * float("nan"), twin, 0)])
+        alike &= flagged is not None and bool(finite.all()) and flagged.bool().tolist() == [[True, False]]
     here: dict[str, Any] = {name: None if array is None else array.to(place) for name, array in arrays.items()}
     here["k_codes"] = keys_to(packed.k_codes, packed.k_codec.planes, place)
     here["v_codes"] = values_to(packed.v_codes, packed.v_codec.planes, place)
     made, expected = (replace(packed, tokens=4 * BLOCK, **copy.deepcopy(here)) for _ in range(2))
-    blocks.quantize_blocks(k.to(place), v.to(place), expected, 0)
-    pairs = zip(made.dense(0, 4), expected.dense(0, 4), strict=True)
-    return {"ok": all(torch.equal(own, other) for own, other in pairs)}
+    blocks.quantize_blocks([Blocks(k.to(place), v.to(place), expected, 0)])
+    both = zip(made.dense(0, 4), expected.dense(0, 4), strict=True)
+    return {"ok": alike and all(torch.equal(own, other) for own, other in both)}
 
 
 def _dequantizes(machine: Machine, bits: int | str, dim: int) -> Found:
