@@ -195,6 +195,9 @@ class _Stream:
     def wait_event(self, event: _Event) -> None:
         event.stream.run(event.until)
 
+    def wait_stream(self, other: _Stream) -> None:
+        other.run(other.ran + len(other.queue or ()))
+
     def run(self, until: int) -> None:
         while self.queue and self.ran < until:
             self.queue.pop(0)()
