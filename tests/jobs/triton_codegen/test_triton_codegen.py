@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from triton.backends.amd.compiler import HIPBackend
 
 from hf_kvattn.evaluation import codegen
 from hf_kvattn.kernels import dispatch
@@ -29,15 +30,16 @@ SAMPLE = CASES if ALL else [
     codegen.Case("decode", "sm_80", 128, 16, 4, 4),
     codegen.Case("decode", "sm_80", 256, 16, 4, 4),
     codegen.Case("decode", "sm_90", 128, 16, 4, 4),
-    codegen.Case("decode", "sm_90", 80, 32, 8, 4),
+    codegen.Case("decode", "sm_90", 64, 32, 8, 4),
     codegen.Case("decode", "sm_90", 128, 32, "fp8", "fp8"),
-    codegen.Case("decode", "sm_100", 64, 32, 2, 2),
+    codegen.Case("decode", "sm_100", 128, 16, 4, 4),
     codegen.Case("decode", "gfx942", 128, 16, 4, 4),
     codegen.Case("decode", "sm_90", 128, 32, 3, 3),
     codegen.Case("decode", "sm_90", 256, 16, 8, 4, lengths=True),
-    codegen.Case("decode", "sm_100", 80, 32, sinks=True),
-    codegen.Case("decode", "gfx942", 64, 32, 0, 0, lengths=True),
+    codegen.Case("decode", "sm_80", 64, 32, sinks=True),
+    codegen.Case("decode", "gfx942", 128, 16, 0, 0),
     codegen.Case("quantize", "sm_90", 128, 0, 4, 4),
+    codegen.Case("dequantize", "sm_90", 128, 0, 4, 4),
     codegen.Case("merge", "sm_90", 128),
 ]  # fmt: skip
 
@@ -48,9 +50,11 @@ def test_recorded_resources_are_those_of_this_code(case):
     assert codegen.compile_case(case) == row["resources"]
 
 
+# That of 3.3.1 asks for ROCm's linker, which its wheel does not bring.
+LINKS_FOR_AMD = not hasattr(HIPBackend, "path_to_rocm_lld")
 EVERY_TRITON = [
     codegen.Case(kernel, target, 128, 16 if kernel == "decode" else 0, *bits, lengths=lengths)
-    for target in ("sm_80", "sm_90", "sm_120", "gfx942")
+    for target in ("sm_80", "sm_90", "sm_120", *["gfx942"] * LINKS_FOR_AMD)
     for kernel, bits, lengths in (
         ("decode", (4, 4), False), ("decode", (8, 8), False), ("decode", (0, 0), False), ("decode", (4, 4), True),
         ("merge", (0, 0), False), ("quantize", (4, 4), False), ("dequantize", (4, 4), False),
@@ -69,6 +73,34 @@ def test_no_spills_with_this_version_of_triton(case):
 
 def test_everything_that_is_shipped_is_recorded():
     assert sorted(map(str, CASES)) == sorted(map(str, codegen.all_cases()))
+
+
+def spills_of(case: codegen.Case) -> tuple[int, int]:
+    """The most spilled bytes, and spill instructions in loops, that are stood for."""
+    if case.kernel != "decode":
+        return 0, 0
+    if case.target == "gfx1100":  # 256 registers a thread, half of what gfx942 has, hold no tile of tokens beside it
+        return SPILLED_ON_GFX1100[case.head_dim, case.rows, case.k_bits, case.v_bits], 0
+    if case.target.startswith("sm") and case.head_dim == 256:  # what is used behind the loop over packed tokens
+        return SPILLED_AT_256.get((case.k_bits, case.v_bits), (0, 0))
+    return 0, 0
+
+
+SPILLED_ON_GFX1100 = {(128, 16, 0, 0): 96, (128, 16, 4, 4): 748, (128, 32, 8, 8): 1172, (256, 16, 4, 4): 3036}
+SPILLED_AT_256 = {
+    (8, 8): (48, 0), (8, 4): (48, 1), (3, 3): (40, 3), (2, 2): (32, 0), ("fp8", "fp8"): (48, 0), ("fp8", 4): (56, 2),
+}  # fmt: skip
+
+
+def takes_all(case: codegen.Case) -> bool:
+    """Whether one program may fill a multiprocessor."""
+    if case.kernel == "quantize":  # once in 32 steps
+        return True
+    if case.kernel != "decode":
+        return False
+    if case.target == "gfx942":  # loads wait in registers
+        return case.head_dim == 256 and case.k_bits != 0
+    return case.target in ("sm_86", "sm_89", "sm_120") and (case.head_dim, case.k_bits) == (128, 8)  # 100 KB shared
 
 
 @pytest.mark.parametrize("target", codegen.TARGETS)
