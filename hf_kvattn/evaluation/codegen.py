@@ -202,6 +202,7 @@ GRID = {"sm_80": (64, 128, 256), "sm_90": (64, 128, 256)}
 SAMPLE: tuple[tuple[int, int, tuple[Bits, Bits]], ...] = (  # head_dim, rows, bits
     (128, 16, (4, 4)), (128, 16, (0, 0)), (128, 32, (8, 8)), (256, 16, (4, 4)),
 )  # fmt: skip
+UNEVEN = ((80, 16, (4, 4)), (80, 32, (8, 8)), (96, 16, (4, 4)), (96, 16, (0, 0)))  # not powers of two, on those of GRID
 
 
 def all_cases() -> list[Case]:
@@ -220,7 +221,8 @@ def all_cases() -> list[Case]:
         cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if not {2, 3} & set(mix)]
         cases += [Case("merge", target, dim), Case("dequantize", target, dim, 0, 8, 4)]
     for target in TARGETS:
-        sample = [Case("decode", target, dim, rows, *mix) for dim, rows, mix in SAMPLE]
+        uneven = UNEVEN if target in GRID else ()
+        sample = [Case("decode", target, dim, rows, *mix) for dim, rows, mix in (*SAMPLE, *uneven)]
         sample += [Case("quantize", target, 128, 0, 4, 4), Case("merge", target, 128)]
         sample += [Case("dequantize", target, 128, 0, 4, 4)]
         cases += [case for case in sample if case not in cases]

@@ -2,7 +2,7 @@
 quantizes blocks. This module needs no triton. Those with the kernels, `attention_kernels.py` and `quantize.py`, do, and
 are imported when the first call comes.
 
-Compiled for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and checked numerically in Triton's interpreter; never run on a
+Compiled for eight GPUs, NVIDIA sm_80 to sm_120 and two of AMD, and checked in Triton's interpreter; never run on a
 GPU. What it compiles to is in `model_cards/kernels/TRITON.md`.
 """
 

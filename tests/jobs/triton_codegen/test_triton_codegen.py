@@ -34,7 +34,7 @@ SAMPLE = CASES if ALL else [
     codegen.Case("decode", "sm_90", 128, 32, "fp8", "fp8"),
     codegen.Case("decode", "sm_100", 128, 16, 4, 4),
     codegen.Case("decode", "gfx942", 128, 16, 4, 4),
-    codegen.Case("decode", "sm_90", 128, 32, 3, 3),
+    codegen.Case("decode", "sm_90", 128, 16, 3, 3),
     codegen.Case("decode", "sm_90", 256, 16, 8, 4, lengths=True),
     codegen.Case("decode", "sm_80", 64, 32, sinks=True),
     codegen.Case("decode", "gfx942", 128, 16, 0, 0),
@@ -83,6 +83,8 @@ def spills_of(case: codegen.Case) -> tuple[int, int]:
         return SPILLED_ON_GFX1100[case.head_dim, case.rows, case.k_bits, case.v_bits], 0
     if case.target.startswith("sm") and case.head_dim == 256:  # what is used behind the loop over packed tokens
         return SPILLED_AT_256.get((case.k_bits, case.v_bits), (0, 0))
+    if (case.target, case.head_dim, case.rows, case.k_bits) == ("sm_80", 80, 32, 8):
+        return 16, 0
     return 0, 0
 
 
@@ -241,4 +243,6 @@ def test_auto_takes_it_for_packed_tokens_on_a_gpu_alone(monkeypatch):
         module, reason = dispatch.auto_choice(call)
         assert module == "sdpa" and "beyond 128 query tokens blocks are dequantized" in reason
         dense = codegen.fake_call(64, 0, 0, tokens=0)
+        assert dispatch.auto_choice(dense)[0] == "triton"  # one query: before SDPA
+        dense.q = torch.empty(1, 8, 17, 64, dtype=torch.bfloat16, device="cuda")
         assert dispatch.auto_choice(dense)[0] == "sdpa" and triton_backend.unsupported(dense) is None
