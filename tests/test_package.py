@@ -85,7 +85,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "teaching": set(),
     "tools": {"caches", "describe", "planning"},  # of caches: their table
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
-    "evaluation": {"caches", "kernels", "modules", "quant", "tools"},
+    "evaluation": {"caches", "compiling", "kernels", "modules", "quant", "tools"},
     "integrations": {"attention", "caches", "evaluation", "generation", "kernels", "models", "planning", "plugin"}
     | {"tools"},
     "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
