@@ -32,7 +32,8 @@ BITS: dict[str, int | str | None] = {"exact": None, "int8": 8, "int4": 4, "int2"
 def _calls(machine: Machine, bits: int | str | None, batch: int, tokens: int) -> tuple[list[AttendCall], int]:
     """Calls over as many filled layers as together exceed the GPU's own cache, and the bytes of one of them."""
     q_heads, kv_heads, dim = machine.pick(HEADS, FEW_HEADS)
-    of_token = batch * kv_heads * dim * 2 * (2 if bits is None else 1 if bits in (8, "fp8") else bits / 8)  # type: ignore[operator]
+    width = 16 if bits is None else 8 if isinstance(bits, str) else bits  # fp8 is the one name
+    of_token = batch * kv_heads * dim * 2 * width / 8
     past_l2 = 4 * l2_bytes(machine.device)
     layers = machine.pick(max(1, int(-(-past_l2 // (of_token * tokens)))), 1)
     config = one_layer(q_heads, kv_heads, dim, layers)
@@ -113,7 +114,8 @@ def _lengths(machine: Machine, bits: str, tokens: int) -> tuple[Callable[[Attend
 
 
 def _cell(run: Run, batch: int, tokens: int) -> None:
-    machine, lanes, cell = run.machine, {}, f"B{batch} x {tokens}"  # type: ignore[var-annotated]
+    lanes: dict[str, Any] = {}
+    machine, cell = run.machine, f"B{batch} x {tokens}"
     made: dict[str, tuple[list[AttendCall], int]] = {}
 
     def of(bits: str) -> tuple[list[AttendCall], int]:

@@ -27,7 +27,7 @@ DTYPE = torch.float16  # its rounding hides eight times less than bfloat16's
 ROOM = 640
 RING = "a ring of the model's own"  # a StaticKVCache of a model with sliding windows
 OURS: dict[str, MakeCache] = {
-    **{name: lambda c, n, kind=CACHES[name]: kind(c, max_cache_len=n)  # type: ignore[misc]
+    **{name: lambda c, n, kind=CACHES[name]: kind(c, max_cache_len=n)  # type: ignore[misc]  # a default's type
        for name in ("static", "int8", "int4", "int3", "int2", "k8v4", "fp8")},
     "offloaded": lambda config, room: StaticKVCache(config, max_cache_len=room, offload=True),
     "growing": lambda config, room: StaticKVCache(config),

@@ -41,14 +41,14 @@ class Forced(LogitsProcessor):
 def compile_config(machine: Machine, mode: str | None = "reduce-overhead") -> CompileConfig:
     """How steps are compiled; a rehearsal traces them, and needs no compiler."""
     if machine.rehearsed:
-        return CompileConfig(fullgraph=True, mode=None, backend="eager")  # type: ignore[arg-type]
+        return CompileConfig(fullgraph=True, mode=None, backend="eager")  # type: ignore[arg-type]  # as below
     return CompileConfig(fullgraph=True, mode=mode)  # type: ignore[arg-type]  # torch.compile takes None
 
 
 def forced(model: PreTrainedModel, cache: Any, prompt: torch.Tensor, tokens: torch.Tensor, **more: Any) -> Any:
     """The logits `(B, T, V)` with which `generate()` goes over given tokens; its last hidden states if asked for."""
     processor = Forced(tokens)
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(  # type: ignore[operator]  # nn.Module attributes are typed Tensor | Module
         prompt, past_key_values=cache, max_new_tokens=tokens.shape[1], min_new_tokens=tokens.shape[1], do_sample=False,
         logits_processor=LogitsProcessorList([processor]), return_dict_in_generate=True, **more,
     )  # fmt: skip

@@ -149,7 +149,8 @@ def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
     k[:, :, :BLOCK, 1] = 0  # and a scale of zero
     names = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
     arrays: dict[str, Any] = {name: getattr(packed, name) for name in names}
-    twin = replace(packed, **{name: None if array is None else array.clone() for name, array in arrays.items()})
+    copies: dict[str, Any] = {name: None if array is None else array.clone() for name, array in arrays.items()}
+    twin = replace(packed, **copies)
     finite = dispatch.quantize_blocks([Blocks(k, v, packed, 0), Blocks(k, v, twin, 0)])
     pairs = ((a[:, :, :4], getattr(twin, name)[:, :, :4]) for name, a in arrays.items() if a is not None)
     alike = all(torch.equal(*pair) for pair in pairs)
