@@ -64,6 +64,11 @@ if [ $# -eq 0 ]; then
   else
     echo "tests/jobs/graphs_on_fakes: not run, there is no g++"
   fi
+  if command -v g++ >/dev/null && command -v cmake >/dev/null && grep -qsw avx2 /proc/cpuinfo; then
+    job tests/jobs/emulated_avx512
+  else
+    echo "tests/jobs/emulated_avx512: not run, it needs g++, cmake and a CPU with AVX2"
+  fi
   job tests/jobs/model_sweep
   job tests/jobs/doors
 fi
