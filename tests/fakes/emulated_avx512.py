@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parents[2] / "hf_kvattn" / "kernels" / "csrc"
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
 VARIANTS = ("avx512_bf16", "avx512")
 
 
