@@ -69,6 +69,11 @@ if [ $# -eq 0 ]; then
   else
     echo "tests/jobs/emulated_avx512: not run, it needs g++, cmake and a CPU with AVX2"
   fi
+  if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null && command -v cmake >/dev/null; then
+    job tests/jobs/arm
+  else
+    echo "tests/jobs/arm: not run, it needs cmake and Debian's g++-aarch64-linux-gnu and qemu-user"
+  fi
   job tests/jobs/model_sweep
   job tests/jobs/doors
 fi

@@ -1,5 +1,6 @@
 """Attention problems for the kernel tests: hostile shapes, poisoned slots, every rule."""
 
+import platform
 from dataclasses import replace
 
 import torch
@@ -8,7 +9,9 @@ from hf_kvattn.kernels.call import AttendCall, SinkKV
 
 POISON = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}  # finite: 0 * inf would hide in a NaN anyway
 
-VARIANTS = ["avx512_bf16", "avx512", "avx2", "portable"]  # of the native kernels
+# Of the native kernels: those that a library for this machine has. Some jobs load another library, and change the list.
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+VARIANTS = ["neon_bf16", "neon", "portable"] if ARM else ["avx512_bf16", "avx512", "avx2", "portable"]
 
 # (G, Tq, Tk, D, rules): odd sizes, one tile of 64 and 32 tokens more or less, chunks of 32 rows crossed, Tq != Tk
 SHAPES = {

@@ -150,11 +150,11 @@ void score_block(const float *q, int64_t q_stride, const T *k, int64_t k_stride,
   }
 }
 
-// The same with bf16 products and fp32 sums. q is bf16, padded with zeros to 32 lanes.
+// The same with bf16 products and fp32 sums. q is bf16, padded with zeros to whole vectors.
 template <int R, typename S = Simd>
 void score_block_bf16(const bf16_t *q, int64_t q_stride, const bf16_t *k, int64_t k_stride, int n, int d,
                       float *scores) {
-  constexpr int kPairLanes = 32;
+  constexpr int kPairLanes = 2 * S::kLanes;
   for (int t = 0; t < n; t += 4) {
     const bf16_t *row[4];
     for (int j = 0; j < 4; ++j) row[j] = k + k_stride * min(t + j, n - 1);

@@ -8,6 +8,14 @@
 #include <initializer_list>
 #include <new>
 
+#ifdef KVATTN_ARM64
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#endif
+
 #include "parallel.h"
 
 // Defined in variant.cpp, which CMake compiles once for each variant.
@@ -19,6 +27,10 @@ KVATTN_DECLARE(portable)
 KVATTN_DECLARE(avx2)
 KVATTN_DECLARE(avx512)
 KVATTN_DECLARE(avx512_bf16)
+#endif
+#ifdef KVATTN_ARM64
+KVATTN_DECLARE(neon)
+KVATTN_DECLARE(neon_bf16)
 #endif
 
 namespace {
@@ -43,13 +55,34 @@ bool has_avx512_bf16() {
 }
 #endif
 
+#ifdef KVATTN_ARM64
+bool has_neon_bf16() {
+#if defined(__APPLE__)
+  int32_t has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#elif defined(__linux__)
+  constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16, which older headers lack
+  return getauxval(AT_HWCAP2) & kBf16;
+#else
+  return false;
+#endif
+}
+#endif
+
+bool everywhere() { return true; }
+
 const Variant kVariants[] = {
 #ifdef KVATTN_X86
     {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16, kvattn_quantize_avx512_bf16},
     {"avx512", has_avx512, kvattn_attend_avx512, kvattn_quantize_avx512},
     {"avx2", has_avx2, kvattn_attend_avx2, kvattn_quantize_avx2},
 #endif
-    {"portable", [] { return true; }, kvattn_attend_portable, kvattn_quantize_portable},
+#ifdef KVATTN_ARM64
+    {"neon_bf16", has_neon_bf16, kvattn_attend_neon_bf16, kvattn_quantize_neon_bf16},
+    {"neon", everywhere, kvattn_attend_neon, kvattn_quantize_neon},
+#endif
+    {"portable", everywhere, kvattn_attend_portable, kvattn_quantize_portable},
 };
 
 std::atomic<const Variant *> chosen{nullptr};

@@ -101,7 +101,7 @@ KVATTN_API int64_t kvattn_sizeof_attend_args(void);
 KVATTN_API int64_t kvattn_sizeof_quantize_args(void);
 // Name of the SIMD variant in use: chosen from the CPU's features at the first call.
 KVATTN_API const char *kvattn_variant(void);
-// Forces a variant ("avx512_bf16", "avx512", "avx2", "portable"; "" = best). Returns 0, or 1 if this CPU lacks it.
+// Forces a variant (kvattn.cpp lists them; "" = best). Returns 0, or 1 if this CPU lacks it.
 KVATTN_API int kvattn_select(const char *name);
 // Whether the kernels were built with OpenMP.
 KVATTN_API int kvattn_has_openmp(void);

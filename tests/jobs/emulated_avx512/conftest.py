@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import emulated_avx512
+import problems
 import pytest
 
 from hf_kvattn.kernels import native
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))  # whose tests this job imports
+problems.VARIANTS[:] = emulated_avx512.VARIANTS  # before they are imported
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,14 +32,3 @@ def emulated_library(tmp_path_factory, worker_id):
         native._load.cache_clear()
         yield library
         native._load.cache_clear()
-
-
-def pytest_collection_modifyitems(config, items):
-    """Of the tests that run in every variant, those of the emulated ones; the suite has the others."""
-
-    def here(item) -> bool:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        return parameters.get("variant", emulated_avx512.VARIANTS[0]) in emulated_avx512.VARIANTS
-
-    config.hook.pytest_deselected(items=[item for item in items if not here(item)])
-    items[:] = filter(here, items)

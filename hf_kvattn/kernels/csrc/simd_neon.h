@@ -1,0 +1,111 @@
+// NEON, which every 64-bit Arm CPU has: four floats, thirty-two registers. In the variant that is built for them, bf16
+// dot products too.
+#pragma once
+#include <arm_neon.h>
+
+#include "scalar.h"
+
+namespace {  // one per variant: each is compiled with its own flags and must not be merged with another's
+
+struct Simd {
+  static constexpr int kLanes = 4;
+  static constexpr int kRows = 4;
+  static constexpr int kVectors = 4;
+  static constexpr int kUnroll = 8;
+  using Vec = float32x4_t;
+
+  static Vec set(float x) { return vdupq_n_f32(x); }
+  static Vec load(const float *p) { return vld1q_f32(p); }
+  static void store(float *p, Vec a) { vst1q_f32(p, a); }
+  static Vec widen(const float *p) { return load(p); }
+  static Vec widen(const bf16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(p), 16)); }
+  static Vec widen(const f16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(p))); }
+  template <typename T>
+  static Vec widen_tail(const T *p, int n) {
+    T padded[kLanes] = {};
+    for (int i = 0; i < n; ++i) padded[i] = p[i];
+    return widen(padded);
+  }
+  static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
+  static Vec div(Vec a, Vec b) { return vdivq_f32(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  static Vec abs(Vec a) { return vabsq_f32(a); }
+  static Vec max(Vec a, Vec b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // returns b when either is NaN
+  // The fractional part of x. x becomes its floor, and at least -127, for which
+  // `scale_pow2` returns 0.
+  static Vec fraction(Vec &x) {
+    x = max(set(-127.f), x);
+    Vec floor_x = vrndmq_f32(x), rest = vsubq_f32(x, floor_x);
+    x = floor_x;
+    return rest;
+  }
+  static Vec scale_pow2(Vec a, Vec n) {
+    int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  }
+  static bool all_at_most(Vec a, float x) { return vminvq_u32(vcleq_f32(a, set(x))) != 0; }
+  static float sum(Vec a) { return vaddvq_f32(a); }
+  static float max_lane(Vec a) { return vmaxnmvq_f32(a); }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    store(out, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d)));
+  }
+  static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
+    store(out, vpmaxnmq_f32(vpmaxnmq_f32(a, b), vpmaxnmq_f32(c, d)));
+  }
+
+  using Words = int16x8_t;               // 16-bit integers, two a lane
+  using Ints = int32x4_t;                // 32-bit integers; sums wrap
+  static Words pair(const int16_t *p) {  // the two words at p in every lane
+    int32_t both;
+    memcpy(&both, p, 4);
+    return vreinterpretq_s16_s32(vdupq_n_s32(both));
+  }
+  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
+  // added as bit 2.
+  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
+    uint16x8_t a = shift_right(load_words(low), shift);
+    if (shift + width < 16) a = vandq_u16(a, vdupq_n_u16(static_cast<uint16_t>((1 << width) - 1)));
+    if (high) {
+      uint16x8_t b = vandq_u16(shift_right(load_words(high), high_bit), vdupq_n_u16(1));
+      a = vorrq_u16(a, vshlq_n_u16(b, 2));
+    }
+    return vreinterpretq_s16_u16(a);
+  }
+  static Ints set_int(int x) { return vdupq_n_s32(x); }
+  static Ints dot(Words a, Words b, Ints c) {
+    return vaddq_s32(c, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
+  }
+  static Vec to_floats(Ints a) { return vcvtq_f32_s32(a); }
+  // Rounded to 16 bits. The second and third of each four numbers change places.
+  static Words to_words(Vec a, Vec b) {
+    auto swap = [](int16x4_t x) { return vuzp1_s16(x, vext_s16(x, x, 1)); };  // 0 1 2 3, 1 2 3 0: 0 2 1 3
+    return vcombine_s16(swap(vqmovn_s32(vcvtnq_s32_f32(a))), swap(vqmovn_s32(vcvtnq_s32_f32(b))));
+  }
+  static void store_words(int16_t *p, Words a) { vst1q_s16(p, a); }
+  static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
+
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+  static constexpr bool kDotsBf16 = true;
+  using Pairs = bfloat16x8_t;
+  static Pairs load_pairs(const bf16_t *p) { return vreinterpretq_bf16_u16(load_words(p)); }
+  static Pairs load_pairs_tail(const bf16_t *p, int n) {
+    bf16_t padded[2 * kLanes] = {};
+    for (int i = 0; i < n; ++i) padded[i] = p[i];
+    return load_pairs(padded);
+  }
+  static Vec dot(Pairs a, Pairs b, Vec c) { return vbfdotq_f32(c, a, b); }
+#else
+  static constexpr bool kDotsBf16 = false;
+#endif
+
+ private:
+  // Storage need not be aligned, as no pointer to codes is.
+  static uint16x8_t load_words(const void *p) {
+    return vreinterpretq_u16_u8(vld1q_u8(static_cast<const uint8_t *>(p)));
+  }
+  static uint16x4_t load_halves(const void *p) { return vreinterpret_u16_u8(vld1_u8(static_cast<const uint8_t *>(p))); }
+  static uint16x8_t shift_right(uint16x8_t a, int n) { return vshlq_u16(a, vdupq_n_s16(static_cast<int16_t>(-n))); }
+};
+
+}  // namespace
