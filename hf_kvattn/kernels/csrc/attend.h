@@ -20,9 +20,11 @@
 
 namespace {
 
-constexpr int kTile = 64;    // most tokens of a tile; a multiple of every lane count and of 4
-constexpr int kChunk = 32;   // query rows of one job
-constexpr int kFewRows = 8;  // up to so many rows a tile is widened in registers, once for each row block
+constexpr int kTile = 64;       // most tokens of a tile; a multiple of every lane count and of 4
+constexpr int kChunk = 32;      // query rows of one job, where there are few
+constexpr int kManyRows = 120;  // most query rows of a job whose tiles are packed (prompt.h)
+constexpr int kPackFrom = 24;   // from so many query rows on they are
+constexpr int kFewRows = 8;     // up to so many rows a tile is widened in registers, once for each row block
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
 constexpr float kRescaleThreshold = 8.f;  // weights may reach 2^8 before sums are rescaled
@@ -52,10 +54,11 @@ constexpr bool kSame<A, A> = true;
 // Uninitialised memory for n numbers; throws std::bad_alloc.
 template <typename N>
 struct Buffer {
-  explicit Buffer(int64_t n) : data(static_cast<N *>(::operator new(n * sizeof(N) + 1))) {}
-  ~Buffer() { ::operator delete(data); }
+  explicit Buffer(int64_t n) : data(static_cast<N *>(::operator new(n * sizeof(N) + 1, kAlign))) {}
+  ~Buffer() { ::operator delete(data, kAlign); }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
+  static constexpr std::align_val_t kAlign{64};  // a cache line
   N *data;
 };
 
@@ -89,8 +92,9 @@ inline void exp_sum(float *x, int n, float reference, float *sum_lanes) {
 
 }  // namespace
 
-// Uses the helpers above.
+// Use the helpers above.
 #include "packed.h"
+#include "prompt.h"
 
 namespace {
 
@@ -223,6 +227,7 @@ void for_row_blocks(int rows, F f) {
 template <typename T>
 class Attend {
   static constexpr bool kInBf16 = kSame<T, bf16_t> && Simd::kDotsBf16;
+  using Tile = PackedTile<T, kInBf16>;
   static constexpr int kWeightLimbs = kSame<T, bf16_t> ? 1 : kFineLimbs;  // of weights, for packed values
 
  public:
@@ -232,12 +237,13 @@ class Attend {
         window(min(a.window, a.kv_len)),
         d(static_cast<int>(a.head_dim)),
         d_pad(round_up(d, 64)),
+        most_rows(rows_of_jobs()),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
-        tile(a.packed_len == 0 && d > 64 ? kTile / 2 : kTile),
+        tile(a.packed_len == 0 && d > 64 && most_rows == kChunk ? kTile / 2 : kTile),
         to_wrap(a.ring_slots > 0 ? a.ring_slots - a.ring_slot : a.kv_len),
         lead(lead_tokens()),
         origin(lead > 0 ? lead - tile : 0),
-        partial_floats(kChunk * (2 + d_pad)) {}
+        partial_floats(most_rows * (2 + d_pad)) {}
 
   void run() {
     int64_t jobs = 0;
@@ -247,7 +253,7 @@ class Attend {
     start.data[0] = 0;
     for (int64_t b = 0, j = 0; b < a.batch; ++b)
       for (int64_t h = 0; h < a.kv_heads; ++h)
-        for (int64_t row = 0; row < rows(b); row += kChunk, ++j) {
+        for (int64_t row = 0; row < rows(b); row += chunk(b), ++j) {
           job.data[j] = job_at(b, h, row);
           start.data[j + 1] = start.data[j] + job.data[j].end_tile - job.data[j].tile;
         }
@@ -257,22 +263,30 @@ class Attend {
     // All memory is allocated here: an exception must not leave a parallel region.
     Buffer<float> partials(2 * threads * partial_floats);
     Buffer<Scratch> scratch(threads);
-    Buffer<float> wide(threads * kTile * d_pad), queries(threads * kChunk * d_pad);
+    const int64_t scratch_floats = most_rows * (kTile + d_pad + Simd::kLanes) + 2 * kTile * d_pad;
+    Buffer<float> floats(threads * scratch_floats);
     Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
+    Buffer<Span> spans(threads * most_rows);
     Buffer<T> gathered(a.kv_rows ? threads * 2 * kTile * d_pad : 0);
     int team = 1;
     parallel(threads, [&](int thread, int count) {
       Scratch &mine = scratch.data[thread];
-      mine.wide = wide.data + thread * kTile * d_pad;
-      mine.q = queries.data + thread * kChunk * d_pad;
+      mine.scores = floats.data + thread * scratch_floats;
+      mine.q = mine.scores + most_rows * kTile;
+      mine.sum_lanes = mine.q + most_rows * d_pad;
+      mine.wide = mine.sum_lanes + most_rows * Simd::kLanes;
       mine.q_bf16 = queries_bf16.data + thread * kChunk * d_pad;
+      mine.spans = spans.data + thread * most_rows;
       mine.gathered = gathered.data + (a.kv_rows ? thread * 2 * kTile * d_pad : 0);
       int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
       while (start.data[j + 1] <= from) ++j;
       for (; j < jobs && start.data[j] < to; ++j) {
         int64_t lo = max(from, start.data[j]) - start.data[j], hi = min(to, start.data[j + 1]) - start.data[j];
         float *partial = partial_of(partials.data, thread, lo == 0);
-        attend_tiles(job.data[j], lo, hi, mine, partial);
+        if (packs(job.data[j].b))
+          attend_packed_rows(job.data[j], lo, hi, mine, partial);
+        else
+          attend_tiles(job.data[j], lo, hi, mine, partial);
         if (lo == 0 && hi == start.data[j + 1] - start.data[j]) write(job.data[j], partial);
       }
       if (thread == 0) team = count;
@@ -295,14 +309,26 @@ class Attend {
     int64_t first_query;          // of the request, among those of all
     int64_t tensor_row;           // where it is in the first dimension of the tensors
   };
+  struct Span {
+    int64_t begin, end;  // tokens that a query row sees
+  };
   struct Scratch {
-    float scores[kChunk * kTile];
-    float *wide;  // a tile widened to fp32, (kTile, d_pad)
-    float *q;     // the queries of a chunk, (kChunk, d_pad), zero-padded
+    float *scores;     // (most_rows, kTile)
+    float *q;          // the queries of a job, (most_rows, d_pad), zero-padded
+    float *sum_lanes;  // running sums of weights, one for each lane, (most_rows, kLanes)
+    float *wide;       // a tile widened to fp32, (kTile, d_pad), or its packed keys, then its packed values
     bf16_t *q_bf16;
-    T *gathered;                             // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
-    float sum_lanes[kChunk * Simd::kLanes];  // running sums of weights, one for each lane
-    float mean_score[kChunk];                // what the mean of the packed keys adds to scores
+    Span *spans;               // (most_rows)
+    T *gathered;               // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
+    float mean_score[kChunk];  // what the mean of the packed keys adds to scores
+  };
+  // Where the tokens of a tile are stored: those in whole packed blocks, then the exact ones.
+  struct Place {
+    int64_t t;  // the first token
+    int n, packed;
+    int64_t block;
+    const T *k, *v;
+    int64_t k_stride, v_stride;
   };
 
   int64_t lead_tokens() const {
@@ -310,7 +336,18 @@ class Attend {
     return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
   int64_t rows(int64_t b) const { return group * (a.q_begin ? a.q_begin[b + 1] - a.q_begin[b] : a.q_len); }
-  int64_t chunks(int64_t b) const { return (rows(b) + kChunk - 1) / kChunk; }
+  bool packs(int64_t b) const { return rows(b) >= kPackFrom; }  // whether the tiles of its jobs are packed
+  int64_t chunk(int64_t b) const {                              // query rows of one job
+    if (!packs(b)) return kChunk;
+    const int64_t jobs = (rows(b) + kManyRows - 1) / kManyRows;
+    return round_up((rows(b) + jobs - 1) / jobs, kBlockRows);
+  }
+  int64_t chunks(int64_t b) const { return (rows(b) + chunk(b) - 1) / chunk(b); }
+  int64_t rows_of_jobs() const {
+    int64_t most = kChunk;
+    for (int64_t b = 0; b < (a.q_begin ? a.batch : 1); ++b) most = max(most, chunk(b));
+    return most;
+  }
   int64_t position(const Job &job, int64_t row) const { return job.past + row / group; }
   int64_t leftpad(int64_t b) const { return a.leftpad ? min(a.kv_len, max<int64_t>(0, a.leftpad[b])) : 0; }
   int64_t first_visible(const Job &job, int64_t row) const {
@@ -322,7 +359,7 @@ class Attend {
 
   Job job_at(int64_t b, int64_t h, int64_t row) const {
     Job job;
-    job.b = b, job.h = h, job.row = row, job.end_row = min<int64_t>(rows(b), row + kChunk);
+    job.b = b, job.h = h, job.row = row, job.end_row = min<int64_t>(rows(b), row + chunk(b));
     job.tokens = a.q_begin ? a.kv_begin[b + 1] - a.kv_begin[b] : a.kv_len;
     job.past = job.tokens - rows(b) / group;
     job.first_query = a.q_begin ? a.q_begin[b] : 0;
@@ -344,10 +381,10 @@ class Attend {
     return partials + (2 * thread + begun_here) * partial_floats;
   }
 
-  // A partial result: references (base 2), sums and unnormalised outputs of kChunk rows.
-  static float *references(float *partial) { return partial; }
-  static float *sums(float *partial) { return partial + kChunk; }
-  static float *outputs(float *partial) { return partial + 2 * kChunk; }
+  // A partial result: unnormalised outputs, references (base 2) and sums of most_rows rows.
+  static float *outputs(float *partial) { return partial; }
+  float *references(float *partial) const { return partial + most_rows * d_pad; }
+  float *sums(float *partial) const { return references(partial) + most_rows; }
 
   void clear(float *partial, int n_rows) const {
     fill(references(partial), references(partial) + n_rows, -kInf);
@@ -359,20 +396,21 @@ class Attend {
            (job.first_query + row / group) * stride[2];
   }
 
+  int visible_sinks(const Job &job, int r) const {
+    int64_t left = a.sink_evicted + (job.row + r) / group - (a.sink_leftpad ? a.sink_leftpad[job.b] : 0);
+    return static_cast<int>(max<int64_t>(0, min<int64_t>(left, a.sinks)));
+  }
+
   // The sinks are a tile of their own before tile 0, with queries of their own.
   void attend_sinks(const Job &job, int n_rows, Scratch &scratch, float *partial) const {
     const int n = static_cast<int>(a.sinks);
     const int64_t *stride = a.sink_kv_stride, at = job.b * stride[0] + job.h * stride[1];
-    auto visible = [&](int r) {
-      int64_t left = a.sink_evicted + (job.row + r) / group - (a.sink_leftpad ? a.sink_leftpad[job.b] : 0);
-      return static_cast<int>(max<int64_t>(0, min<int64_t>(left, n)));
-    };
-    if (visible(n_rows - 1) == 0) return;
+    if (visible_sinks(job, n_rows - 1) == 0) return;
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.sink_q) + query(job, job.row + r, a.sink_q_stride), r, scratch);
     score_tile(static_cast<const T *>(a.sink_k) + at, stride[2], n, n_rows, scratch, 0);
     for (int r = 0; r < n_rows; ++r)
-      softmax_tile(0, visible(r), n, &scratch.scores[r * kTile], references(partial) + r,
+      softmax_tile(0, visible_sinks(job, r), n, &scratch.scores[r * kTile], references(partial) + r,
                    scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad);
     value_tile(static_cast<const T *>(a.sink_v) + at, stride[2], n, n_rows, scratch, 0, outputs(partial));
   }
@@ -385,7 +423,6 @@ class Attend {
     if (with_sinks) attend_sinks(job, n_rows, scratch, partial);
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
-    const T *k = head(a.k, a.k_stride, job), *v = head(a.v, a.v_stride, job);
     const PackedKeys keys = packed_keys(job);
     const PackedValues values = packed_values_of(job);
     if (a.packed_len > 0) score_means(job, n_rows, scratch);
@@ -415,24 +452,13 @@ class Attend {
         i += run - 1;
         continue;
       }
-      int n = static_cast<int>(max<int64_t>(0, min(job.end, tile_begin(i + 1)) - t));
-      // Whole blocks are read: the rows' visible_end masks the tokens beyond it.
-      int64_t left = t < lead ? 0 : max<int64_t>(0, lead + a.packed_len - t);
-      int packed = static_cast<int>(min<int64_t>(round_up(n, kBlock), left)), blocks = packed / kBlock;
-      int64_t block = packed_slot((t - lead) / kBlock);
-      n = max(n, packed);
+      const Place at = place(job, i, scratch);
+      const int n = at.n, packed = at.packed, blocks = packed / kBlock;
       for_row_blocks<kPackedRows>(packed ? n_rows : 0, [&](auto count, int r) {
-        packed_scores<count.value>(keys.at(block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_score + r,
+        packed_scores<count.value>(keys.at(at.block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_score + r,
                                    &scratch.scores[r * kTile], kTile);
       });
-      // Where the tile's first exact token is stored.
-      int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + packed - a.packed_len;
-      if (a.q_begin) dense = request_row(job.b, t, n);
-      const bool apart = a.kv_rows && dense < 0;
-      if (apart) gather(job.b, t, n, k, v, scratch);
-      const T *k_tile = apart ? scratch.gathered : k + dense * a.k_stride[2];
-      const T *v_tile = apart ? scratch.gathered + kTile * d_pad : v + dense * a.v_stride[2];
-      if (packed < n) score_tile(k_tile, apart ? d_pad : a.k_stride[2], n - packed, n_rows, scratch, packed);
+      if (packed < n) score_tile(at.k, at.k_stride, n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r) {
         int begin = static_cast<int>(min<int64_t>(max<int64_t>(first_visible(job, job.row + r) - t, 0), n));
         int end = static_cast<int>(min<int64_t>(max<int64_t>(visible_end(job, job.row + r) - t, begin), n));
@@ -441,16 +467,105 @@ class Attend {
       }
       if (packed) set_rotated(true);
       for_row_blocks<kPackedRows>(packed ? n_rows : 0, [&](auto count, int r) {
-        packed_values<count.value, kWeightLimbs>(values.at(block), blocks, &scratch.scores[r * kTile], kTile,
+        packed_values<count.value, kWeightLimbs>(values.at(at.block), blocks, &scratch.scores[r * kTile], kTile,
                                                  outputs(partial) + r * d_pad, d_pad);
       });
       if (packed < n) {
         set_rotated(false);
-        value_tile(v_tile, apart ? d_pad : a.v_stride[2], n - packed, n_rows, scratch, packed, outputs(partial));
+        value_tile(at.v, at.v_stride, n - packed, n_rows, scratch, packed, outputs(partial));
       }
     }
     set_rotated(false);
     for (int r = 0; r < n_rows; ++r) sums(partial)[r] = Simd::sum(Simd::load(scratch.sum_lanes + r * Simd::kLanes));
+  }
+
+  // The same for many rows: tiles are packed, and their products computed in blocks of rows.
+  void attend_packed_rows(const Job &job, int64_t lo, int64_t hi, Scratch &scratch, float *partial) const {
+    const int n_rows = static_cast<int>(job.end_row - job.row), rows = static_cast<int>(round_up(n_rows, kBlockRows));
+    clear(partial, rows);
+    fill(scratch.sum_lanes, scratch.sum_lanes + rows * Simd::kLanes, 0.f);
+    const Tile tile{scratch.wide, scratch.wide + kTile * d_pad, d, d_pad};
+    bool rotated = false, empty = true;  // as in attend_tiles
+    auto set_rotated = [&](bool to) {
+      if (rotated != to && !empty)
+        for (int r = 0; r < n_rows; ++r) hadamard(outputs(partial) + r * d_pad, d, static_cast<int>(a.v_rotation));
+      rotated = to, empty = false;
+    };
+    // `write_keys` and `write_values` write the tile's n tokens from t on, of which `packed` come from blocks.
+    auto attend_tile = [&](int64_t t, int n, int packed, auto write_keys, auto write_values) {
+      int from = 0, to = n_rows;  // the rows that see any of it
+      while (from < to && scratch.spans[from].end <= t) ++from;
+      while (to > from && scratch.spans[to - 1].begin >= t + n) --to;
+      if (from == to) return;
+      from = from / kBlockRows * kBlockRows;
+      const int count = static_cast<int>(round_up(to - from, kBlockRows));
+      float *scores = scratch.scores + from * kTile, *acc = outputs(partial) + from * d_pad;
+      write_keys();
+      tile.score(scratch.q + from * kTile, rows, count, n, scores);
+      for (int r = from; r < min(n_rows, from + count); ++r) {
+        const Span span = scratch.spans[r];
+        const int begin = static_cast<int>(min<int64_t>(max<int64_t>(span.begin - t, 0), n));
+        const int end = static_cast<int>(min<int64_t>(max<int64_t>(span.end - t, begin), n));
+        float *x = scratch.scores + r * kTile;
+        softmax_tile(begin, end, n, x, references(partial) + r, scratch.sum_lanes + r * Simd::kLanes,
+                     outputs(partial) + r * d_pad);
+        Tile::to_units(x, n);
+      }
+      write_values();
+      if (packed > 0) set_rotated(true), tile.add_values(scores, 0, packed, count, acc);
+      if (packed < n) set_rotated(false), tile.add_values(scores, packed, n, count, acc);
+    };
+    if (a.sinks > 0 && lo == 0) {
+      load_queries(static_cast<const T *>(a.sink_q), a.sink_q_stride, job, n_rows, tile, scratch);
+      for (int r = 0; r < n_rows; ++r) scratch.spans[r] = {0, visible_sinks(job, r)};
+      const int n = static_cast<int>(a.sinks);
+      const int64_t *stride = a.sink_kv_stride, at = job.b * stride[0] + job.h * stride[1];
+      attend_tile(
+          0, n, 0, [&] { tile.write_keys(static_cast<const T *>(a.sink_k) + at, stride[2], n, 0); },
+          [&] { tile.write_values(static_cast<const T *>(a.sink_v) + at, stride[2], n, 0); });
+    }
+    load_queries(static_cast<const T *>(a.q), a.q_stride, job, n_rows, tile, scratch);
+    for (int r = 0; r < n_rows; ++r)
+      scratch.spans[r] = {first_visible(job, job.row + r), visible_end(job, job.row + r)};
+    const PackedKeys keys = packed_keys(job);
+    const PackedValues values = packed_values_of(job);
+    const float *mean = a.packed_len > 0 ? a.k_mean + (job.b * a.kv_heads + job.h) * d : nullptr;
+    for (int64_t i = job.tile + lo; i < job.tile + hi; ++i) {
+      const Place at = place(job, i, scratch);
+      attend_tile(
+          at.t, at.n, at.packed,
+          [&] {
+            for (int t = 0; t < at.packed; t += kBlock) tile.write_keys(keys.at(at.block + t / kBlock), mean, t);
+            tile.write_keys(at.k, at.k_stride, at.n - at.packed, at.packed);
+          },
+          [&] {
+            for (int t = 0; t < at.packed; t += kBlock) tile.write_values(values.at(at.block + t / kBlock), t);
+            tile.write_values(at.v, at.v_stride, at.n - at.packed, at.packed);
+          });
+    }
+    set_rotated(false);
+    for (int r = 0; r < n_rows; ++r) sums(partial)[r] = Simd::sum(Simd::load(scratch.sum_lanes + r * Simd::kLanes));
+  }
+
+  // Where the tokens of tile i lie; those that lie apart are gathered first.
+  Place place(const Job &job, int64_t i, Scratch &scratch) const {
+    Place at;
+    const int64_t t = at.t = tile_begin(i);
+    at.n = static_cast<int>(max<int64_t>(0, min(job.end, tile_begin(i + 1)) - t));
+    // Whole blocks are read: the rows' visible_end masks the tokens beyond it.
+    const int64_t left = t < lead ? 0 : max<int64_t>(0, lead + a.packed_len - t);
+    at.packed = static_cast<int>(min<int64_t>(round_up(at.n, kBlock), left));
+    at.block = packed_slot((t - lead) / kBlock);
+    at.n = max(at.n, at.packed);
+    int64_t dense = t < lead || a.packed_len == 0 ? ring_slot(t) : t + at.packed - a.packed_len;
+    if (a.q_begin) dense = request_row(job.b, t, at.n);
+    const T *k = head(a.k, a.k_stride, job), *v = head(a.v, a.v_stride, job);
+    const bool apart = a.kv_rows && dense < 0;
+    if (apart) gather(job.b, t, at.n, k, v, scratch);
+    at.k = apart ? scratch.gathered : k + dense * a.k_stride[2];
+    at.v = apart ? scratch.gathered + kTile * d_pad : v + dense * a.v_stride[2];
+    at.k_stride = apart ? d_pad : a.k_stride[2], at.v_stride = apart ? d_pad : a.v_stride[2];
+    return at;
   }
 
   // How many packed tiles from token t on are full and visible to all rows; 0 for many rows, where it does not pay.
@@ -515,6 +630,14 @@ class Attend {
     widen_row(from, d, scratch.q + r * d_pad);
     if constexpr (kInBf16)
       for (int64_t c = 0; c < d_pad; ++c) scratch.q_bf16[r * d_pad + c] = c < d ? from[c] : bf16_t{0};
+  }
+
+  // All queries of a job in panels, as products take them.
+  void load_queries(const T *q, const int64_t *stride, const Job &job, int n_rows, const Tile &tile,
+                    Scratch &scratch) const {
+    const int rows = static_cast<int>(round_up(n_rows, kBlockRows));
+    fill(scratch.q, scratch.q + rows * d_pad, 0.f);
+    for (int r = 0; r < n_rows; ++r) tile.write_query(q + query(job, job.row + r, stride), r, rows, scratch.q);
   }
 
   // Scores of n tokens, written from column `at` of the tile on.
@@ -622,7 +745,9 @@ class Attend {
   int group;
   int64_t window;  // at most kv_len, which hides nothing either; 0 = all
   int d;
-  int64_t d_pad, tile;
+  int64_t d_pad;
+  int64_t most_rows;  // of any job
+  int64_t tile;
   int64_t to_wrap;       // tokens before the ring wraps
   int64_t lead, origin;  // tokens of tile 0 where it is shorter, else 0; where tile 0 would begin if it were full
   int64_t partial_floats;

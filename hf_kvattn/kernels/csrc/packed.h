@@ -86,6 +86,19 @@ void quantize_queries(PackedKeys keys, int blocks, const float *q, int64_t q_str
   }
 }
 
+struct Codes {
+  Simd::Words even, odd;  // codes 0 and 2 of each lane, 1 and 3
+};
+
+// Unit i of 16 channels of a block. Their codes of unit 0 start at p.
+template <int Bits>
+__attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
+  constexpr int kLow = Bits == 3 ? 2 : Bits, kShared = 8 / kLow;
+  const uint8_t *low = p + i / kShared * kUnit, *high = Bits == 3 ? p + 2 * kUnit : nullptr;
+  const int shift = i % kShared * kLow;
+  return {Simd::codes(low, shift, kLow, high, i), Simd::codes(low, 8 + shift, kLow, high, 8 + i)};
+}
+
 }  // namespace
 
 // Both headers define FoldedQueries and FoldedWeights (quantized, with the scales of a block multiplied in), the

@@ -53,19 +53,6 @@ inline void write_words(Simd::Vec a, Simd::Vec b, int16_t *to, Simd::Ints &total
   total = Simd::dot(words, Simd::pair(one), total);
 }
 
-struct Codes {
-  Simd::Words even, odd;  // codes 0 and 2 of each lane, 1 and 3
-};
-
-// Unit i of 16 channels of a block. Their codes of unit 0 start at p.
-template <int Bits>
-__attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
-  constexpr int kLow = Bits == 3 ? 2 : Bits, kShared = 8 / kLow;
-  const uint8_t *low = p + i / kShared * kUnit, *high = Bits == 3 ? p + 2 * kUnit : nullptr;
-  const int shift = i % kShared * kLow;
-  return {Simd::codes(low, shift, kLow, high, i), Simd::codes(low, 8 + shift, kLow, high, 8 + i)};
-}
-
 // Adds the products of a unit's codes and the four words at `words`, one for each token or channel.
 __attribute__((always_inline)) inline Simd::Ints dot4(Codes codes, const int16_t *words, Simd::Ints sum) {
   return Simd::dot(codes.odd, Simd::pair(words + 2), Simd::dot(codes.even, Simd::pair(words), sum));

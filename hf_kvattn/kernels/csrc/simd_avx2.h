@@ -11,6 +11,8 @@ struct Simd {
   static constexpr int kRows = 2;
   static constexpr int kVectors = 4;
   static constexpr int kUnroll = 8;
+  static constexpr int kProductRows = 6;  // with kProductVectors, what a product of tiles holds in registers
+  static constexpr int kProductVectors = 2;
   static constexpr bool kDotsBf16 = false;
   using Vec = __m256;
 
@@ -67,6 +69,11 @@ struct Simd {
     Vec cd = max(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
     Vec all = max(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+  // The lanes of a and b in turns, a's first: those of the lower halves, and of the upper ones.
+  static void zip(Vec a, Vec b, Vec &low, Vec &high) {
+    const Vec even = _mm256_unpacklo_ps(a, b), odd = _mm256_unpackhi_ps(a, b);
+    low = _mm256_permute2f128_ps(even, odd, 0x20), high = _mm256_permute2f128_ps(even, odd, 0x31);
   }
 
   using Words = __m256i;                 // 16-bit integers, two a lane

@@ -11,6 +11,8 @@ struct Simd {
   static constexpr int kRows = 4;
   static constexpr int kVectors = 4;
   static constexpr int kUnroll = 8;
+  static constexpr int kProductRows = 12;  // with kProductVectors, what a product of tiles holds in registers
+  static constexpr int kProductVectors = 2;
   using Vec = __m512;
 
   static Vec set(float x) { return _mm512_set1_ps(x); }
@@ -39,6 +41,12 @@ struct Simd {
   }
   static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
     reduce4(a, b, c, d, out, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
+  }
+  // The lanes of a and b in turns, a's first: those of the lower halves, and of the upper ones.
+  static void zip(Vec a, Vec b, Vec &low, Vec &high) {
+    const __m512i lower = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = _mm512_permutex2var_ps(a, lower, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b);
   }
 
   using Words = __m512i;                 // 16-bit integers, two a lane
@@ -83,6 +91,18 @@ struct Simd {
   }
   static Vec dot(Pairs a, Pairs b, Vec c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  static Vec as_floats(Pairs a) { return _mm512_castsi512_ps(a); }  // the same bits
+  static Vec dot_pairs(Vec a, Vec b, Vec c) { return dot(_mm512_castps_si512(a), _mm512_castps_si512(b), c); }
+  // Lanes of both, rounded to bf16: lane i is the pair (a[i], b[i]).
+  static Vec pairs(Vec a, Vec b) {
+    const __m512i in_turns =
+        _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007, 0x180008,
+                          0x190009, 0x1a000a, 0x1b000b, 0x1c000c, 0x1d000d, 0x1e000e, 0x1f000f);
+    return as_floats(_mm512_permutexvar_epi16(in_turns, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a))));
+  }
+  static void store_bf16(bf16_t *p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
   }
 #else
   static constexpr bool kDotsBf16 = false;

@@ -8,9 +8,11 @@ namespace {  // one per variant: each is compiled with its own flags and must no
 
 struct Simd {
   static constexpr int kLanes = 8;
-  static constexpr int kRows = 2;     // rows held in registers at once
-  static constexpr int kVectors = 2;  // vectors of a value row held at once
-  static constexpr int kUnroll = 1;   // each operation is a loop: GCC takes minutes to unroll them
+  static constexpr int kRows = 2;         // rows held in registers at once
+  static constexpr int kVectors = 2;      // vectors of a value row held at once
+  static constexpr int kUnroll = 1;       // each operation is a loop: GCC takes minutes to unroll them
+  static constexpr int kProductRows = 2;  // with kProductVectors, what a product of tiles holds in registers
+  static constexpr int kProductVectors = 2;
   static constexpr bool kDotsBf16 = false;
   struct Vec {
     float lane[kLanes];
@@ -101,6 +103,11 @@ struct Simd {
   }
   static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
     out[0] = max_lane(a), out[1] = max_lane(b), out[2] = max_lane(c), out[3] = max_lane(d);
+  }
+  // The lanes of a and b in turns, a's first: those of the lower halves, and of the upper ones.
+  static void zip(Vec a, Vec b, Vec &low, Vec &high) {
+    KVATTN_EACH low.lane[i] = i % 2 ? b.lane[i / 2] : a.lane[i / 2];
+    KVATTN_EACH high.lane[i] = i % 2 ? b.lane[(i + kLanes) / 2] : a.lane[(i + kLanes) / 2];
   }
 
   struct Words {  // 16-bit integers, two a lane
