@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kTile = 64;       // most tokens of a tile; a multiple of every lane count and of 4
 constexpr int kChunk = 32;      // query rows of one job, where there are few
-constexpr int kManyRows = 120;  // most query rows of a job whose tiles are packed (prompt.h)
+constexpr int kManyRows = 240;  // most query rows of a job whose tiles are packed (prompt.h)
 constexpr int kPackFrom = 24;   // from so many query rows on they are
 constexpr int kFewRows = 8;     // up to so many rows a tile is widened in registers, once for each row block
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
@@ -78,12 +78,13 @@ inline void rescale(float greater, float *reference, float *sum_lanes, float *ac
   *reference = greater;
 }
 
-// Turns n scores, a multiple of the lane count, into weights 2^(x - reference) and adds them to the sums.
-inline void exp_sum(float *x, int n, float reference, float *sum_lanes) {
-  Simd::Vec total = Simd::load(sum_lanes), shift = Simd::set(-reference);
+// Turns n scores, a multiple of the lane count, into weights 2^(factor * x - reference) and adds them to the sums.
+inline void exp_sum(float *x, int n, float factor, float reference, float *sum_lanes) {
+  const Simd::Vec scale = Simd::set(factor), shift = Simd::set(-reference);
+  Simd::Vec total = Simd::load(sum_lanes);
 #pragma GCC unroll 4
   for (int i = 0; i < n; i += Simd::kLanes) {
-    Simd::Vec weight = exp2_vec(Simd::add(Simd::load(x + i), shift));
+    Simd::Vec weight = exp2_vec(Simd::fma(Simd::load(x + i), scale, shift));
     Simd::store(x + i, weight);
     total = Simd::add(total, weight);
   }
@@ -688,19 +689,24 @@ class Attend {
         Simd::Vec capped = tanh_vec(Simd::mul(Simd::load(x + i), Simd::set(a.scale / a.softcap)));
         Simd::store(x + i, Simd::mul(capped, Simd::set(a.softcap)));
       }
-    const Simd::Vec factor = Simd::set((a.softcap > 0 ? 1.f : a.scale) * kLog2e);
+    float factor = (a.softcap > 0 ? 1.f : a.scale) * kLog2e;
     Simd::Vec top = Simd::set(-kInf);
-    for (int i = 0; i < padded; i += Simd::kLanes) Simd::store(x + i, Simd::mul(Simd::load(x + i), factor));
-    fill(x, x + begin, -kInf);
-    fill(x + end, x + padded, -kInf);
-    for (int i = 0; i < padded; i += Simd::kLanes) top = Simd::max(top, Simd::load(x + i));
+    if (begin > 0 || end < padded) {  // multiplied before scores are masked: -inf times a factor may be anything
+      for (int i = 0; i < padded; i += Simd::kLanes)
+        Simd::store(x + i, Simd::mul(Simd::load(x + i), Simd::set(factor)));
+      fill(x, x + begin, -kInf);
+      fill(x + end, x + padded, -kInf);
+      factor = 1.f;
+    }
+    for (int i = 0; i < padded; i += Simd::kLanes)
+      top = Simd::max(top, Simd::mul(Simd::load(x + i), Simd::set(factor)));
     if (!Simd::all_at_most(top, *reference + kRescaleThreshold))
       rescale(max(*reference, Simd::max_lane(top)), reference, sum_lanes, acc, static_cast<int>(d_pad));
     if (*reference == -kInf) {  // nothing visible yet: all weights are 0, and inf - inf is avoided
       fill(x, x + padded, 0.f);
       return;
     }
-    exp_sum(x, padded, *reference, sum_lanes);
+    exp_sum(x, padded, factor, *reference, sum_lanes);
   }
 
   void write(const Job &job, float *partial) const {

@@ -186,7 +186,7 @@ inline void softmax_rows(float (*x)[kTile], const Simd::Vec *row_max, float *ref
     float *lanes = sum_lanes + r * Simd::kLanes;
     if (!(largest[r] <= reference[r] + kRescaleThreshold))
       rescale(max(reference[r], largest[r]), reference + r, lanes, acc + r * acc_stride, d);
-    exp_sum(x[r], kTile, reference[r], lanes);
+    exp_sum(x[r], kTile, 1.f, reference[r], lanes);
   }
 }
 
