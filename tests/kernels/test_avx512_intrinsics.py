@@ -103,6 +103,13 @@ def bf16_dot(x: np.ndarray, y: np.ndarray, total: np.ndarray) -> np.ndarray:
     return sums
 
 
+def rounded_to_bf16(x: np.ndarray) -> np.ndarray:
+    """The upper halves of the nearest floats whose lower halves are zeros; NaN stays, denormals become zeros."""
+    bits = flushed(x.view(F32)).view("u4")
+    nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(x.view(F32)), bits >> 16 | 0x40, nearest).astype(U16)
+
+
 def to_int32(x: np.ndarray) -> np.ndarray:
     rounded = np.rint(x.view(F32).astype(F64))
     fits = (rounded >= -(2.0**31)) & (rounded < 2.0**31)
@@ -158,6 +165,8 @@ DEFINED: dict[str, Callable] = {
     "packus_epi16": lambda a, b, c: saturated(halves(a.view(I16), b.view(I16)), 0, 255, U8),
     "shuffle_epi8": lambda a, b, c: shuffled(a, b),
     "permutexvar_epi64": lambda a, b, c: np.take_along_axis(b.view(I64), a.view(I64) & 7, 1),
+    "permutexvar_epi16": lambda a, b, c: np.take_along_axis(b.view(U16), (a.view(U16) & 31).astype(I64), 1),
+    "permutex2var_ps": lambda a, b, c: np.take_along_axis(np.hstack([a, c]).view(I32), b.view(I32) & 31, 1),
     "and_si512": lambda a, b, c: a & b,
     "or_si512": lambda a, b, c: a | b,
     "xor_si512": lambda a, b, c: a ^ b,
@@ -167,6 +176,8 @@ DEFINED: dict[str, Callable] = {
     "dpbusd_epi32": bytes_dot,
     "dpwssd_epi32": lambda a, b, c: (pairs(a, b) + c.view(I32)).astype(I32),
     "dpbf16_ps": bf16_dot,
+    "cvtneps_pbh": lambda a, b, c: rounded_to_bf16(a),
+    "cvtne2ps_pbh": lambda a, b, c: np.hstack([rounded_to_bf16(b), rounded_to_bf16(a)]),
     "set1_ps": lambda a, b, c: repeated(a, 4),
     "set1_epi8": lambda a, b, c: repeated(a, 1),
     "set1_epi16": lambda a, b, c: repeated(a, 2),
@@ -174,8 +185,10 @@ DEFINED: dict[str, Callable] = {
     "setzero_ps": lambda a, b, c: np.zeros_like(a),
     "setzero_si512": lambda a, b, c: np.zeros_like(a),
     "setr_epi64": lambda a, b, c: a,
+    "setr_epi32": lambda a, b, c: a,
     "broadcast_i32x4": lambda a, b, c: repeated(a, 16),
     "castsi512_ps": lambda a, b, c: a,
+    "castps_si512": lambda a, b, c: a,
     "castps512_ps256": lambda a, b, c: a[:, :32],
     "extractf32x8_ps": lambda a, b, c: a[:, 32:],
     "loadu_ps": lambda a, b, c: a,

@@ -116,10 +116,15 @@ EMULATED __m512i _mm512_setr_epi64(long long a, long long b, long long c, long l
                                    long long g, long long h) {
   return join(_mm256_setr_epi64x(a, b, c, d), _mm256_setr_epi64x(e, f, g, h));
 }
+EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
+                                   int m, int n, int o, int p) {
+  return join(_mm256_setr_epi32(a, b, c, d, e, f, g, h), _mm256_setr_epi32(i, j, k, l, m, n, o, p));
+}
 EMULATED __m512i _mm512_broadcast_i32x4(__m128i a) {
   return join(_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a));
 }
 EMULATED __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m512>(a); }
+EMULATED __m512i _mm512_castps_si512(__m512 a) { return reinterpret_cast<__m512i>(a); }
 EMULATED __m256 _mm512_castps512_ps256(__m512 a) { return half(a, 0); }
 EMULATED __m256 _mm512_extractf32x8_ps(__m512 a, int i) { return half(a, i); }
 EMULATED __m512 _mm512_loadu_ps(const void *p) {
@@ -226,6 +231,22 @@ EMULATED __m512i _mm512_permutexvar_epi64(__m512i order, __m512i a) {
   return to;
 }
 
+EMULATED __m512i _mm512_permutexvar_epi16(__m512i order, __m512i a) {
+  Lanes<uint16_t> from(a), to(order);
+  for (int i = 0; i < 32; ++i) to[i] = from[to[i] & 31];
+  return to;
+}
+// Bit 4 of a lane of `order` chooses between `a` and `b`.
+EMULATED __m512 _mm512_permutex2var_ps(__m512 a, __m512i order, __m512 b) {
+  Lanes<float> first(a), second(b), to(a);
+  Lanes<uint32_t> at(order);
+  for (int i = 0; i < 16; ++i) {
+    const int lane = static_cast<int>(at[i] & 15);
+    to[i] = at[i] & 16 ? second[lane] : first[lane];
+  }
+  return to;
+}
+
 #ifdef KVATTN_EMULATED_BF16
 // VPDPBUSD: adds four products of an unsigned byte of `a` and a signed one of `b`. Nothing saturates; the sum wraps.
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
@@ -263,6 +284,24 @@ EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   auto second = [&](__m512i v) { return flushed(_mm512_castsi512_ps(v & high)); };
   sum = flushed(_mm512_fmadd_ps(second(x), second(y), flushed(sum)));
   return flushed(_mm512_fmadd_ps(first(x), first(y), sum));
+}
+
+// VCVTNEPS2BF16 and VCVTNE2PS2BF16: to nearest, ties to even, whatever MXCSR says. Denormal numbers count as zeros, NaN
+// becomes quiet. Of two registers the second one is the lower half of the result.
+EMULATED __m256bh _mm512_cvtneps_pbh(__m512 a) {
+  Lanes<uint32_t> x(reinterpret_cast<__m512i>(flushed(a)));
+  uint16_t lane[16];
+  for (int i = 0; i < 16; ++i) {
+    const bool nan = (x[i] & 0x7fffffff) > 0x7f800000;
+    lane[i] = static_cast<uint16_t>(nan ? x[i] >> 16 | 0x40 : (x[i] + 0x7fff + (x[i] >> 16 & 1)) >> 16);
+  }
+  __m256bh rounded;
+  memcpy(&rounded, lane, 32);
+  return rounded;
+}
+EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 a, __m512 b) {
+  const __m256i low = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(b));
+  return reinterpret_cast<__m512bh>(join(low, reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a))));
 }
 #endif
 
