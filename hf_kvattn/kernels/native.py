@@ -96,8 +96,8 @@ def unavailable() -> str | None:
 
 
 def variant() -> str:
-    """The SIMD variant in use: `avx512_bf16`, `avx512`, `avx2`, `neon_bf16`, `neon` or `portable`; says so where it
-    lacks OpenMP."""
+    """The SIMD variant in use: `avx512_bf16`, `avx512`, `avx2`, `neon_bf16`, `neon_dot`, `neon` or `portable`; says
+    so where it lacks OpenMP."""
     library = _library()
     return library.kvattn_variant().decode() + ("" if library.kvattn_has_openmp() else ", no OpenMP")
 

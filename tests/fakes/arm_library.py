@@ -20,8 +20,8 @@ BLOCK = 32
 ATTEND, QUANTIZE, SELECT, VARIANT = range(4)
 # What of qemu's CPUs has which features: the variants that each should choose from, the best one first.
 CPUS = {
-    "max": ["neon_bf16", "neon", "portable"],
-    "neoverse-n1": ["neon", "portable"],
+    "max": ["neon_bf16", "neon_dot", "neon", "portable"],
+    "neoverse-n1": ["neon_dot", "neon", "portable"],
     "cortex-a57": ["neon", "portable"],
 }
 

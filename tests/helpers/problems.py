@@ -11,7 +11,7 @@ POISON = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}  # fini
 
 # Of the native kernels: those that a library for this machine has. Some jobs load another library, and change the list.
 ARM = platform.machine().lower() in ("aarch64", "arm64")
-VARIANTS = ["neon_bf16", "neon", "portable"] if ARM else ["avx512_bf16", "avx512", "avx2", "portable"]
+VARIANTS = ["neon_bf16", "neon_dot", "neon", "portable"] if ARM else ["avx512_bf16", "avx512", "avx2", "portable"]
 
 # (G, Tq, Tk, D, rules): odd sizes, one tile of 64 and 32 tokens more or less, chunks of 32 rows crossed, Tq != Tk
 SHAPES = {

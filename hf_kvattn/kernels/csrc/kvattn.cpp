@@ -30,6 +30,7 @@ KVATTN_DECLARE(avx512_bf16)
 #endif
 #ifdef KVATTN_ARM64
 KVATTN_DECLARE(neon)
+KVATTN_DECLARE(neon_dot)
 KVATTN_DECLARE(neon_bf16)
 #endif
 
@@ -56,18 +57,22 @@ bool has_avx512_bf16() {
 #endif
 
 #ifdef KVATTN_ARM64
-bool has_neon_bf16() {
 #if defined(__APPLE__)
-  int32_t has = 0;
-  size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
-#elif defined(__linux__)
-  constexpr unsigned long kBf16 = 1 << 14;  // HWCAP2_BF16, which older headers lack
-  return getauxval(AT_HWCAP2) & kBf16;
-#else
-  return false;
-#endif
+bool has(const char *feature) {
+  int32_t found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found;
 }
+bool has_neon_dot() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_neon_bf16() { return has_neon_dot() && has("hw.optional.arm.FEAT_BF16"); }
+#elif defined(__linux__)
+// HWCAP_ASIMDDP and HWCAP2_BF16, which older headers lack.
+bool has_neon_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_neon_bf16() { return has_neon_dot() && (getauxval(AT_HWCAP2) >> 14 & 1); }
+#else
+bool has_neon_dot() { return false; }
+bool has_neon_bf16() { return false; }
+#endif
 #endif
 
 bool everywhere() { return true; }
@@ -80,6 +85,7 @@ const Variant kVariants[] = {
 #endif
 #ifdef KVATTN_ARM64
     {"neon_bf16", has_neon_bf16, kvattn_attend_neon_bf16, kvattn_quantize_neon_bf16},
+    {"neon_dot", has_neon_dot, kvattn_attend_neon_dot, kvattn_quantize_neon_dot},
     {"neon", everywhere, kvattn_attend_neon, kvattn_quantize_neon},
 #endif
     {"portable", everywhere, kvattn_attend_portable, kvattn_quantize_portable},

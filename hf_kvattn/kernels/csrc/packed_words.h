@@ -6,6 +6,9 @@
 // weight's rounding error is therefore multiplied by a code's distance from the midpoint. Zero points are multiplied by
 // the exact weights. Codes of 8 bits have no zero point: their midpoint stands for 0.
 //
+// Where an Arm CPU has dot products of signed bytes (`sdot`), a word is stored as two of them, a low limb and a high
+// one, and a lane's four codes are multiplied at once.
+//
 // Loops are unrolled by pragmas where vectors are registers: otherwise GCC keeps arrays of vectors in memory.
 #pragma once
 
@@ -21,6 +24,46 @@ inline Simd::Vec centred_zero(const bf16_t *zero, Simd::Vec scale, int i, int bi
   return Simd::fma(scale, Simd::set(static_cast<float>(midpoint_of(bits))), Simd::widen(zero + i));
 }
 
+#ifdef __ARM_FEATURE_DOTPROD
+using Unit = Simd::Bytes;
+using UnitSums = Simd::ByteSums;
+constexpr float kMaxWeight = kQueryMax;  // the high limb is at most 127
+
+// What remains of it to subtract from codes as they are multiplied: 8 bits are signed then.
+constexpr int code_midpoint(int bits) { return bits == 8 ? 0 : midpoint_of(bits); }
+
+template <int Bits>
+__attribute__((always_inline)) inline Unit load_unit(const uint8_t *p, int i) {
+  constexpr int kLow = Bits == 3 ? 2 : Bits, kShared = 8 / kLow;
+  return Simd::byte_codes(p + i / kShared * kUnit, i % kShared * kLow, kLow, Bits == 3 ? p + 2 * kUnit : nullptr, i);
+}
+inline UnitSums start_at(int x) { return Simd::start_bytes(x); }
+inline void store(int16_t *to, Simd::Words words) { Simd::store_limbs(to, words); }
+
+// Adds the products of a unit's codes and the four words at `words`, one for each token or channel.
+__attribute__((always_inline)) inline UnitSums dot4(Unit codes, const int16_t *words, UnitSums sum) {
+  return Simd::dot(codes, words, sum);
+}
+#else
+using Unit = Codes;
+using UnitSums = Simd::Ints;
+constexpr float kMaxWeight = 32767.f;
+
+constexpr int code_midpoint(int bits) { return midpoint_of(bits); }
+
+template <int Bits>
+__attribute__((always_inline)) inline Unit load_unit(const uint8_t *p, int i) {
+  return load_codes<Bits>(p, i);
+}
+inline UnitSums start_at(int x) { return Simd::set_int(x); }
+inline void store(int16_t *to, Simd::Words words) { Simd::store_words(to, words); }
+
+// Adds the products of a unit's codes and the four words at `words`, one for each token or channel.
+__attribute__((always_inline)) inline UnitSums dot4(Unit codes, const int16_t *words, UnitSums sum) {
+  return Simd::dot(codes.odd, Simd::pair(words + 2), Simd::dot(codes.even, Simd::pair(words), sum));
+}
+#endif
+
 // How a row's integer sum becomes a result: `scale * (start + products) + offset`. Queries keep their scale in
 // `Queries`.
 struct Sums {
@@ -28,7 +71,8 @@ struct Sums {
   int start[kPackedRows];
 };
 
-// R rows of N words. Of each four the second and third are swapped, to meet the even and odd codes of a lane.
+// R rows of N words. Of each four the second and third are swapped, to meet the even and odd codes of a lane. Or, of
+// each four, the low limbs and then the high ones.
 template <int R, int N>
 struct FoldedWords : Sums {
   int16_t words[R][N];
@@ -41,7 +85,7 @@ inline void start_sums(const Simd::Ints *words, const Simd::Vec *zero_sum, int b
   for (int r = 0; r < kPackedRows; ++r) total[r] = Simd::to_floats(words[r]);
   float sums[kPackedRows];  // exact: below 2^24
   Simd::sum4(total[0], total[1], total[2], total[3], sums);
-  for (int r = 0; r < kPackedRows; ++r) out.start[r] = -midpoint_of(bits) * static_cast<int>(sums[r]);
+  for (int r = 0; r < kPackedRows; ++r) out.start[r] = -code_midpoint(bits) * static_cast<int>(sums[r]);
   Simd::sum4(zero_sum[0], zero_sum[1], zero_sum[2], zero_sum[3], out.offset);
 }
 
@@ -49,13 +93,8 @@ inline void start_sums(const Simd::Ints *words, const Simd::Vec *zero_sum, int b
 inline void write_words(Simd::Vec a, Simd::Vec b, int16_t *to, Simd::Ints &total) {
   const int16_t one[2] = {1, 1};
   const Simd::Words words = Simd::to_words(a, b);
-  Simd::store_words(to, words);
+  store(to, words);
   total = Simd::dot(words, Simd::pair(one), total);
-}
-
-// Adds the products of a unit's codes and the four words at `words`, one for each token or channel.
-__attribute__((always_inline)) inline Simd::Ints dot4(Codes codes, const int16_t *words, Simd::Ints sum) {
-  return Simd::dot(codes.odd, Simd::pair(words + 2), Simd::dot(codes.even, Simd::pair(words), sum));
 }
 
 template <int R>
@@ -94,15 +133,15 @@ template <int R, int Bits>
 void score_codes(PackedKeys keys, const FoldedQueries<R> &query, const float *scale, float *scores, int64_t stride,
                  Simd::Vec *row_max, int ahead) {
   for (int lane = 0; lane < 16; lane += Simd::kLanes) {
-    Simd::Ints sum[R][2];  // row, half of the tokens
+    UnitSums sum[R][2];  // row, half of the tokens
 #pragma GCC unroll kUnroll
-    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Simd::set_int(query.start[r]);
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = start_at(query.start[r]);
     for (int c = 0; c < keys.d; c += 16) {
       const uint8_t *codes = keys.codes + c * 4 * Bits + 4 * lane;
       if (ahead && lane == 0) prefetch(codes + ahead * int64_t{4} * Bits * keys.d, 64 * Bits);
 #pragma GCC unroll kUnroll
       for (int quad = 0; quad < 4; ++quad) {
-        const Codes half[2] = {load_codes<Bits>(codes, 2 * quad), load_codes<Bits>(codes, 2 * quad + 1)};
+        const Unit half[2] = {load_unit<Bits>(codes, 2 * quad), load_unit<Bits>(codes, 2 * quad + 1)};
 #pragma GCC unroll kUnroll
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll kUnroll
@@ -152,7 +191,7 @@ inline void fold_weights(PackedValues values, int g, const float *weights, int64
     }
   }
   float inverse[kPackedRows];
-  choose_scales(abs_max, 32767.f, out.scale, inverse);
+  choose_scales(abs_max, kMaxWeight, out.scale, inverse);
 #pragma GCC unroll kUnroll
   for (int r = 0; r < R; ++r) {
     const Simd::Vec factor = Simd::set(inverse[r]);
@@ -168,21 +207,21 @@ constexpr int wide_columns(int) { return 2; }
 // Vectors of channels from c on.
 template <int R, int Limbs, int Bits, int Blocks, int Vectors>
 void add_columns(PackedValues values, const FoldedWeights<R, Limbs> &weights, int c, float *acc, int64_t acc_stride) {
-  Simd::Ints sum[R][Vectors];
+  UnitSums sum[R][Vectors];
 #pragma GCC unroll kUnroll
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll kUnroll
-    for (int v = 0; v < Vectors; ++v) sum[r][v] = Simd::set_int(weights.start[r]);
+    for (int v = 0; v < Vectors; ++v) sum[r][v] = start_at(weights.start[r]);
 #pragma GCC unroll kUnroll
   for (int b = 0; b < Blocks; ++b) {
     const uint8_t *codes = values.at(b).codes;
 #pragma GCC unroll kUnroll
     for (int t = 0; t < kUnits; ++t) {
-      Codes unit[Vectors];
+      Unit unit[Vectors];
 #pragma GCC unroll kUnroll
       for (int v = 0; v < Vectors; ++v) {
         const int channel = c + v * Simd::kLanes;
-        unit[v] = load_codes<Bits>(codes + channel / 16 * 64 * Bits + channel % 16 * 4, t);
+        unit[v] = load_unit<Bits>(codes + channel / 16 * 64 * Bits + channel % 16 * 4, t);
       }
 #pragma GCC unroll kUnroll
       for (int r = 0; r < R; ++r)

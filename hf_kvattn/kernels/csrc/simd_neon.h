@@ -1,5 +1,5 @@
-// NEON, which every 64-bit Arm CPU has: four floats, thirty-two registers. In the variant that is built for them, bf16
-// dot products too.
+// NEON, which every 64-bit Arm CPU has: four floats, thirty-two registers. In the variants that are built for them, dot
+// products of bytes, and of bf16 numbers.
 #pragma once
 #include <arm_neon.h>
 
@@ -12,6 +12,8 @@ struct Simd {
   static constexpr int kRows = 4;
   static constexpr int kVectors = 4;
   static constexpr int kUnroll = 8;
+  static constexpr int kProductRows = 6;  // with kProductVectors, what a product of tiles holds in registers
+  static constexpr int kProductVectors = 4;
   using Vec = float32x4_t;
 
   static Vec set(float x) { return vdupq_n_f32(x); }
@@ -53,6 +55,8 @@ struct Simd {
   static void max4(Vec a, Vec b, Vec c, Vec d, float *out) {
     store(out, vpmaxnmq_f32(vpmaxnmq_f32(a, b), vpmaxnmq_f32(c, d)));
   }
+  // The lanes of a and b in turns, a's first: those of the lower halves, and of the upper ones.
+  static void zip(Vec a, Vec b, Vec &low, Vec &high) { low = vzip1q_f32(a, b), high = vzip2q_f32(a, b); }
 
   using Words = int16x8_t;               // 16-bit integers, two a lane
   using Ints = int32x4_t;                // 32-bit integers; sums wrap
@@ -85,6 +89,33 @@ struct Simd {
   static void store_words(int16_t *p, Words a) { vst1q_s16(p, a); }
   static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 
+#ifdef __ARM_FEATURE_DOTPROD
+  using Bytes = int8x16_t;  // signed, four a lane
+  struct ByteSums {         // 256 * high + low
+    int32x4_t low, high;
+  };
+  // As `codes`, of the bytes at `low` and `high`. Those of 8 bits become signed: 128 is subtracted.
+  static Bytes byte_codes(const void *low, int shift, int width, const void *high, int high_bit) {
+    uint8x16_t a = shift_right(load_bytes(low), shift);
+    if (width == 8) return vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(0x80)));
+    a = vandq_u8(a, vdupq_n_u8(static_cast<uint8_t>((1 << width) - 1)));
+    if (high) a = vorrq_u8(a, vshlq_n_u8(vandq_u8(shift_right(load_bytes(high), high_bit), vdupq_n_u8(1)), 2));
+    return vreinterpretq_s8_u8(a);
+  }
+  static ByteSums start_bytes(int x) { return {vdupq_n_s32(x), vdupq_n_s32(0)}; }
+  static ByteSums dot(Bytes codes, const int16_t *limbs, ByteSums c) {
+    const int8x8_t both = vld1_s8(reinterpret_cast<const int8_t *>(limbs));
+    return {vdotq_lane_s32(c.low, codes, both, 0), vdotq_lane_s32(c.high, codes, both, 1)};
+  }
+  static Vec to_floats(ByteSums a) { return vcvtq_f32_s32(vmlaq_n_s32(a.low, a.high, 256)); }
+  // Each four words as four signed low bytes, then four high ones. `a` has the order of `to_words`.
+  static void store_limbs(int16_t *p, Words a) {
+    const int8_t order[16] = {0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15};
+    const int8x16_t limbs = vcombine_s8(vmovn_s16(a), vrshrn_n_s16(a, 8));
+    vst1q_s8(reinterpret_cast<int8_t *>(p), vqtbl1q_s8(limbs, vreinterpretq_u8_s8(vld1q_s8(order))));
+  }
+#endif
+
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
   static constexpr bool kDotsBf16 = true;
   using Pairs = bfloat16x8_t;
@@ -95,17 +126,28 @@ struct Simd {
     return load_pairs(padded);
   }
   static Vec dot(Pairs a, Pairs b, Vec c) { return vbfdotq_f32(c, a, b); }
+  static Vec as_floats(Pairs a) { return vreinterpretq_f32_bf16(a); }  // the same bits
+  static Vec dot_pairs(Vec a, Vec b, Vec c) { return dot(vreinterpretq_bf16_f32(a), vreinterpretq_bf16_f32(b), c); }
+  // Lanes of both, rounded to bf16: lane i is the pair (a[i], b[i]).
+  static Vec pairs(Vec a, Vec b) {
+    const uint16x4_t first = rounded(a), second = rounded(b);
+    return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(first, second), vzip2_u16(first, second)));
+  }
+  static void store_bf16(bf16_t *p, Vec a) { vst1_u8(reinterpret_cast<uint8_t *>(p), vreinterpret_u8_u16(rounded(a))); }
 #else
   static constexpr bool kDotsBf16 = false;
 #endif
 
  private:
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+  static uint16x4_t rounded(Vec a) { return vreinterpret_u16_bf16(vcvt_bf16_f32(a)); }
+#endif
   // Storage need not be aligned, as no pointer to codes is.
-  static uint16x8_t load_words(const void *p) {
-    return vreinterpretq_u16_u8(vld1q_u8(static_cast<const uint8_t *>(p)));
-  }
+  static uint8x16_t load_bytes(const void *p) { return vld1q_u8(static_cast<const uint8_t *>(p)); }
+  static uint16x8_t load_words(const void *p) { return vreinterpretq_u16_u8(load_bytes(p)); }
   static uint16x4_t load_halves(const void *p) { return vreinterpret_u16_u8(vld1_u8(static_cast<const uint8_t *>(p))); }
   static uint16x8_t shift_right(uint16x8_t a, int n) { return vshlq_u16(a, vdupq_n_s16(static_cast<int16_t>(-n))); }
+  static uint8x16_t shift_right(uint8x16_t a, int n) { return vshlq_u8(a, vdupq_n_s8(static_cast<int8_t>(-n))); }
 };
 
 }  // namespace
