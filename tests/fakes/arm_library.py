@@ -32,7 +32,7 @@ def missing() -> str | None:
     return f"there is no {', no '.join(absent)}" if absent else None
 
 
-def build(folder: Path, flags: str = "-O1") -> Path:
+def build(folder: Path, flags: str) -> Path:
     """Builds the library for Arm with the package's own CMakeLists, and a runner that is linked to it; its path."""
     configure = ["cmake", "-S", CSRC, "-B", folder, "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
     configure += [f"-DCMAKE_CXX_COMPILER={TARGET}-g++", "-DCMAKE_BUILD_TYPE=Debug", f"-DCMAKE_CXX_FLAGS_DEBUG={flags}"]

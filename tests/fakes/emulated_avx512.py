@@ -26,7 +26,7 @@ def flags(command: Sequence[str]) -> list[str]:
     return [*given, "-D__builtin_cpu_supports(feature)=true"]  # the choice at load takes them for usable
 
 
-def build(folder: Path, compiler_flags: str = "-O1") -> Path:
+def build(folder: Path, compiler_flags: str) -> Path:
     """Builds the library in `folder` with GCC; returns its path."""
     launcher = f"-DCMAKE_CXX_COMPILER_LAUNCHER={sys.executable};{Path(__file__).resolve()}"
     configure = ["cmake", "-S", str(CSRC), "-B", str(folder), "-DCMAKE_CXX_COMPILER=g++", launcher]

@@ -2,7 +2,8 @@
 
     pytest -m slow tests/kernels/test_sanitizers.py
 
-It needs GCC and CMake, and builds for some minutes. `HF_KVATTN_RANDOM_CALLS=20000` makes more random calls.
+It needs GCC and CMake, and builds for some minutes; for Arm, what `tests/jobs/arm` needs, whose emulated CPU both
+sanitizers run on. `HF_KVATTN_RANDOM_CALLS=20000` makes more random calls.
 """
 
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import arm_library
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +41,15 @@ def package(tmp_path_factory) -> Path:
     return folder
 
 
+def sanitizer() -> str:
+    """AddressSanitizer's library, which must be loaded before all others."""
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
+    return found.stdout.strip()
+
+
 def run(package: Path, *arguments: object) -> subprocess.CompletedProcess:
     """Python with these arguments, in which the sanitizer watches all memory of the heap."""
-    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True)
-    watched = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(package)}
+    watched = {"LD_PRELOAD": sanitizer(), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(package)}
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=os.environ | watched, cwd=package, capture_output=True, text=True)
 
@@ -68,4 +75,16 @@ def test_a_read_beyond_a_tensor_is_reported(package):
 def test_nothing_is_reported(name, package):
     test = Path(__file__).parent / f"test_{name}.py"
     done = run(package, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-x", "--timeout=0", test)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("job", ["arm", "emulated_avx512"])
+def test_nothing_is_reported_of_variants_for_other_cpus(job):
+    if job == "arm" and (missing := arm_library.missing()):
+        pytest.skip(missing)
+    environment = {"HF_KVATTN_JOB_FLAGS": FLAGS, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(ROOT)}
+    if job == "emulated_avx512":
+        environment["LD_PRELOAD"] = sanitizer()
+    command = [sys.executable, "-m", "pytest", "-x", "--timeout=0", "-p", "no:cacheprovider", ROOT / "tests/jobs" / job]
+    done = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

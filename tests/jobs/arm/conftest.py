@@ -1,6 +1,7 @@
 """The tests of the native kernels run here on an emulated Arm CPU."""
 
 import fcntl
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,11 @@ def runner(tmp_path_factory, worker_id) -> Path:
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        return folder / "runner" if (folder / "runner").exists() else arm_library.build(folder)
+        return (
+            folder / "runner"
+            if (folder / "runner").exists()
+            else arm_library.build(folder, os.environ.get("HF_KVATTN_JOB_FLAGS", "-O1"))
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,8 @@ from test_random_calls import (  # noqa: F401
 )
 from test_requests import test_native_in_every_variant  # noqa: F401
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build
+
 
 @pytest.mark.parametrize("cpu", arm_library.CPUS)
 def test_each_cpu_chooses_the_best_variant_that_it_has(cpu, runner):

@@ -22,6 +22,8 @@ from test_requests import test_native_in_every_variant  # noqa: F401
 
 from hf_kvattn.kernels import native
 
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build
+
 
 def test_the_library_is_the_emulated_one(emulated_library):
     assert native.library_path() == emulated_library and native.variant() == emulated_avx512.VARIANTS[0]
