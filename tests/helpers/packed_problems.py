@@ -72,5 +72,6 @@ def as_dense(call: AttendCall) -> AttendCall:
 
 
 PACKED = ["g3-65", "g4-d128", "g5-d80", "g8-d96", "d256", "long-split", "short-query", "rows-cross-chunk",
-          "prefill-after-past", "window-1", "window-crosses-tile", "window-many-queries", "softcap", "softcap-window",
+          "prefill-after-past", "prompt-jobs", "prompt-g8-d256", "prompt-softcap", "prompt-empty-row",
+          "window-1", "window-crosses-tile", "window-many-queries", "softcap", "softcap-window",
           "padded", "padded-window", "not-causal", "s-aux", "s-aux-padded"]  # fmt: skip

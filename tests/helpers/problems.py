@@ -13,7 +13,8 @@ POISON = {torch.float32: 1e30, torch.bfloat16: 1e30, torch.float16: 6e4}  # fini
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 VARIANTS = ["neon_bf16", "neon_dot", "neon", "portable"] if ARM else ["avx512_bf16", "avx512", "avx2", "portable"]
 
-# (G, Tq, Tk, D, rules): odd sizes, one tile of 64 and 32 tokens more or less, chunks of 32 rows crossed, Tq != Tk
+# (G, Tq, Tk, D, rules): odd sizes, one tile of 64 and 32 tokens more or less, Tq != Tk, jobs of 32 rows crossed and,
+# from 24 rows on, of 240
 SHAPES = {
     "one-token": (3, 1, 1, 64, {}),
     "g1-31": (1, 1, 31, 64, {}),
@@ -31,6 +32,13 @@ SHAPES = {
     "rows-cross-chunk": (4, 9, 140, 64, {}),
     "prefill": (3, 67, 67, 64, {}),
     "prefill-after-past": (2, 45, 173, 64, {}),
+    "prompt-jobs": (3, 170, 170, 64, {}),
+    "prompt-d130": (7, 50, 113, 130, {}),
+    "prompt-d7": (5, 40, 70, 7, {}),
+    "prompt-g8-d256": (8, 40, 150, 256, {}),
+    "prompt-softcap": (2, 40, 130, 80, {"softcap": 1.5, "window": 50}),
+    "prompt-not-causal": (2, 133, 201, 64, {"causal": False}),
+    "prompt-empty-row": (3, 90, 95, 128, {"leftpad": [0, 95, 40], "window": 31}),
     "not-causal": (2, 6, 70, 64, {"causal": False}),
     "window-1": (3, 4, 90, 64, {"window": 1}),
     "window-crosses-tile": (3, 1, 130, 64, {"window": 65}),
@@ -65,6 +73,8 @@ RINGS = {
     "long-split": [(3001, 1234), (3100, 3000)],
     "short-query": [(77, 70), (100, 90)],
     "rows-cross-chunk": [(140, 77)],
+    "prompt-jobs": [(170, 99), (200, 133)],
+    "prompt-g8-d256": [(150, 149)],
     "window-crosses-tile": [(130, 66), (131, 1)],
     "softcap-window": [(90, 80)],
     "padded": [(100, 64), (128, 63)],

@@ -96,7 +96,9 @@ def test_native_reads_packed_rings(bits, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
-@pytest.mark.parametrize("name", ["sinks", "sinks-one", "sinks-padded", "sinks-coming-in", "sinks-before-blocks"])
+@pytest.mark.parametrize(
+    "name", ["sinks", "sinks-one", "sinks-padded", "sinks-coming-in", "sinks-before-blocks", "sinks-long-prefill"]
+)
 def test_native_reads_sinks_beside_packed_tokens(name, variant):
     """The sums of the sinks' values are not rotated, those of the blocks after them are."""
     rules = {"window": 900, "sinks": (4, 7)}

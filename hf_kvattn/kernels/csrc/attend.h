@@ -1,7 +1,8 @@
 // Flash-decoding over a dense KV cache, written once over the small vector type `Simd` of the including file.
 //
 // One job is a (batch row or request, KV head, chunk of query rows). All query heads of a group are rows of the same
-// job, so each key and value is read once for the whole group. Jobs are cut into tiles of kTile tokens; the tiles of
+// job, so each key and value is read once for the whole group. Few rows are computed from the cache as it lies in
+// memory, many rows from packed tiles (prompt.h). Jobs are cut into tiles of kTile tokens; the tiles of
 // all jobs form one line that the threads share out evenly, so a job may be split between threads. Each part keeps an
 // online softmax (Milakov and Gimelshein, 2018; Dao et al., 2022), and split jobs are merged at the end
 // (flash-decoding, 2023).
@@ -21,9 +22,8 @@
 namespace {
 
 constexpr int kTile = 64;       // most tokens of a tile; a multiple of every lane count and of 4
-constexpr int kChunk = 32;      // query rows of one job, where there are few
-constexpr int kManyRows = 240;  // most query rows of a job whose tiles are packed (prompt.h)
-constexpr int kPackFrom = 24;   // from so many query rows on they are
+constexpr int kPackFrom = 24;   // from so many query rows on a job's tiles are packed first (prompt.h)
+constexpr int kManyRows = 240;  // most query rows of one job
 constexpr int kFewRows = 8;     // up to so many rows a tile is widened in registers, once for each row block
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kInf = INFINITY;
@@ -240,7 +240,7 @@ class Attend {
         d_pad(round_up(d, 64)),
         most_rows(rows_of_jobs()),
         // Measured: wide rows stream from memory 1.6 times faster in tiles of about 8 KB.
-        tile(a.packed_len == 0 && d > 64 && most_rows == kChunk ? kTile / 2 : kTile),
+        tile(a.packed_len == 0 && d > 64 && most_rows == kPackFrom ? kTile / 2 : kTile),
         to_wrap(a.ring_slots > 0 ? a.ring_slots - a.ring_slot : a.kv_len),
         lead(lead_tokens()),
         origin(lead > 0 ? lead - tile : 0),
@@ -259,14 +259,16 @@ class Attend {
           start.data[j + 1] = start.data[j] + job.data[j].end_tile - job.data[j].tile;
         }
     int64_t tiles = start.data[jobs];
-    // Measured: starting a team costs as much as it gains with 8 tiles a thread.
-    int threads = static_cast<int>(max<int64_t>(1, min<int64_t>(a.threads, tiles / 8)));
-    // All memory is allocated here: an exception must not leave a parallel region.
+    // Measured: starting a team costs as much as it gains with 8 tiles of few rows a thread.
+    const int64_t least = most_rows == kPackFrom ? 8 : 1;
+    int threads = static_cast<int>(max<int64_t>(1, min<int64_t>(a.threads, tiles / least)));
+    // All memory is allocated here: an exception must not leave a parallel region. At most 0.3 MB a thread for heads of
+    // 64 channels, 0.6 MB for 128.
     Buffer<float> partials(2 * threads * partial_floats);
     Buffer<Scratch> scratch(threads);
     const int64_t scratch_floats = most_rows * (kTile + d_pad + Simd::kLanes) + 2 * kTile * d_pad;
     Buffer<float> floats(threads * scratch_floats);
-    Buffer<bf16_t> queries_bf16(threads * kChunk * d_pad);
+    Buffer<bf16_t> queries_bf16(threads * kPackFrom * d_pad);
     Buffer<Span> spans(threads * most_rows);
     Buffer<T> gathered(a.kv_rows ? threads * 2 * kTile * d_pad : 0);
     int team = 1;
@@ -276,7 +278,7 @@ class Attend {
       mine.q = mine.scores + most_rows * kTile;
       mine.sum_lanes = mine.q + most_rows * d_pad;
       mine.wide = mine.sum_lanes + most_rows * Simd::kLanes;
-      mine.q_bf16 = queries_bf16.data + thread * kChunk * d_pad;
+      mine.q_bf16 = queries_bf16.data + thread * kPackFrom * d_pad;
       mine.spans = spans.data + thread * most_rows;
       mine.gathered = gathered.data + (a.kv_rows ? thread * 2 * kTile * d_pad : 0);
       int64_t from = tiles * thread / count, to = tiles * (thread + 1) / count, j = 0;
@@ -319,9 +321,9 @@ class Attend {
     float *sum_lanes;  // running sums of weights, one for each lane, (most_rows, kLanes)
     float *wide;       // a tile widened to fp32, (kTile, d_pad), or its packed keys, then its packed values
     bf16_t *q_bf16;
-    Span *spans;               // (most_rows)
-    T *gathered;               // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
-    float mean_score[kChunk];  // what the mean of the packed keys adds to scores
+    Span *spans;                  // (most_rows)
+    T *gathered;                  // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
+    float mean_score[kPackFrom];  // what the mean of the packed keys adds to scores
   };
   // Where the tokens of a tile are stored: those in whole packed blocks, then the exact ones.
   struct Place {
@@ -337,15 +339,15 @@ class Attend {
     return a.ring_slots > 0 ? to_wrap % tile : 0;
   }
   int64_t rows(int64_t b) const { return group * (a.q_begin ? a.q_begin[b + 1] - a.q_begin[b] : a.q_len); }
-  bool packs(int64_t b) const { return rows(b) >= kPackFrom; }  // whether the tiles of its jobs are packed
-  int64_t chunk(int64_t b) const {                              // query rows of one job
-    if (!packs(b)) return kChunk;
+  bool packs(int64_t b) const { return rows(b) >= kPackFrom; }
+  int64_t chunk(int64_t b) const {  // query rows of one job
+    if (!packs(b)) return kPackFrom;
     const int64_t jobs = (rows(b) + kManyRows - 1) / kManyRows;
     return round_up((rows(b) + jobs - 1) / jobs, kBlockRows);
   }
   int64_t chunks(int64_t b) const { return (rows(b) + chunk(b) - 1) / chunk(b); }
   int64_t rows_of_jobs() const {
-    int64_t most = kChunk;
+    int64_t most = kPackFrom;
     for (int64_t b = 0; b < (a.q_begin ? a.batch : 1); ++b) most = max(most, chunk(b));
     return most;
   }
@@ -513,8 +515,14 @@ class Attend {
         Tile::to_units(x, n);
       }
       write_values();
-      if (packed > 0) set_rotated(true), tile.add_values(scores, 0, packed, count, acc);
-      if (packed < n) set_rotated(false), tile.add_values(scores, packed, n, count, acc);
+      if (packed > 0) {
+        set_rotated(true);
+        tile.add_values(scores, 0, packed, count, acc);
+      }
+      if (packed < n) {
+        set_rotated(false);
+        tile.add_values(scores, packed, n, count, acc);
+      }
     };
     if (a.sinks > 0 && lo == 0) {
       load_queries(static_cast<const T *>(a.sink_q), a.sink_q_stride, job, n_rows, tile, scratch);
