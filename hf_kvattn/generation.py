@@ -164,5 +164,9 @@ def get_compiled_call(model, compile_config: CompileConfig | None) -> Callable:
     state: Enabled = getattr(model, STATE)
     config = compile_config or default_config()
     if state.compiled is None or state.compiled[0] != config:
+        logger.warning(
+            "the first decode step is being compiled: a minute or so where this machine has not compiled it before, "
+            "some seconds where it has"
+        )
         state.compiled = (config, compiled_step(model, config))
     return state.compiled[1]

@@ -23,7 +23,7 @@ from ..attention import Handle, Rules, attend_dense, attend_layer
 from ..caches.base import KVCache
 from ..caches.tickets import cache_of
 from ..masks import left_padding
-from . import append_attend
+from . import append_attend, few_rows
 from .decode_steps import compact_masks, new_tokens
 
 
@@ -124,7 +124,7 @@ def register_ops() -> torch.library.Library:
     library = torch.library.Library("hf_kvattn", "DEF")
     # A CUDA graph repeats what the device did once: what these ops do first is done in Python.
     unsafe = getattr(torch.Tag, "cudagraph_unsafe", ())
-    for name, (arguments, run, fake) in {**_OPS, **append_attend.OPS}.items():
+    for name, (arguments, run, fake) in {**_OPS, **append_attend.OPS, **few_rows.OPS}.items():
         library.define(f"{name}({arguments}) -> Tensor", tags=unsafe if name in _OPS else ())
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hf_kvattn::{name}", fake, lib=library)

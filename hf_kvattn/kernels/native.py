@@ -28,8 +28,9 @@ from .call import BATCHES, PIECES, QUANTIZED, RULES, AttendCall, Requests, SinkK
 SERVED = RULES | PIECES | QUANTIZED | BATCHES
 READ_CODECS = ("int8", "int4", "int3", "int2")
 WRITTEN_CODECS = ("int8", "int4")
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_INT8 = 3  # of weights alone
 _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
 # `kvattn_attend_args` in `csrc/kvattn.h`, packed in one call: setting 50 ctypes fields costs 10 us a layer. The fields
@@ -37,6 +38,8 @@ _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
 _ARGS = struct.Struct("@4i7q2f6P9q4q4P6q3P")
 _PACKED_ARGS = struct.Struct("@6q2i7P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
+MAX_ROWS, MAX_WEIGHTS = 32, 4  # of `linear`, as in `csrc/kvattn.h`
+_LINEAR_ARGS = struct.Struct("@4i3q2P" + "P2q" * MAX_WEIGHTS)  # `kvattn_linear_args`
 _NO_SINKS = (0,) * 12
 _NO_REQUESTS = (0,) * 3
 _NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 7)
@@ -70,15 +73,16 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"{path.name} cannot be loaded: {error}"
     if version != _ABI_VERSION:
         return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}: reinstall hf_kvattn"
-    sizes_bytes = library.kvattn_sizeof_attend_args(), library.kvattn_sizeof_quantize_args()
-    packed_bytes = _ARGS.size + _PACKED_ARGS.size, _QUANTIZE_ARGS.size
+    sizes_bytes = tuple(getattr(library, f"kvattn_sizeof_{name}_args")() for name in ("attend", "quantize", "linear"))
+    packed_bytes = _ARGS.size + _PACKED_ARGS.size, _QUANTIZE_ARGS.size, _LINEAR_ARGS.size
     if sizes_bytes != packed_bytes:
         return None, (
             f"{path.name} takes structs of {sizes_bytes} bytes, this package makes {packed_bytes}: reinstall hf_kvattn"
         )
     library.kvattn_variant.restype = ctypes.c_char_p
     library.kvattn_select.argtypes = [ctypes.c_char_p]
-    library.kvattn_attend.argtypes = library.kvattn_quantize.argtypes = [ctypes.c_char_p]  # the packed struct
+    for function in (library.kvattn_attend, library.kvattn_quantize, library.kvattn_linear):
+        function.argtypes = [ctypes.c_char_p]  # the packed struct
     library.kvattn_read_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32]
     library.kvattn_read_bytes.restype = ctypes.c_uint64
     return library, None
@@ -249,6 +253,42 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> No
     )  # fmt: skip
     if status := _library().kvattn_quantize(args):
         raise RuntimeError(f"native quantization failed ({_ERRORS.get(status, status)}) for keys {tuple(k.shape)}")
+
+
+def cannot_multiply(dtype: torch.dtype, weights: torch.dtype) -> str | None:
+    """Why `linear` does not serve rows of `dtype` and such weights, or None."""
+    if reason := unavailable():
+        return reason
+    if dtype not in _DTYPES or weights not in (dtype, torch.int8):
+        return f"native kernels multiply floats with weights of their dtype or int8, not {dtype} with {weights}"
+    return None
+
+
+def linear(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`x` `(rows, in)` times up to `MAX_WEIGHTS` weights `(out, in)`, side by side: `(rows, sum of out)`, contiguous.
+
+    Sums are fp32, rounded to the dtype of `x`. Each weight is read once for all rows, of which there are `MAX_ROWS` at
+    most, with PyTorch's number of threads. The weights are of the dtype of `x`, or all int8 without their scales.
+
+    Raises:
+        ValueError: more or fewer rows or weights than that.
+    """
+    if not (0 < x.shape[0] <= MAX_ROWS and 0 < len(weights) <= MAX_WEIGHTS):
+        raise ValueError(f"1 to {MAX_ROWS} rows and 1 to {MAX_WEIGHTS} weights, not {x.shape[0]} and {len(weights)}")
+    x, weights = _side_by_side(x), [_side_by_side(w) for w in weights]
+    out = torch.empty((x.shape[0], sum(w.shape[0] for w in weights)), dtype=x.dtype)
+    parts = [number for w in weights for number in (w.data_ptr(), w.shape[0], w.stride(0))]
+    args = _LINEAR_ARGS.pack(
+        _DTYPES[x.dtype], _INT8 if weights[0].dtype == torch.int8 else _DTYPES[weights[0].dtype],
+        torch.get_num_threads(), len(weights),
+        *x.shape, x.stride(0), x.data_ptr(), out.data_ptr(), *parts, *(0,) * (3 * MAX_WEIGHTS - len(parts)),
+    )  # fmt: skip
+    if status := _library().kvattn_linear(args):
+        raise RuntimeError(
+            f"native product failed ({_ERRORS.get(status, status)}) for x {tuple(x.shape)}, weights "
+            f"{[tuple(w.shape) for w in weights]}"
+        )
+    return out
 
 
 def read_bytes(data: torch.Tensor) -> None:

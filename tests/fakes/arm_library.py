@@ -11,13 +11,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from test_c_abi import POINTER, Attend, Quantize
+from test_c_abi import POINTER, Attend, Linear, Quantize
 
 FOLDER = Path(__file__).parent
 CSRC = FOLDER.parents[1] / "hf_kvattn" / "kernels" / "csrc"
 TARGET = "aarch64-linux-gnu"
 BLOCK = 32
-ATTEND, QUANTIZE, SELECT, VARIANT = range(4)
+ATTEND, QUANTIZE, SELECT, VARIANT, LINEAR = range(5)
 # What of qemu's CPUs has which features: the variants that each should choose from, the best one first.
 CPUS = {
     "max": ["neon_bf16", "neon_dot", "neon", "portable"],
@@ -81,6 +81,15 @@ def quantize_bytes(a: Quantize) -> dict[str, int]:
     return given | block_bytes(a, a.batch * a.kv_heads)
 
 
+def linear_bytes(a: Linear) -> dict[str, int]:
+    number, w_number, width = 4 if a.dtype == 0 else 2, {0: 4, 3: 1}.get(a.w_dtype, 2), getattr(a, "in")
+    weights = [(getattr(a, f"out{i}"), getattr(a, f"stride{i}")) for i in range(a.weights)]
+    found = {f"w{i}": w_number * reach((stride,), (out,), width) for i, (out, stride) in enumerate(weights)}
+    return found | {
+        "x": number * reach((a.x_stride,), (a.rows,), width), "out": number * a.rows * sum(out for out, _ in weights)
+    }  # fmt: skip
+
+
 class ArmLibrary:
     """The functions of `kvattn.h` that `native` calls, on an Arm CPU that qemu knows by the name `cpu`."""
 
@@ -127,6 +136,10 @@ class ArmLibrary:
         a = Quantize.from_buffer_copy(arguments)
         written = [f"{x}_{name}" for x in "kv" for name in ("codes", "scale", "zero")]
         return self.call(QUANTIZE, arguments, [*self.memory(a, quantize_bytes(a), written)])
+
+    def kvattn_linear(self, arguments: bytes) -> int:
+        a = Linear.from_buffer_copy(arguments)
+        return self.call(LINEAR, arguments, [*self.memory(a, linear_bytes(a), ("out",))])
 
     def kvattn_select(self, name: bytes) -> int:
         return self.call(SELECT, name + b"\0")

@@ -18,7 +18,7 @@
 
 namespace {
 
-enum Function { kAttend, kQuantize, kSelect, kVariant };
+enum Function { kAttend, kQuantize, kSelect, kVariant, kLinear };
 
 void get(void *to, size_t bytes) {
   if (fread(to, 1, bytes, stdin) != bytes) exit(feof(stdin) ? 0 : 1);
@@ -43,6 +43,7 @@ int32_t call(int32_t function, const void *arguments) {
   switch (function) {
     case kAttend: return kvattn_attend(static_cast<const kvattn_attend_args *>(arguments));
     case kQuantize: return kvattn_quantize(static_cast<const kvattn_quantize_args *>(arguments));
+    case kLinear: return kvattn_linear(static_cast<const kvattn_linear_args *>(arguments));
     case kSelect: return kvattn_select(static_cast<const char *>(arguments));
     case kVariant:
       return static_cast<int32_t>(strlen(strcpy(static_cast<char *>(const_cast<void *>(arguments)), kvattn_variant())));

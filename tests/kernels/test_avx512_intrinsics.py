@@ -157,6 +157,7 @@ DEFINED: dict[str, Callable] = {
     "cvtepi32_ps": lambda a, b, c: a.view(I32).astype(F32),
     "cvtph_ps": lambda a, b, c: np.ascontiguousarray(a[:, :32]).view("f2").astype(F32),
     "cvtepu16_epi32": lambda a, b, c: np.ascontiguousarray(a[:, :32]).view(U16).astype(I32),
+    "cvtepi8_epi32": lambda a, b, c: np.ascontiguousarray(a[:, :16]).view("i1").astype(I32),
     "add_epi16": lambda a, b, c: a.view(U16) + b.view(U16),
     "add_epi32": lambda a, b, c: a.view("u4") + b.view("u4"),
     "madd_epi16": lambda a, b, c: pairs(a, b).astype(I32),

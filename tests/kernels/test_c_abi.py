@@ -50,6 +50,17 @@ class Quantize(ctypes.Structure):
     )
 
 
+class Linear(ctypes.Structure):
+    """`kvattn_linear_args`, the weights one after the other."""
+
+    _fields_ = (
+        [(name, I32) for name in ("dtype", "w_dtype", "threads", "weights")]
+        + [(name, I64) for name in ("rows", "in", "x_stride")]
+        + [("x", POINTER), ("out", POINTER)]
+        + [(f"{name}{i}", kind) for i in range(4) for name, kind in (("w", POINTER), ("out", I64), ("stride", I64))]
+    )
+
+
 B, HQ, H, TQ, TK, D, S = 2, 6, 2, 3, 100, 64, 4
 STRIDES = {"q_stride": (HQ * TQ * D, TQ * D, D)} | dict.fromkeys(("k_stride", "v_stride"), (H * 200 * D, 200 * D, D))
 EXACT = dict(dtype=0, causal=1, threads=2, batch=B, q_heads=HQ, kv_heads=H, q_len=TQ, kv_len=TK, head_dim=D, scale=0.1)
@@ -67,6 +78,8 @@ RIGHT = {
     "requests": (Attend, EXACT | {"window": 70}, [*ARRAYS, "leftpad"]),
     "quantize": (Quantize, BLOCKS | {k: EXACT[k] for k in ("dtype", "threads", "batch", "kv_heads", "head_dim")}
                  | {k: STRIDES[k] for k in ("k_stride", "v_stride")} | {"blocks": 2, "slot": 3}, ["v_zero"]),
+    "linear": (Linear, {"dtype": 0, "w_dtype": 0, "threads": 2, "weights": 2, "rows": 3, "in": D, "x_stride": D,
+                        "out0": 5, "stride0": D, "out1": 7, "stride1": D}, ["w2", "w3"]),
 }  # fmt: skip
 # What may take these values, since they have a meaning, or are not read in this call. All other changes are refused.
 HUGE, HUGEST = 2**62, 2**63 - 1
@@ -83,6 +96,8 @@ HARMLESS = {
     "requests": OFF | NOT_PACKED | NO_SINKS | {"kv_rows": (0,)},
     "packed": OFF | NO_SINKS | {"packed_start": (0,), "packed_len": (0,), "packed_slot": (0,)},
     "quantize": {"k_stride": (0,), "v_stride": (0,), "slot": (0,)},
+    "linear": dict.fromkeys(("x_stride", "stride0", "stride1"), (0,))
+              | dict.fromkeys(("out2", "stride2", "out3", "stride3"), ANY),
 }  # fmt: skip
 
 
@@ -148,14 +163,13 @@ class Problem:
 
 
 def call(library: ctypes.CDLL, arguments: ctypes.Structure) -> int:
-    function = library.kvattn_attend if isinstance(arguments, Attend) else library.kvattn_quantize
-    return function(ctypes.byref(arguments))
+    return getattr(library, f"kvattn_{type(arguments).__name__.lower()}")(ctypes.byref(arguments))
 
 
 def written(problem: Problem) -> bool:
     """Whether a call has written; cleans up."""
     found = False
-    for name in ("out", "lse") if problem.struct is Attend else ("k_scale", "v_scale", "v_codes"):
+    for name in ("k_scale", "v_scale", "v_codes") if problem.struct is Quantize else ("out", "lse"):
         if name in problem.places:
             head = (ctypes.c_char * (1 << 16)).from_address(problem.places[name])
             nothing = bytes(len(head))
@@ -166,7 +180,7 @@ def written(problem: Problem) -> bool:
 def table(library: ctypes.CDLL) -> None:
     """Every field of every right call, with every hostile value."""
     for problem in map(Problem, RIGHT):
-        for name in ("q", "k", "v"):
+        for name in ("q", "k", "v", "x", "w0", "w1"):
             if name in problem.places:
                 numbers = (ctypes.c_float * (1 << 16)).from_address(problem.places[name])
                 numbers[:] = [1 + i % 7 for i in range(len(numbers))]
@@ -183,7 +197,8 @@ def table(library: ctypes.CDLL) -> None:
                 assert status == (0 if harmless else 1), (*what, status)
                 assert written(problem) == harmless, what
         assert call(library, problem.arguments()) == 0 and written(problem), problem.name
-    assert library.kvattn_attend(None) == library.kvattn_quantize(None) == library.kvattn_select(None) == 1
+    for function in (library.kvattn_attend, library.kvattn_quantize, library.kvattn_linear, library.kvattn_select):
+        assert function(None) == 1
     here = memory(4096)
     wrong = [(None, 8, 1), (here + 1, 8, 1), (here, -1, 1), (here, -(2**63), 1), (here, 2**62, 1), (here, 8, 0)]
     for data, size, threads in wrong:
@@ -234,6 +249,7 @@ def test_the_structs_here_are_those_of_the_library():
     library = native._library()
     assert ctypes.sizeof(Attend) == library.kvattn_sizeof_attend_args() == native._ARGS.size + native._PACKED_ARGS.size
     assert ctypes.sizeof(Quantize) == library.kvattn_sizeof_quantize_args() == native._QUANTIZE_ARGS.size
+    assert ctypes.sizeof(Linear) == library.kvattn_sizeof_linear_args() == native._LINEAR_ARGS.size
 
 
 if __name__ == "__main__":

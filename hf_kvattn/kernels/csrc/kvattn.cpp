@@ -19,9 +19,10 @@
 #include "parallel.h"
 
 // Defined in variant.cpp, which CMake compiles once for each variant.
-#define KVATTN_DECLARE(variant)                             \
-  void kvattn_attend_##variant(const kvattn_attend_args *); \
-  void kvattn_quantize_##variant(const kvattn_quantize_args *);
+#define KVATTN_DECLARE(variant)                                 \
+  void kvattn_attend_##variant(const kvattn_attend_args *);     \
+  void kvattn_quantize_##variant(const kvattn_quantize_args *); \
+  void kvattn_linear_##variant(const kvattn_linear_args *);
 KVATTN_DECLARE(portable)
 #ifdef KVATTN_X86
 KVATTN_DECLARE(avx2)
@@ -41,7 +42,11 @@ struct Variant {
   bool (*runs_here)();
   void (*attend)(const kvattn_attend_args *);
   void (*quantize)(const kvattn_quantize_args *);
+  void (*linear)(const kvattn_linear_args *);
 };
+
+#define KVATTN_ROW(variant, runs_here) \
+  {#variant, runs_here, kvattn_attend_##variant, kvattn_quantize_##variant, kvattn_linear_##variant}
 
 #ifdef KVATTN_X86
 bool has_avx2() {
@@ -79,16 +84,16 @@ bool everywhere() { return true; }
 
 const Variant kVariants[] = {
 #ifdef KVATTN_X86
-    {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16, kvattn_quantize_avx512_bf16},
-    {"avx512", has_avx512, kvattn_attend_avx512, kvattn_quantize_avx512},
-    {"avx2", has_avx2, kvattn_attend_avx2, kvattn_quantize_avx2},
+    KVATTN_ROW(avx512_bf16, has_avx512_bf16),
+    KVATTN_ROW(avx512, has_avx512),
+    KVATTN_ROW(avx2, has_avx2),
 #endif
 #ifdef KVATTN_ARM64
-    {"neon_bf16", has_neon_bf16, kvattn_attend_neon_bf16, kvattn_quantize_neon_bf16},
-    {"neon_dot", has_neon_dot, kvattn_attend_neon_dot, kvattn_quantize_neon_dot},
-    {"neon", everywhere, kvattn_attend_neon, kvattn_quantize_neon},
+    KVATTN_ROW(neon_bf16, has_neon_bf16),
+    KVATTN_ROW(neon_dot, has_neon_dot),
+    KVATTN_ROW(neon, everywhere),
 #endif
-    {"portable", everywhere, kvattn_attend_portable, kvattn_quantize_portable},
+    KVATTN_ROW(portable, everywhere),
 };
 
 std::atomic<const Variant *> chosen{nullptr};
@@ -225,6 +230,21 @@ bool valid_quantize(const kvattn_quantize_args &a) {
          valid_strides(a.v_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype);
 }
 
+bool valid_linear(const kvattn_linear_args &a) {
+  const bool known = valid_dtype(a.dtype) && (a.w_dtype == a.dtype || a.w_dtype == KVATTN_I8);
+  if (!known || !in(a.threads, 1, kMaxThreads) || !in(a.weights, 1, KVATTN_MAX_WEIGHTS)) return false;
+  if (!in(a.rows, 1, KVATTN_MAX_ROWS) || !in(a.in, 1, kMaxDim) || !readable(a.x, bytes_of(a.dtype))) return false;
+  int64_t out = 0;
+  for (int i = 0; i < a.weights; ++i) {
+    const kvattn_weight &each = a.weight[i];
+    if (!in(each.out, 1, kMaxDim) || !readable(each.w, a.w_dtype == KVATTN_I8 ? 1 : bytes_of(a.dtype))) return false;
+    if (!valid_strides(&each.stride, {each.out}, a.in, a.dtype)) return false;
+    out += each.out;
+  }
+  return readable(a.out, bytes_of(a.dtype)) && fits({a.rows, out, 4}, kMaxBytes) &&
+         valid_strides(&a.x_stride, {a.rows}, a.in, a.dtype);
+}
+
 }  // namespace
 
 extern "C" {
@@ -232,6 +252,8 @@ extern "C" {
 int kvattn_abi_version(void) { return KVATTN_ABI_VERSION; }
 int64_t kvattn_sizeof_attend_args(void) { return sizeof(kvattn_attend_args); }
 int64_t kvattn_sizeof_quantize_args(void) { return sizeof(kvattn_quantize_args); }
+
+int64_t kvattn_sizeof_linear_args(void) { return sizeof(kvattn_linear_args); }
 
 const char *kvattn_variant(void) { return variant().name; }
 
@@ -269,6 +291,16 @@ int kvattn_attend(const kvattn_attend_args *a) {
 int kvattn_quantize(const kvattn_quantize_args *a) {
   if (!a || !valid_quantize(*a)) return KVATTN_BAD_ARGUMENT;
   variant().quantize(a);
+  return KVATTN_OK;
+}
+
+int kvattn_linear(const kvattn_linear_args *a) {
+  if (!a || !valid_linear(*a)) return KVATTN_BAD_ARGUMENT;
+  try {
+    variant().linear(a);
+  } catch (const std::bad_alloc &) {
+    return KVATTN_OUT_OF_MEMORY;
+  }
   return KVATTN_OK;
 }
 

@@ -12,8 +12,8 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 7 };
-enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2 };
+enum { KVATTN_ABI_VERSION = 8 };
+enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2, KVATTN_I8 = 3 };  // the last of weights alone
 // Arguments are checked before anything is read or written: sizes, slots and strides from both sides, null and
 // misaligned pointers. Whether the memory behind a pointer is as large as the sizes say, nobody can check here.
 enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMORY = 2 };
@@ -95,10 +95,32 @@ typedef struct {
   uint16_t *v_scale, *v_zero;
 } kvattn_quantize_args;
 
+// The weights (out, in) of a linear layer, rows `stride` elements apart, each side by side.
+typedef struct {
+  const void *w;
+  int64_t out, stride;
+} kvattn_weight;
+
+enum { KVATTN_MAX_ROWS = 32, KVATTN_MAX_WEIGHTS = 4 };
+
+// Products of a few rows x with up to four weight matrices: out[r] is x[r] times each, one after the other.
+typedef struct {
+  int32_t dtype;    // of x and out
+  int32_t w_dtype;  // the same, or KVATTN_I8
+  int32_t threads;  // at most this many
+  int32_t weights;
+  int64_t rows, in;
+  int64_t x_stride;
+  const void *x;  // (rows, in)
+  void *out;      // (rows, sum of `out`), contiguous
+  kvattn_weight weight[KVATTN_MAX_WEIGHTS];
+} kvattn_linear_args;
+
 KVATTN_API int kvattn_abi_version(void);
 // Sizes of the structs in bytes, for callers that mirror them by hand.
 KVATTN_API int64_t kvattn_sizeof_attend_args(void);
 KVATTN_API int64_t kvattn_sizeof_quantize_args(void);
+KVATTN_API int64_t kvattn_sizeof_linear_args(void);
 // Name of the SIMD variant in use: chosen from the CPU's features at the first call.
 KVATTN_API const char *kvattn_variant(void);
 // Forces a variant (kvattn.cpp lists them; "" = best). Returns 0, or 1 if this CPU lacks it.
@@ -107,6 +129,7 @@ KVATTN_API int kvattn_select(const char *name);
 KVATTN_API int kvattn_has_openmp(void);
 KVATTN_API int kvattn_attend(const kvattn_attend_args *args);
 KVATTN_API int kvattn_quantize(const kvattn_quantize_args *args);
+KVATTN_API int kvattn_linear(const kvattn_linear_args *args);
 // Reads all bytes with `threads` threads and sums them, to measure the read bandwidth; 0 for bad arguments.
 KVATTN_API uint64_t kvattn_read_bytes(const void *data, int64_t bytes, int32_t threads);
 

@@ -24,6 +24,7 @@ inline uint32_t to_bits(float f) {
 }
 
 inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
 inline float to_float(bf16_t x) { return from_bits(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(f16_t x) {
   uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;

@@ -21,9 +21,17 @@ struct Simd {
   static Vec widen(const float *p) { return load(p); }
   static Vec widen(const bf16_t *p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
   static Vec widen(const f16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p))); }
+  static Vec widen(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+  }
   static Vec widen_tail(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
   static Vec widen_tail(const bf16_t *p, int n) { return widen_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
   static Vec widen_tail(const f16_t *p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+  static Vec widen_tail(const int8_t *p, int n) {
+    int8_t padded[kLanes] = {};
+    memcpy(padded, p, n);
+    return widen(padded);
+  }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }

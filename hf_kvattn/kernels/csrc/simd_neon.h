@@ -22,6 +22,11 @@ struct Simd {
   static Vec widen(const float *p) { return load(p); }
   static Vec widen(const bf16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(load_halves(p), 16)); }
   static Vec widen(const f16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(load_halves(p))); }
+  static Vec widen(const int8_t *p) {
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(static_cast<uint32_t>(four))))));
+  }
   template <typename T>
   static Vec widen_tail(const T *p, int n) {
     T padded[kLanes] = {};

@@ -47,6 +47,7 @@ const Case kCases[] = {
     ONE(cvtps_epi32, f),
     ONE(cvtepi32_ps, i),
     RETURNS(cvtph_ps, _mm512_cvtph_ps(a.half(0))),
+    RETURNS(cvtepi8_epi32, _mm512_cvtepi8_epi32(_mm256_castsi256_si128(a.half(0)))),
     RETURNS(cvtepu16_epi32, _mm512_cvtepu16_epi32(a.half(0))),
     TWO(add_epi16, i),
     TWO(add_epi32, i),

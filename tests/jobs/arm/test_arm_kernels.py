@@ -3,6 +3,7 @@
 import arm_library
 import pytest
 from test_kernels import test_native, test_rings_in_every_variant  # noqa: F401
+from test_linear import test_int8_weights, test_products_of_all_row_counts  # noqa: F401
 from test_packed import (  # noqa: F401
     test_native_packed_in_16_bits,
     test_native_quantizes_bit_for_bit_as_pytorch_does,
