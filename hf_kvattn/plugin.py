@@ -27,6 +27,7 @@ from .compiling.ops import register_ops
 from .generation import STATE, Enabled, create_masks_for_generate, generate, get_compiled_call
 from .hooks import attach_cache, check_attended, finish_decoder, implementation_of, note_exact_forward, prepare_decoder
 from .latents import absorbs
+from .machine import warn_of_slow_weights
 from .masks import kvattn_mask
 from .models import attention_modules
 from .paged import init_continuous_batching
@@ -97,6 +98,8 @@ def enable(
         ours |= {"get_compiled_call": get_compiled_call, "create_masks_for_generate": create_masks_for_generate}
     before = {name: model.__dict__[name] for name in ours if name in model.__dict__}
     setattr(model, STATE, Enabled(request, hooks, implementation, make_cache, ours, before))
+    if not compile:
+        warn_of_slow_weights(model)
     # Not bound methods: a model is pickled with what is in its `__dict__`.
     model.__dict__.update({name: functools.partial(function, model) for name, function in ours.items()})
     return whole

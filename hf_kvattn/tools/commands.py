@@ -24,6 +24,7 @@ class Row(NamedTuple):
 
 COMMANDS: dict[str, Row] = {
     "describe": Row("hf_kvattn.tools.describing", "what works here, and which backend each case takes (the default)"),
+    "doctor": Row("hf_kvattn.evaluation.doctor", "what to load on this machine and how, measured"),
     "plan": Row("hf_kvattn.tools.planning", "bytes of each cache, and the longest context that fits"),
     "scale": Row("hf_kvattn.tools.scale", "what a step reads of large models on many GPUs, on paper"),
     **{row.command: Row(row.module, row.help) for row in MEASUREMENTS.values()},

@@ -21,7 +21,7 @@ import hf_kvattn
 from hf_kvattn.tools.command_line import typed
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name[ \t]*:(.+)", path.read_text(), re.MULTILINE) if path.exists() else None
     return (found[1].strip() if found else platform.processor()) or platform.machine()
@@ -69,7 +69,7 @@ def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[
         "backend": args.backend,
         "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,3 +30,17 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
     return torch.randint(0, 128, (2000,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def tiny_folder(model, tmp_path) -> Path:
+    """The tiny model saved as a user would have it, with a tokenizer that AutoTokenizer loads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {character: i for i, character in enumerate(map(chr, range(128)))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    model.save_pretrained(tmp_path / "tiny")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from command_lines import run
@@ -13,20 +12,6 @@ from hf_kvattn.evaluation.common import report, variants
 from hf_kvattn.tools import inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def tiny_folder(model, tmp_path) -> Path:
-    """The tiny model saved as a user would have it, with a tokenizer that AutoTokenizer loads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {character: i for i, character in enumerate(map(chr, range(128)))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    model.save_pretrained(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
 
 
 def test_scripts_measure_a_local_model(tiny_folder, tmp_path, monkeypatch, capsys):
