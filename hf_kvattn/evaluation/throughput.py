@@ -31,6 +31,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from hf_kvattn.evaluation import llama_cpp as llama
 from hf_kvattn.evaluation.common import drawing
 from hf_kvattn.evaluation.common import variants as caches
 from hf_kvattn.evaluation.common.measurement import Figure, Measurement, Results, skipped_limits, skipped_list
@@ -40,6 +41,7 @@ from hf_kvattn.evaluation.common.timing import in_turns, ratio, spread
 from hf_kvattn.evaluation.common.tokens import NEAR_TIE_FP32, NEAR_TIE_ULPS, Lane, compare_tokens
 from hf_kvattn.evaluation.common.variants import BASELINE, STATIC_BASELINE, Variant
 from hf_kvattn.tools.command_line import positive_int
+from hf_kvattn.tools.conditions import source_name
 from hf_kvattn.tools.tables import Column, digits, joined, mib, show_spread, speedup, table_of
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ def _plain_greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 def _decode(model: PreTrainedModel, lane: Lane, steps: int) -> list[float]:
     """Decode `steps` tokens, and give the seconds from the call to each of them."""
+    if isinstance(lane.cache, llama.LlamaCpp):
+        lane.ids, taken_s = lane.cache.decode(lane.ids, steps)
+        return taken_s
     times_s: list[float] = []
 
     def clock(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -139,6 +144,8 @@ def _measure_cell(
         # A step without cache is a forward over the whole prompt, which the stock prefill has just timed.
         if reason is None and cache is None and lanes[0].ttft_s[0] > limit_s:
             reason = f"a step would take about {lanes[0].ttft_s[0]:.1f} s, the limit is {limit_s:g} s"
+        if isinstance(cache, llama.LlamaCpp) and batch_size > 1:
+            reason = "llama.cpp is measured with one row"
         if reason is not None:
             skipped.append({"variant": variant.name, "context": context, "batch": batch_size, "reason": reason})
             continue
@@ -234,6 +241,7 @@ def measure(
     none_limit_s: float = 4.0,
     prompts_s: float = 10.0,
     max_batch_tokens: int = 16384,
+    llama_cpp: str | None = None,
     progress: bool = False,
 ) -> Results:
     """Time the variants against each other on one model.
@@ -246,6 +254,7 @@ def measure(
         prompts_s: seconds for the prompts of one cache, of one context and batch size: their memory and first token are
             measured as often as prompts of the stock baseline fit in, once a round at most, and once at least.
         max_batch_tokens: batches of two rows and more with more prompt tokens together are skipped.
+        llama_cpp: a .gguf file that llama.cpp decodes in turns with the variants, with keys and values of each type.
         contexts, batch_sizes, none_limit_s: as on the command line.
         progress: show bars on stderr.
     """
@@ -262,12 +271,14 @@ def measure(
     if len(token_ids) < needed:
         raise ValueError(f"{contexts=} x {batch_sizes=} need {needed} tokens, the text has {len(token_ids)}")
     ordered = [caches.VARIANTS[BASELINE]] + [variant for variant in variants if variant.name != BASELINE]
+    ordered += [] if llama_cpp is None else llama.variants(llama_cpp)
     memory = PeakMemory(model.device)
     settings: dict[str, Any] = {
         **{"new_tokens": new_tokens, "rounds": rounds, "block_steps": new_tokens // rounds},
         **{"dropped_steps_per_block": DROPPED_STEPS, "warm_up_steps": WARM_UP_STEPS},
         **{"none_limit_s": none_limit_s, "prompts_s": prompts_s, "max_batch_tokens": max_batch_tokens},
         **{"memory_method": memory.method, "near_tie": NEAR_TIE},
+        **({} if llama_cpp is None else {"llama_cpp": {"model": source_name(llama_cpp), **llama.SETTINGS}}),
     }
     cells: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -338,6 +349,11 @@ def _tables(results: Results) -> str:
         f"{settings['memory_method']}. Tokens are compared with those of {BASELINE}, in brackets how many a row; a "
         f"near tie is {settings['near_tie']}; `differs` is said of lossy caches.\n"
     )
+    if "llama_cpp" in settings:
+        notes += (
+            f"\nThe rows of llama.cpp have the weights of {settings['llama_cpp']['model']}, flash attention and the "
+            "same threads and tokens; it takes the memory of its cache before the prompt, which does not count it.\n"
+        )
     prices = results["price_of_context"]
     price_notes = "### The price of context\n\nA step at the largest context minus a step at the smallest.\n"
     price = [price_notes, table_of(PRICE_COLUMNS, prices)] if prices else []
@@ -446,6 +462,8 @@ HELP = """Compare the speed and memory of caches inside the real generate(), on 
     hf-kvattn throughput
     hf-kvattn throughput --out results --contexts 128 2048 --batch-sizes 1
     hf-kvattn throughput --model ./my-model --dtype float32 --variants stock-dynamic kvattn-static
+    hf-kvattn throughput --model ./my-model --weights int8 --variants kvattn-static-fit kvattn-static-compiled
+    hf-kvattn throughput --model ./my-model --llama-cpp my-model.gguf --batch-sizes 1
 
 Exits with status 1 when a cache that must be exact gives other tokens than the stock one, near ties excepted.
 """
@@ -463,6 +481,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--none-limit-s", type=float, default=4.0, help=help)
     help = "seconds for each cache's prompts: one a round, as far as they fit"
     parser.add_argument("--prompts-s", type=float, default=10.0, help=help)
+    help = "a .gguf file of the same model: measure llama.cpp too, by llama-cpp-python"
+    parser.add_argument("--llama-cpp", metavar="MODEL.gguf", help=help)
 
 
 COMMAND = model_command(

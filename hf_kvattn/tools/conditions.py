@@ -68,6 +68,7 @@ def conditions(model: PreTrainedModel | None, args: argparse.Namespace) -> dict[
         "text": source_name(args.text),
         "backend": args.backend,
         "dtype": args.dtype if model is None else str(model.dtype).removeprefix("torch."),
+        **({"weights": args.weights} if getattr(args, "weights", None) else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),

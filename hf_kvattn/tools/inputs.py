@@ -7,6 +7,7 @@ own documentation topics, which every installation has.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -27,6 +28,13 @@ logger = logging.getLogger(__name__)
 
 SMOLLM2 = "smollm2-135m"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What `quantize_weights` makes: torchao's configuration, where it is, and its arguments. Its choice for GPUs at 4 bits
+# does not run on a CPU; the one that does is a prototype.
+WEIGHTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "int8": ("torchao.quantization", "Int8WeightOnlyConfig", {}),
+    "int4": ("torchao.prototype.quantization.int4.inference_workflow", "PrototypeInt4WeightOnlyConfig",
+             {"group_size": 32}),
+}  # fmt: skip
 HUB_TIMEOUT_S = 5.0
 # One of them is in every folder with a tokenizer.
 TOKENIZER_FILES = (
@@ -112,6 +120,36 @@ def load_model(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[PreT
     if missing:
         raise ValueError(f"{name!r} lacks {len(missing)} of the model's weights, {missing[0]!r} among them")
     return model.eval().to(device), tokenizer
+
+
+def quantize_weights(model: PreTrainedModel, name: str) -> None:
+    """Puts codes in the place of the weights of all linear layers of `model`, the head included, by torchao.
+
+    The model's dtype stays: of activations, embeddings and cache. A head that was tied to the embeddings is no more.
+
+    Args:
+        name: one of `WEIGHTS`. `int4` is for CPUs.
+
+    Raises:
+        ValueError: torchao is not installed, or does not serve a layer or the device.
+    """
+    if importlib.util.find_spec("torchao") is None:
+        raise ValueError(f"weights of {name} need torchao, which is not installed: pip install hf_kvattn[weights]")
+    if name == "int4" and model.device.type != "cpu":
+        raise ValueError(f"weights of int4 are for CPUs here, the model is on {model.device}")
+    from torchao.quantization import quantize_  # an extra
+
+    module, config, arguments = WEIGHTS[name]
+    make = getattr(importlib.import_module(module), config)
+    try:
+        # Without its settings for inductor, which would stay in force for the whole process.
+        quantize_(model, make(set_inductor_config=False, **arguments))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"torchao cannot make weights of {name}: {error}") from error
+    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
+    left = [path for path, layer in layers if type(layer.weight) is torch.nn.Parameter]
+    if left or not layers:
+        raise ValueError(f"torchao makes no weights of {name} of {left[0] if left else type(model).__name__}")
 
 
 def _check_hub() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stand_ins import save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -34,13 +35,5 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture
 def tiny_folder(model, tmp_path) -> Path:
-    """The tiny model saved as a user would have it, with a tokenizer that AutoTokenizer loads."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {character: i for i, character in enumerate(map(chr, range(128)))}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    model.save_pretrained(tmp_path / "tiny")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "tiny")
-    return tmp_path / "tiny"
+    """The tiny model saved as a user would have it."""
+    return save_with_tokenizer(model, tmp_path / "tiny")

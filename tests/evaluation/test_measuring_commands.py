@@ -42,6 +42,7 @@ def test_scripts_measure_a_local_model(tiny_folder, tmp_path, monkeypatch, capsy
         ("throughput", ["--device", "no-such-device"], "'no-such-device' cannot be used"),
         ("throughput", ["--device", "xpu"], "'xpu' cannot be used"),
         ("throughput", ["--rounds", 0], "0 is not a positive number"),
+        ("throughput", ["--llama-cpp", "llama.gguf"], "llama"),  # the package or the file
         ("perplexity", ["--model", "no-such-model.gguf"], "no-such-model.gguf"),
         ("perplexity", ["--prefill", 2048], "prefill=2048, window=2048"),
         ("perplexity", ["--variants", "planted-nan"], "planted-nan gives NaN"),

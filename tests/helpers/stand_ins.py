@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_kvattn.evaluation import throughput
 from hf_kvattn.evaluation.common.variants import Variant
@@ -33,6 +34,18 @@ class ScaledValues(DynamicCache):
 
 class NanValues(ScaledValues):
     factor = math.nan
+
+
+def save_with_tokenizer(model: PreTrainedModel, folder: Path) -> Path:
+    """`folder` with the model and a tokenizer of characters that AutoTokenizer loads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {character: i for i, character in enumerate(map(chr, range(128)))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    return folder
 
 
 def planted(name: str, cache: type[DynamicCache], exact: bool = True) -> Variant:

@@ -36,7 +36,8 @@ def new_figure(width: float, height: float, title: str, found: dict[str, Any]) -
     FigureCanvasAgg(figure)
     place = f"{found['cpu']}, {found['threads']} threads" if found["device"] == "cpu" else found["device"]
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    subtitle = f"{found['model']}, {found['dtype']}, {place}"
+    weights = f", {found['weights']} weights" if "weights" in found else ""
+    subtitle = f"{found['model']}, {found['dtype']}{weights}, {place}"
     figure.text(0.01, 1 - 0.345 / height, subtitle, ha="left", fontsize=8, color="#666666")
     return figure
 

@@ -28,6 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, names: list[str] | None
     """What all measurements on a model take; `names`: the caches compared when none are given, None: no choice."""
     parser.add_argument("--model", default=inputs.SMOLLM2, help=f"hub id, folder, .gguf file or {inputs.SMOLLM2}")
     parser.add_argument("--dtype", choices=inputs.DTYPES, default="bfloat16", help="of weights and cache")
+    parser.add_argument("--weights", choices=inputs.WEIGHTS, help="quantize them first, by torchao; None keeps them")
     parser.add_argument("--device", type=device, default="cpu", help="torch device")
     parser.add_argument("--text", default="auto", help="a file, wikitext, pydoc, or auto: wikitext if it can be had")
     if names is not None:
@@ -61,6 +62,8 @@ def run_on_model(args: argparse.Namespace, measure: Callable[..., Results], toke
         args.text = inputs.auto_source()
     text = inputs.load_text(args.text)  # first: a missing text is found before the model is loaded
     model, tokenizer = inputs.load_model(args.model, inputs.DTYPES[args.dtype], args.device)
+    if args.weights is not None:
+        inputs.quantize_weights(model, args.weights)
     given = vars(args) | {"model": model, "tokenizer": tokenizer, "progress": state.is_main_process}
     given |= {"state": state} | more
     with dispatch.backend(args.backend):
