@@ -23,29 +23,27 @@ _INPUTS = 2048  # channels of the products that are timed
 
 
 def weights_a_second(sample_bytes: int, runs: int) -> dict[torch.dtype, float]:
-    """How many weights of each of `DTYPES` a matrix-vector product reads in a second: the best of `runs` runs.
+    """How many weights of each of `DTYPES` a matrix-vector product reads in a second: the best of `runs`, in turns.
 
     Args:
         sample_bytes: of the matrix, at least those of one row in float32.
     """
     buffer = torch.zeros(sample_bytes // (4 * _INPUTS) * 4 * _INPUTS, dtype=torch.uint8, device="cpu")
-    rates = {}
-    for dtype in DTYPES:
-        weight = buffer.view(dtype).view(-1, _INPUTS)
-        token = torch.zeros(1, _INPUTS, dtype=dtype, device="cpu")
-        times_s = []
-        for _ in range(runs):
+    rates = dict.fromkeys(DTYPES, 0.0)
+    for _ in range(runs):
+        for dtype in DTYPES:
+            weight = buffer.view(dtype).view(-1, _INPUTS)
+            token = torch.zeros(1, _INPUTS, dtype=dtype, device="cpu")
             start_s = time.perf_counter()
             torch.nn.functional.linear(token, weight)
-            times_s.append(time.perf_counter() - start_s)
-        rates[dtype] = weight.numel() / min(times_s)
+            rates[dtype] = max(rates[dtype], weight.numel() / (time.perf_counter() - start_s))
     return rates
 
 
 @functools.cache
 def _sampled(threads: int) -> dict[torch.dtype, float]:
     """`weights_a_second` of a sample, some 50 ms; kept for as long as PyTorch's number of `threads` stays the same."""
-    return weights_a_second(SAMPLE_BYTES, runs=2)
+    return weights_a_second(SAMPLE_BYTES, runs=3)
 
 
 def warn_of_slow_weights(model: PreTrainedModel) -> None:
