@@ -98,3 +98,8 @@ def _call(graph: torch.fx.Graph, target: Callable, *args) -> Node:
     example = torch.fx.map_arg(args, lambda each: each.meta["val"])
     node.meta["val"] = target(*example)  # of fake tensors
     return node
+
+
+def few_rows_options() -> dict[str, FewRows]:
+    """The options of `torch.compile` with which inductor replaces these products."""
+    return {"post_grad_custom_pre_pass": FewRows()}

@@ -11,9 +11,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from ..caches.base import KVCache
 from .decode_steps import DecodeSteps, new_tokens
-from .few_rows import FewRows
-
-_PASS = "post_grad_custom_pre_pass"  # inductor's name for what changes a graph before its own passes
+from .few_rows import few_rows_options
 
 
 def default_config() -> CompileConfig:
@@ -57,7 +55,7 @@ def compiled_step(model: PreTrainedModel, config: CompileConfig) -> Callable:
     step.__code__ = step.__code__.replace()
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if model.device.type == "cpu" and config.backend == "inductor" and config.mode in (None, "default"):
-        fields |= {"mode": None, "options": {_PASS: FewRows()} | (config.options or {})}  # torch takes one of the two
+        fields |= {"mode": None, "options": few_rows_options() | (config.options or {})}  # torch takes one of the two
     compiled = torch.compile(step, **fields)
 
     def call(**kwargs):

@@ -20,12 +20,12 @@ from typing import Any
 
 import psutil
 import torch
-from torch._inductor import config as inductor_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from tqdm import tqdm
 
 from hf_kvattn.caches.registry import CACHES
+from hf_kvattn.compiling.few_rows import few_rows_options
 from hf_kvattn.evaluation import throughput
 from hf_kvattn.evaluation.bandwidth import read_bandwidth_bytes_s
 from hf_kvattn.evaluation.common import variants
@@ -46,10 +46,6 @@ LIKE_BEST = 0.85  # a rate from this share of the best one on is as good
 EXACT = ("bfloat16", "float16", "float32")
 INT8 = "int8 (torchao)"
 COMPILED = ("bfloat16", INT8)  # each takes some seconds to compile
-# What makes a compiled product read its weights at the speed of the memory: they are constants, packed once.
-FROZEN = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-# It prints a table of candidates for each product otherwise; not every version of PyTorch knows both names.
-QUIET = {"max_autotune_report_choices_stats": False, "autotune_num_choices_displayed": 0}
 OURS = {False: "kvattn-static-fit", True: "kvattn-static-compiled"}
 
 
@@ -153,13 +149,11 @@ def _products(weights: str, compiled: bool, sizes: dict[str, int], seconds: floa
     numbers = sizes["outputs"] * sizes["inputs"] * sizes["matrices"]
     run: Any = module
     start_s = time.perf_counter()
-    quiet = {key: value for key, value in QUIET.items() if hasattr(inductor_config, key)}
-    with inductor_config.patch(FROZEN | quiet) if compiled else contextlib.nullcontext():
-        if compiled:
-            run = torch.compile(module, dynamic=False)
-            run(token)
-        compile_s = time.perf_counter() - start_s if compiled else None
-        step_s = _best_s(lambda: run(token), seconds)
+    if compiled:
+        run = torch.compile(module, dynamic=False, options=few_rows_options())
+        run(token)
+    compile_s = time.perf_counter() - start_s if compiled else None
+    step_s = _best_s(lambda: run(token), seconds)
     # Prompts run uncompiled either way.
     prompt_s = None if compiled else _best_s(lambda: module.layers[0](prompt), seconds)
     return {

@@ -6,7 +6,7 @@ from models import generate, prompt, tiny_model
 from torch.nn.functional import linear, silu
 
 import hf_kvattn
-from hf_kvattn.compiling import few_rows
+from hf_kvattn.compiling.few_rows import few_rows_options
 from hf_kvattn.kernels import native
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="needs the native library")
@@ -30,7 +30,7 @@ def products(monkeypatch):
 
 
 def compiled(function):
-    return torch.compile(function, fullgraph=True, options={"post_grad_custom_pre_pass": few_rows.FewRows()})
+    return torch.compile(function, fullgraph=True, options=few_rows_options())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
