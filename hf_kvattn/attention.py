@@ -11,12 +11,13 @@ holds (`compiling/decode_steps.py`). Without one, attention runs over the keys a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
+from .alike import FirstAlike, facts_of, repeated
 from .autograd import cut_graph, outside_autocast
 from .caches.layer import as_wide
 from .kernels import dispatch
@@ -38,8 +39,7 @@ _HARMLESS = frozenset(
 )
 
 
-@dataclass(slots=True)
-class Rules:
+class Rules(NamedTuple):
     """What a model asks of one attention besides queries, keys and values.
 
     Attributes:
@@ -62,7 +62,7 @@ class Rules:
 
     def for_op(self) -> tuple:
         """The fields that the ops of `compiling/ops.py` take, in their order: all but `dropout`."""
-        return self.mask, self.scaling, self.is_causal, self.window, self.softcap, self.s_aux
+        return self[:-1]
 
     def check_inference(self, query: torch.Tensor) -> None:
         """Raises ValueError where a compiled step cannot serve: dropout, or gradients for `query`."""
@@ -241,15 +241,28 @@ def attend_layer(
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
     layer, stores = cache.attended[index], index not in cache.lender_of
-    visible = check_rules(layer, query, key.shape[2], rules, before=stores)
-    if stores:
-        layer.append(*as_wide(key, value))
-    out = attend_tokens(layer, query, layer.stored_kv(), rules, visible)
+    place = layer.place() if stores and query.shape[2] == 1 and not torch.is_grad_enabled() else None
+    facts = () if place is None else facts_of(layer, place, query, key, value, rules)
+    first = cache.first_alike.get(layer.kind)
+    if place is not None and first is not None and first.serves(index, facts, rules.mask):
+        out = first.attend(layer, place, query, key, value)
+    else:
+        visible = check_rules(layer, query, key.shape[2], rules, before=stores)
+        if stores:
+            layer.append(*as_wide(key, value))
+        call = _layer_call(layer, query, layer.stored_kv(), rules, visible)
+        backend = dispatch.serving(call)
+        out = cut_graph(_narrowed(backend.attend(call), value), query, key, value).contiguous()
+        if stores:
+            again = None
+            if place is not None and value.shape == key.shape and index + 1 < len(cache.layers):
+                again = repeated(layer, place, call, backend)
+            cache.first_alike[layer.kind] = again and FirstAlike(index, facts, rules.mask, again)
     if not stores:
         cache.finish_lent(index, dispatch.quantize_blocks)
     elif index not in cache.lenders:
         layer.finish_attention(dispatch.quantize_blocks)
-    return cut_graph(_narrowed(out, value), query, key, value).contiguous()
+    return out
 
 
 def check_rules(layer: KVLayer, query: torch.Tensor, new: int, rules: Rules, before: bool = True) -> int:
@@ -271,12 +284,17 @@ def attend_tokens(layer: KVLayer, query: torch.Tensor, stored: Stored, rules: Ru
     Args:
         visible: the tokens that `rules.mask` is about, the last ones.
     """
+    return dispatch.attend(_layer_call(layer, query, stored, rules, visible))
+
+
+def _layer_call(layer: KVLayer, query: torch.Tensor, stored: Stored, rules: Rules, visible: int) -> AttendCall:
+    """The call of `attend_tokens`."""
     k, v, packed, tokens, slot = stored
     call = AttendCall(query, k, v, scale_of(query, rules), softcap=rules.softcap, s_aux=rules.s_aux)
     call.packed, call.tokens, call.slot = packed, tokens, slot
     _apply_mask(call, rules, call.kv_len - visible)
     _apply_layer_window(call, layer)
-    return dispatch.attend(call)
+    return call
 
 
 def _narrowed(out: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

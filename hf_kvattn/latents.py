@@ -11,7 +11,6 @@ value, and nothing is expanded. For many queries over a long past, expanding is 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,7 +79,7 @@ class LatentHandle(Handle):
         one, other = self._new
         assert one is not None and other is not None  # taken
         layer.append_latents(one.to(dtype), other.to(dtype))  # queries have autocast's dtype, where it is on
-        rules = replace(rules, scaling=scale_of(query, rules))
+        rules = rules._replace(scaling=scale_of(query, rules))
         if visible > new and new <= FEW:
             rank, (up_k, up_v) = module.kv_lora_rank, _up_projections(module, dtype)
             q_nope, q_rot = query.split((module.qk_nope_head_dim, module.qk_rope_head_dim), 3)

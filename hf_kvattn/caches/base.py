@@ -105,6 +105,7 @@ class KVCache(Cache):
         self.lent: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # new tokens of lenders, during a forward
         self.lender_of = {i: need.lender for i, need in enumerate(needs) if need.lender is not None}
         self.lenders = frozenset(self.lender_of.values())
+        self.first_alike: dict[tuple, Any] = {}  # of `alike.py`, by the kind of layer
         self._sort_layers()
         self.latent_layers = frozenset(i for i, need in enumerate(needs) if need.keys and need.latent is not None)
         self.fingerprint = fingerprint(decoder)  # of the model: a copy, since the config may change
@@ -303,6 +304,7 @@ class KVCache(Cache):
                 layer.fork() if isinstance(layer, RecurrentLayer) else shallow_copy(layer) for layer in self.layers
             ]
             forked._sort_layers()
+            forked.first_alike = {}
             forked._replace_buffers(self._shared)
         except (OSError, RuntimeError):  # the second from PyTorch
             log_copy()
@@ -317,7 +319,7 @@ class KVCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> KVCache:
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared": None}, memo))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared": None, "first_alike": {}}, memo))
         copied.ticket = issue_ticket(copied)
         return copied
 

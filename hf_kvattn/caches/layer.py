@@ -26,6 +26,21 @@ class Stored(NamedTuple):
     slot: int = 0
 
 
+class Place(NamedTuple):
+    """Where a layer stores its next token, `(B, Hkv, 1, D)`, and what attention reads beside it.
+
+    Attributes:
+        k, v: the layer's buffers, `(B, Hkv, slots, D)`.
+        slot: the token's slot in them.
+        packed: the layer's blocks, or None.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slot: int
+    packed: PackedKV | None = None
+
+
 class KVLayer(CacheLayerMixin):
     """One layer's keys and values. It has three lengths, which are never mixed:
 
@@ -44,6 +59,7 @@ class KVLayer(CacheLayerMixin):
     is_croppable = True
     forces_window = False  # whether the window is the cache's own, not the model's
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
+    kind: tuple  # what layers of one cache have in common that store alike
     latent: tuple[int, int] | None = None  # widths of two latents, where they stand for keys and values
     value_dim: int | None = None  # width of stored values; None is that of keys
 
@@ -66,6 +82,7 @@ class KVLayer(CacheLayerMixin):
         self.layer_idx, self.expected_heads, self.expected_dim = layer_idx, expected_heads, expected_dim
         self.sliding_window = window
         self.is_sliding = window is not None
+        self.kind = type(self), window
         self.is_initialized = False
         self.seen = self.capacity = self.unchanged_prefix = 0
         self.inconsistent: str | None = None
@@ -82,8 +99,15 @@ class KVLayer(CacheLayerMixin):
         """The fields of a `kernels.call.SinkKV` for the newest queries, or None; see `caches/ring.py`."""
         return None
 
+    def place(self) -> Place | None:
+        """The place of the next token, where a kernel may store it by itself; it lies there if there is room.
+
+        Such a token needs `reserve_slot`, and the checks of `append`.
+        """
+        return None
+
     def reserve_slot(self) -> None:
-        """Reserves the slot of a token that a CUDA graph will write. The token it overwrites is evicted.
+        """Reserves the slot of a token that a kernel or CUDA graph will write. The token it overwrites is evicted.
 
         The caller increments `seen` when the token is written.
         """

@@ -94,6 +94,9 @@ class KVOffloadedLayer(KVStaticLayer):
             self._stored.record(side)
         self.seen = new.stop
 
+    def place(self) -> None:
+        """None: tokens are stored twice."""
+
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         if self._attending and self._near is not None:
             if self.device.type == "cuda":

@@ -14,7 +14,7 @@ from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK, keys_to, values_to
 from ..quant.packed import PackedKV
-from .layer import GROWTH, KVLayer, Stored, ring_spans
+from .layer import GROWTH, KVLayer, Place, Stored, ring_spans
 from .ring import SLACK, overwritten
 
 logger = logging.get_logger("hf_kvattn")
@@ -48,6 +48,7 @@ class KVQuantizedLayer(KVLayer):
     def __init__(self, settings: QuantSettings, max_cache_len: int | None, layer_idx: int, *shape: int | None):
         super().__init__(max_cache_len, layer_idx, *shape)
         self.settings = settings
+        self.kind = *self.kind, settings.k_codec.name, settings.v_codec.name
         self.packed_tokens = self.dropped = 0
         self._exact_k = self._exact_v = torch.empty(0)
         self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
@@ -77,14 +78,20 @@ class KVQuantizedLayer(KVLayer):
 
     def stored_kv(self) -> Stored:
         exact = slice(0, self._exact)
-        k, v = self._exact_k[:, :, exact], self._exact_v[:, :, exact]
+        return Stored(self._exact_k[:, :, exact], self._exact_v[:, :, exact], self._blocks())
+
+    def place(self) -> Place | None:
+        return Place(self._exact_k, self._exact_v, self._exact, self._blocks()) if self.seen else None
+
+    def _blocks(self) -> PackedKV | None:
+        """The blocks that hold tokens; no copy."""
         if not self.packed_tokens:
-            return Stored(k, v)
+            return None
         packed, scale = self._last_packed, self._packed["k_scale"]
         slot = self.dropped // BLOCK % scale.shape[2]
         if packed is None or packed.k_scale is not scale or (packed.tokens, packed.slot) != (self.packed_tokens, slot):
             packed = self._last_packed = self.packed(self.packed_tokens, slot)
-        return Stored(k, v, packed)
+        return packed
 
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """The blocks of `tokens` tokens from `slot` on; no copy."""
@@ -152,7 +159,8 @@ class KVQuantizedLayer(KVLayer):
         Raises:
             ValueError: not on a GPU: NaN or infinite keys or values; no block has been written then.
         """
-        quantize_due([self], quantize)
+        if self.blocks_due:
+            quantize_due([self], quantize)
 
     @property
     def blocks_due(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..quant.blocks import Quantize, quantize_blocks
-from .layer import KVLayer, Stored, ring_spans
+from .layer import KVLayer, Place, Stored, ring_spans
 from .rope import Rope
 
 SLACK = 64  # tokens that `crop` can remove after the ring has wrapped; also how many are appended without a copy
@@ -37,6 +37,7 @@ class KVSlidingLayer(KVLayer):
     ):
         super().__init__(max_cache_len, layer_idx, heads, dim, window)
         self.forces_window, self.sinks, self.rope = forced, sinks, rope
+        self.kind = *self.kind, forced
         self.oldest = 0  # the first position that is still in the ring
         self.begin = 0  # the first position that the newest forward sees
         self.rebased = 0  # by how many positions stored keys were rotated back
@@ -83,6 +84,11 @@ class KVSlidingLayer(KVLayer):
             ring[:, :, : kept - to_wrap].copy_(own[:, :, to_wrap:])
         self.seen += new  # last: an interrupt must not leave tokens counted that are not there
         self.inconsistent = None
+
+    def place(self) -> Place | None:
+        if not self.seen or self.sinks:
+            return None
+        return Place(self._k, self._v, self.seen % self._k.shape[2])
 
     def reserve_slot(self) -> None:
         self.begin = self.seen - min(self.seen, self.sliding_window - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .layer import GROWTH, KVLayer
+from .layer import GROWTH, KVLayer, Place
 from .ring import KVSlidingLayer
 
 _MIN_CAPACITY = 256
@@ -52,6 +52,9 @@ class KVStaticLayer(KVLayer):
         self._k[:, :, self.seen : end].copy_(k.detach())
         self._v[:, :, self.seen : end].copy_(v.detach())
         self.seen = end
+
+    def place(self) -> Place | None:
+        return Place(self._k, self._v, self.seen) if self.seen else None
 
     def _allocate(self, needed: int) -> None:
         """Makes room for `needed` tokens: the whole fixed capacity, else GROWTH times as many. Stored tokens move."""

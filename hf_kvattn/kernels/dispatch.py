@@ -26,7 +26,9 @@ class Backend(Protocol):
 
     - `cannot_quantize(k, k_codec, v_codec)` and `quantize_blocks(jobs)`: turns blocks into codes;
     - `cannot_append(call)` and `append_attend(call, k, v, lengths, begin)`: stores a token and attends in one call;
-    - `attend_lengths(call, lengths)`: reads how many tokens there are from the device.
+    - `attend_lengths(call, lengths)`: reads how many tokens there are from the device;
+    - `cannot_repeat(call)` and `Repeated(call, k, v, slot)`: stores a token and attends in layer after layer, in calls
+      that differ in the addresses of their tensors alone.
     """
 
     def unavailable(self) -> str | None:
@@ -102,12 +104,13 @@ def backend(name: str) -> Iterator[None]:
 
 def chosen_backend() -> str:
     """The choice in force: the innermost `backend(...)`, else `set_backend`, else `HF_KVATTN_BACKEND`, else `auto`."""
+    return chosen_in_code() or _checked(os.environ.get("HF_KVATTN_BACKEND", "auto"), "HF_KVATTN_BACKEND")
+
+
+def chosen_in_code() -> str | None:
+    """The choice of the innermost `backend(...)`, else of `set_backend`; None where there is none."""
     name = _in_context.get()
-    if name is not None:
-        return name
-    if _for_process:
-        return _for_process[0]
-    return _checked(os.environ.get("HF_KVATTN_BACKEND", "auto"), "HF_KVATTN_BACKEND")
+    return _for_process[0] if name is None and _for_process else name
 
 
 def attend(call: AttendCall) -> torch.Tensor:

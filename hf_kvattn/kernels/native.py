@@ -35,7 +35,10 @@ _ERRORS = {1: "bad argument", 2: "out of memory"}
 _FILE_NAME = "libkvattn.so"  # CMake's MODULE suffix, on macOS too
 # `kvattn_attend_args` in `csrc/kvattn.h`, packed in one call: setting 50 ctypes fields costs 10 us a layer. The fields
 # from `packed_start` on stay the same for 32 steps, so they are packed separately. `_load` compares the sizes with C's.
-_ARGS = struct.Struct("@4i7q2f6P9q4q4P6q3P")
+_ARGS = struct.Struct("@4i7q2f10P9q4q4P6q3P")
+_ADDRESSES = struct.Struct("@8P")  # those of its fields from `q` to `v_slot`, which differ from layer to layer
+_ADDRESSES_BEGIN = struct.calcsize("@4i7q2f")
+_NOTHING_NEW = (0,) * 4
 _PACKED_ARGS = struct.Struct("@6q2i7P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
 MAX_ROWS, MAX_WEIGHTS = 32, 4  # of `linear`, as in `csrc/kvattn.h`
@@ -156,20 +159,89 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     """
     if lse is None and call.s_aux is not None:
         lse = torch.empty(call.q.shape[:3], dtype=torch.float32)
+    out = _empty_result(call)
+    args, _kept = _arguments(call, out, lse)
+    if status := _library().kvattn_attend(args):
+        raise _failure(status, call.q, call.k)
+    if call.s_aux is not None and lse is not None:  # of which the kernel knows nothing
+        out, total = call.after_s_aux(out, lse)
+        lse.copy_(total)
+    return out
+
+
+def cannot_repeat(call: AttendCall) -> bool:
+    """Whether `Repeated` does not serve calls such as `call`, which `attend` does serve."""
+    one_token = call.q.shape[2] == 1 and call.requests is None
+    return not one_token or call.sinks is not None or call.s_aux is not None or call.q.stride(-1) != 1
+
+
+class Repeated:
+    """One new token's attention in layers that are alike: the arguments of the kernel, but for their addresses.
+
+    Args:
+        call: that of the first layer, whose token is stored already.
+        k, v: its buffers `(B, Hkv, slots, D)`; the keys and values of `call` are views of them.
+        slot: where the token lies there.
+    """
+
+    def __init__(self, call: AttendCall, k: torch.Tensor, v: torch.Tensor, slot: int):
+        self._like = _empty_result(call)
+        args, (*_, self._leftpad, _) = _arguments(call, self._like)
+        self._args = bytearray(args)
+        self._struct = (ctypes.c_char * len(args)).from_buffer(self._args)
+        self._attend = _library().kvattn_attend
+        # How many bytes from the beginning of a buffer on.
+        self._k_begin, self._v_begin = call.k.data_ptr() - k.data_ptr(), call.v.data_ptr() - v.data_ptr()
+        self._k_slot, self._v_slot = (slot * t.stride(2) * t.element_size() for t in (k, v))
+
+    def attend(
+        self, q: torch.Tensor, new: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], packed: PackedKV | None
+    ) -> torch.Tensor:
+        """Stores `new` keys and values, `(B, Hkv, 1, D)`, in a layer's `buffers`; the attention of `q`.
+
+        All have the shapes, strides and dtypes of the first layer's, and `packed` its codecs and lengths. The result is
+        `(B, 1, Hq, D)`. Where it raises nothing has been stored.
+        """
+        out, (k, v) = torch.empty_like(self._like), (t.contiguous() for t in new)
+        k_buffer, v_buffer = (t.data_ptr() for t in buffers)
+        _ADDRESSES.pack_into(
+            self._args, _ADDRESSES_BEGIN,
+            q.data_ptr(), k_buffer + self._k_begin, v_buffer + self._v_begin, out.data_ptr(),
+            k.data_ptr(), v.data_ptr(), k_buffer + self._k_slot, v_buffer + self._v_slot,
+        )  # fmt: skip
+        if packed is not None:
+            self._args[_ARGS.size :] = packed.as_arguments or _packed_args(packed)
+        if status := self._attend(self._struct):
+            raise _failure(status, q, buffers[0])
+        return out
+
+
+def _empty_result(call: AttendCall) -> torch.Tensor:
+    batch, heads, q_len, dim = call.q.shape
+    return torch.empty((batch, q_len, heads, dim), dtype=call.q.dtype)
+
+
+def _failure(status: int, q: torch.Tensor, k: torch.Tensor) -> RuntimeError:
+    reason = _ERRORS.get(status, status)
+    return RuntimeError(f"native attention failed ({reason}) for q {tuple(q.shape)}, k {tuple(k.shape)}")
+
+
+def _arguments(
+    call: AttendCall, out: torch.Tensor, lse: torch.Tensor | None = None
+) -> tuple[bytes, tuple[torch.Tensor | None, ...]]:
+    """The kernel's struct for `call`, and tensors that must live as long as it: q, k, v, leftpad, that of sinks."""
     q, k, v = _side_by_side(call.q), _side_by_side(call.k), _side_by_side(call.v)
     batch, q_heads, q_len, dim = q.shape
-    requests = call.requests
-    out = torch.empty((batch, q_len, q_heads, dim), dtype=q.dtype)
+    requests, sinks = call.requests, call.sinks
     leftpad = None if call.leftpad is None else call.leftpad.contiguous()
-    sinks = call.sinks
     sink_leftpad = None if sinks is None or sinks.leftpad is None else sinks.leftpad.contiguous()
     # In the order of the struct, a line for each of its lines.
     args = _ARGS.pack(
         _DTYPES[q.dtype], call.causal, torch.get_num_threads(), 0,
         batch if requests is None else len(requests.q_begin) - 1, q_heads, k.shape[1], q_len, call.kv_len, dim,
         call.window or 0, call.scale, call.softcap or 0.0,
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if leftpad is None else leftpad.data_ptr(),
-        out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), *_NOTHING_NEW,
+        0 if leftpad is None else leftpad.data_ptr(), 0 if lse is None else lse.data_ptr(),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *((0, 0) if call.tokens is None else (k.shape[2], call.slot)),
         *(_NO_SINKS if sinks is None else _sink_args(sinks, sink_leftpad)),
@@ -178,16 +250,7 @@ def attend(call: AttendCall, lse: torch.Tensor | None = None) -> torch.Tensor:
     packed = _NOTHING_PACKED
     if call.packed is not None:
         packed = call.packed.as_arguments or _packed_args(call.packed)
-    status = _library().kvattn_attend(args + packed)
-    if status:
-        raise RuntimeError(
-            f"native attention failed ({_ERRORS.get(status, status)}) for q {tuple(q.shape)}, "
-            f"k {tuple(k.shape)}, window {call.window}"
-        )
-    if call.s_aux is not None and lse is not None:  # of which the kernel knows nothing
-        out, total = call.after_s_aux(out, lse)
-        lse.copy_(total)
-    return out
+    return args + packed, (q, k, v, leftpad, sink_leftpad)
 
 
 def _side_by_side(t: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,9 @@ I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.
 THREE = I64 * 3
 
 
+NEW = ("k_new", "v_new", "k_slot", "v_slot")
+
+
 class Attend(ctypes.Structure):
     """`kvattn_attend_args`."""
 
@@ -26,7 +29,7 @@ class Attend(ctypes.Structure):
         [(name, I32) for name in ("dtype", "causal", "threads", "reserved")]
         + [(name, I64) for name in ("batch", "q_heads", "kv_heads", "q_len", "kv_len", "head_dim", "window")]
         + [("scale", F32), ("softcap", F32)]
-        + [(name, POINTER) for name in ("q", "k", "v", "leftpad", "out", "lse")]
+        + [(name, POINTER) for name in ("q", "k", "v", "out", *NEW, "leftpad", "lse")]
         + [(name, THREE) for name in ("q_stride", "k_stride", "v_stride")]
         + [(name, I64) for name in ("ring_slots", "ring_slot", "sinks", "sink_evicted")]
         + [(name, POINTER) for name in ("sink_q", "sink_k", "sink_v", "sink_leftpad")]
@@ -73,6 +76,7 @@ REQUESTS = {"q_begin": (I32, [0, 1, TQ]), "kv_begin": (I32, [0, 40, TK]), "kv_ro
 # Calls that are right: the struct, its numbers, and the pointers that are null beside those of no sinks.
 RIGHT = {
     "exact": (Attend, EXACT | {"window": 70, "softcap": 5.0}, ARRAYS),
+    "new": (Attend, EXACT, ARRAYS),
     "ring": (Attend, EXACT | SINKS | {"ring_slots": 120, "ring_slot": 90}, ARRAYS),
     "packed": (Attend, EXACT | BLOCKS | {"packed_start": 4, "packed_len": 64, "packed_slot": 2}, ["v_zero"]),
     "requests": (Attend, EXACT | {"window": 70}, [*ARRAYS, "leftpad"]),
@@ -91,6 +95,7 @@ OFF = {"window": (0, HUGE, HUGEST), "scale": (0.0, -1.0)} | dict.fromkeys(("caus
 OFF |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), (0,))  # the same numbers for all
 HARMLESS = {
     "exact": OFF | NOT_PACKED | NO_SINKS,
+    "new": OFF | NOT_PACKED | NO_SINKS,
     "ring": OFF | NOT_PACKED | {"causal": (), "sinks": (0,), "sink_evicted": (0, -1), "sink_leftpad": (0,),
                                 "sink_q_stride": (0,), "sink_kv_stride": (0,), "ring_slot": (0,)},
     "requests": OFF | NOT_PACKED | NO_SINKS | {"kv_rows": (0,)},
@@ -120,6 +125,8 @@ class Problem:
         pointers = [field for field, kind in self.struct._fields_ if kind is POINTER and field not in nulls]
         if not self.numbers.get("sinks"):
             pointers = [field for field in pointers if not field.startswith("sink_")]
+        if name != "new":
+            pointers = [field for field in pointers if field not in NEW]
         if name != "requests":
             pointers = [field for field in pointers if field not in REQUESTS]
         self.places = {field: memory(ROOM_BYTES) for field in pointers}
@@ -169,7 +176,7 @@ def call(library: ctypes.CDLL, arguments: ctypes.Structure) -> int:
 def written(problem: Problem) -> bool:
     """Whether a call has written; cleans up."""
     found = False
-    for name in ("k_scale", "v_scale", "v_codes") if problem.struct is Quantize else ("out", "lse"):
+    for name in ("k_scale", "v_scale", "v_codes") if problem.struct is Quantize else ("out", "lse", "k_slot", "v_slot"):
         if name in problem.places:
             head = (ctypes.c_char * (1 << 16)).from_address(problem.places[name])
             nothing = bytes(len(head))
@@ -180,7 +187,7 @@ def written(problem: Problem) -> bool:
 def table(library: ctypes.CDLL) -> None:
     """Every field of every right call, with every hostile value."""
     for problem in map(Problem, RIGHT):
-        for name in ("q", "k", "v", "x", "w0", "w1"):
+        for name in ("q", "k", "v", "k_new", "v_new", "x", "w0", "w1"):
             if name in problem.places:
                 numbers = (ctypes.c_float * (1 << 16)).from_address(problem.places[name])
                 numbers[:] = [1 + i % 7 for i in range(len(numbers))]

@@ -211,6 +211,14 @@ bool valid_tensors(const kvattn_attend_args &a) {
                          valid_strides(a.v_stride, {a.batch, a.kv_heads, exact}, a.head_dim, a.dtype)));
 }
 
+// After `valid_tensors`: the slots have the strides that it has looked at.
+bool valid_new(const kvattn_attend_args &a) {
+  if (!a.k_new) return !a.v_new && !a.k_slot && !a.v_slot;
+  const int64_t bytes = bytes_of(a.dtype);
+  return readable(a.k_new, bytes) && readable(a.v_new, bytes) && readable(a.k_slot, bytes) &&
+         readable(a.v_slot, bytes) && a.packed_len < a.kv_len && !a.q_begin;
+}
+
 bool valid_sinks(const kvattn_attend_args &a) {
   if (a.sinks == 0) return true;
   const int64_t bytes = bytes_of(a.dtype);
@@ -243,6 +251,15 @@ bool valid_linear(const kvattn_linear_args &a) {
   }
   return readable(a.out, bytes_of(a.dtype)) && fits({a.rows, out, 4}, kMaxBytes) &&
          valid_strides(&a.x_stride, {a.rows}, a.in, a.dtype);
+}
+
+// Copies a token of each row and head, contiguous, to `slot`.
+void store(const void *tokens, void *slot, const int64_t *stride, const kvattn_attend_args &a) {
+  const int64_t bytes = bytes_of(a.dtype), row = a.head_dim * bytes;
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t h = 0; h < a.kv_heads; ++h)
+      std::memcpy(static_cast<char *>(slot) + (b * stride[0] + h * stride[1]) * bytes,
+                  static_cast<const char *>(tokens) + (b * a.kv_heads + h) * row, row);
 }
 
 }  // namespace
@@ -278,8 +295,12 @@ int kvattn_has_openmp(void) {
 
 int kvattn_attend(const kvattn_attend_args *a) {
   const bool valid = a && valid_shapes(*a) && valid_packed(*a) && valid_ring(*a) && valid_requests(*a) &&
-                     valid_tensors(*a) && valid_sinks(*a);
+                     valid_tensors(*a) && valid_new(*a) && valid_sinks(*a);
   if (!valid) return KVATTN_BAD_ARGUMENT;
+  if (a->k_new) {
+    store(a->k_new, a->k_slot, a->k_stride, *a);
+    store(a->v_new, a->v_slot, a->v_stride, *a);
+  }
   try {
     variant().attend(a);
   } catch (const std::bad_alloc &) {

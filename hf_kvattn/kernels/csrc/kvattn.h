@@ -35,6 +35,9 @@ enum kvattn_status { KVATTN_OK = 0, KVATTN_BAD_ARGUMENT = 1, KVATTN_OUT_OF_MEMOR
 // kv_begin[b + 1]); its last query stands at its last token. Stored token i lies in row kv_rows[i] of the Tk rows of k
 // and v, or in row i where kv_rows is null. Nothing is packed then, and there are no rings, sinks and left padding.
 //
+// New tokens: where k_new is given, one token of each row is stored before the attention, at k_slot and v_slot. Those
+// are places of k and v, with their strides of batch and head, and no others of the arrays here. k and v count it.
+//
 // Strides are in elements and not negative; the last dimension is contiguous. Slots at and beyond Tk are never read.
 typedef struct {
   int32_t dtype;     // of q, k, v and out
@@ -48,8 +51,12 @@ typedef struct {
   const void *q;           // (B, Hq, Tq, D)
   const void *k;           // (B, Hkv, Tk, D)
   const void *v;           // (B, Hkv, Tk, D)
-  const int32_t *leftpad;  // (B), first visible key of each row, any number; null = 0
   void *out;               // (B, Tq, Hq, D), contiguous
+  const void *k_new;       // (B, Hkv, D), contiguous; null with the next three: nothing is stored
+  const void *v_new;       // (B, Hkv, D), contiguous
+  void *k_slot;            // (B, Hkv, D)
+  void *v_slot;            // (B, Hkv, D)
+  const int32_t *leftpad;  // (B), first visible key of each row, any number; null = 0
   float *lse;              // (B, Hq, Tq), natural log-sum-exp of the scores, -inf for an empty row; may be null
   int64_t q_stride[3];     // batch, head, token
   int64_t k_stride[3];
