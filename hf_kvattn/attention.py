@@ -142,8 +142,7 @@ class LayerHandle(Handle):
     """
 
     def __init__(self, cache: KVCache, index: int, given: Sequence[Any] = ()):
-        super().__init__(index, given)
-        self._cache = cache
+        self._index, self._given, self._cache = index, given, cache
         if index not in cache.attended:
             cache.layer(index)  # raises
         if index in cache.lender_of:

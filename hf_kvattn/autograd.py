@@ -37,7 +37,8 @@ def outside_autocast(function: Callable, *args: Any) -> Any:
     embedding, bfloat16 values); a cache holds one.
     """
     kind = args[0].device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    available = kind == "cpu" or torch.amp.is_autocast_available(kind)
+    if not (available and torch.is_autocast_enabled(kind)):
         return function(*args)
     dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):

@@ -32,14 +32,20 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
         return args, {name: given for name, given in kwargs.items() if name != "kv_batch"} | {"kv_handle": handle}
     name = "past_key_values" if "past_key_values" in kwargs else "layer_past"
     cache = kwargs.get(name)
-    # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
-    if not isinstance(cache, (KVCache, DecodeSteps)) or implementation_of(module) != NAME:
+    if not isinstance(cache, (KVCache, DecodeSteps)):
         return None
-    n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
-    if len(cache.layers) != n_layers:
-        raise ValueError(
-            f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
-        )
+    compiling = torch.compiler.is_compiling()
+    if compiling or cache.checked_config is not module.config:
+        # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
+        if implementation_of(module) != NAME:
+            return None
+        n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
+        if len(cache.layers) != n_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
+            )
+        if not compiling and isinstance(cache, KVCache):
+            cache.checked_config = module.config  # for the layers to come of this forward
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
     given = (*args, *kwargs.values())
     if isinstance(cache, KVCache) and index in cache.latent_layers:
@@ -51,7 +57,7 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
             return None  # the module computes keys and values of all tokens from what the cache returns
     elif isinstance(cache, DecodeSteps):
         handle = StepHandle(cache, index, given)
-    elif torch.compiler.is_compiling():
+    elif compiling:
         handle = TracedHandle(cache, index, given)
     else:
         handle = LayerHandle(cache, index, given)
@@ -79,6 +85,9 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
                 f"graph, as {NAME!r} has; generate(disable_compile=True) does without them"
             )
         return args, cache.inputs(decoder, kwargs)
+    compiling = torch.compiler.is_compiling()
+    if isinstance(cache, KVCache) and not compiling:
+        cache.checked_config = None
     if implementation_of(decoder) != NAME:
         return None
     if "read_index" in kwargs:
@@ -87,7 +96,7 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
         return None
     if kwargs.get("return_shared_kv_states"):
         raise ValueError("return_shared_kv_states: keys and values of all tokens are not at hand, the cache holds them")
-    if torch.compiler.is_compiling():
+    if compiling:
         return args, trace_inputs(decoder, cache, kwargs)
     cache.begin_forward(new_tokens(kwargs).shape[0])
     if not cache.counts_positions:

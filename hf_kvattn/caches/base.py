@@ -84,6 +84,7 @@ class KVCache(Cache):
     is_compileable = False
     # Whether recurrent states have moved on in the forward that runs; None outside of those that tell of their end.
     _moving: bool | None = None
+    checked_config: Any = None  # the model's, from a forward's first layer on: the hooks look at it once a forward
     steps: Any = None  # during a `generate()` that records CUDA graphs: the `graphs.DecodeSteps` of this cache
     counts_positions = False  # whether `positions` answers with other positions than the model's
     # Of `SlidingWindowKVCache`: see `stands_at`. The next token of other caches depends on their layers alone.
@@ -139,7 +140,7 @@ class KVCache(Cache):
         self._moving = False if self.states else None
 
     def end_forward(self) -> None:
-        self._moving = None
+        self._moving = self.checked_config = None
 
     def _note_moving(self) -> None:
         self._moving = None if self._moving is None else True
@@ -304,7 +305,7 @@ class KVCache(Cache):
                 layer.fork() if isinstance(layer, RecurrentLayer) else shallow_copy(layer) for layer in self.layers
             ]
             forked._sort_layers()
-            forked.first_alike = {}
+            forked.first_alike, forked.checked_config = {}, None
             forked._replace_buffers(self._shared)
         except (OSError, RuntimeError):  # the second from PyTorch
             log_copy()
@@ -319,7 +320,9 @@ class KVCache(Cache):
 
     def __deepcopy__(self, memo: dict) -> KVCache:
         memo[id(self)] = copied = object.__new__(type(self))
-        copied.__dict__.update(copy.deepcopy({**self.__dict__, "_shared": None, "first_alike": {}}, memo))
+        copied.__dict__.update(
+            copy.deepcopy({**self.__dict__, "_shared": None, "first_alike": {}, "checked_config": None}, memo)
+        )
         copied.ticket = issue_ticket(copied)
         return copied
 

@@ -41,6 +41,8 @@ class DecodeSteps:
         backend: the choice in force at the step.
     """
 
+    checked_config = None  # as of a `KVCache`: not known here
+
     def __init__(self, cache: KVCache):
         self.cache = cache
         self.leftpad = torch.empty(0)

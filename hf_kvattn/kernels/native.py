@@ -202,8 +202,8 @@ class Repeated:
         All have the shapes, strides and dtypes of the first layer's, and `packed` its codecs and lengths. The result is
         `(B, 1, Hq, D)`. Where it raises nothing has been stored.
         """
-        out, (k, v) = torch.empty_like(self._like), (t.contiguous() for t in new)
-        k_buffer, v_buffer = (t.data_ptr() for t in buffers)
+        out, k, v = torch.empty_like(self._like), new[0].contiguous(), new[1].contiguous()
+        k_buffer, v_buffer = buffers[0].data_ptr(), buffers[1].data_ptr()
         _ADDRESSES.pack_into(
             self._args, _ADDRESSES_BEGIN,
             q.data_ptr(), k_buffer + self._k_begin, v_buffer + self._v_begin, out.data_ptr(),
