@@ -65,13 +65,13 @@ def facts_of(
     )  # fmt: skip
 
 
-def repeated(layer: KVLayer, place: Place, call: AttendCall, backend: Any) -> Any:
-    """What `backend`, which has served `call` of `layer`, gives to the layers after it; None where it gives nothing.
+def repeated(layer: KVLayer, place: Place, call: AttendCall) -> Any:
+    """What the backend that serves `call` of `layer` gives to the layers after it; None where it gives nothing.
 
     Args:
         place: the token's, before it was stored.
     """
-    now = layer.place()
+    now, backend = layer.place(), dispatch.serving(call)
     grown = now is None or now.k is not place.k
     if grown or not hasattr(backend, "Repeated") or backend.cannot_repeat(call):
         return None

@@ -240,7 +240,7 @@ def attend_layer(
         ValueError: tokens or a mask that do not fit; nothing has been stored then.
     """
     layer, stores = cache.attended[index], index not in cache.lender_of
-    place = layer.place() if stores and query.shape[2] == 1 and not torch.is_grad_enabled() else None
+    place = layer.place() if stores and key.shape[2] == 1 and not torch.is_grad_enabled() else None
     facts = () if place is None else facts_of(layer, place, query, key, value, rules)
     first = cache.first_alike.get(layer.kind)
     if place is not None and first is not None and first.serves(index, facts, rules.mask):
@@ -250,12 +250,11 @@ def attend_layer(
         if stores:
             layer.append(*as_wide(key, value))
         call = _layer_call(layer, query, layer.stored_kv(), rules, visible)
-        backend = dispatch.serving(call)
-        out = cut_graph(_narrowed(backend.attend(call), value), query, key, value).contiguous()
+        out = cut_graph(_narrowed(dispatch.attend(call), value), query, key, value).contiguous()
         if stores:
             again = None
             if place is not None and value.shape == key.shape and index + 1 < len(cache.layers):
-                again = repeated(layer, place, call, backend)
+                again = repeated(layer, place, call)
             cache.first_alike[layer.kind] = again and FirstAlike(index, facts, rules.mask, again)
     if not stores:
         cache.finish_lent(index, dispatch.quantize_blocks)

@@ -1,7 +1,7 @@
 """Which backend served each attention call, and what it read: `with served() as calls:`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -58,17 +58,27 @@ def served(*caches: KVCache) -> Iterator[list[Served]]:
 
         def __getattr__(self, part: str) -> Any:
             own = getattr(self._backend, part)  # AttributeError where it is an optional part that is missing
+            if part == "Repeated":
+                return lambda call, *args: Repeated(self, call, own(call, *args))
             if part not in _SERVING:
                 return own
+            return lambda call, *args: self.note(call, call.k, own, call, *args)
 
-            def recorded(call: AttendCall, *args: Any) -> torch.Tensor:
-                place = call.k.untyped_storage().data_ptr()
-                known = place != 0 and place in _places(layers)
-                out = own(call, *args)
-                calls.append(Served(self._name, call.packed is not None, call.q.shape[2], call.kv_len, known))
-                return out
+        def note(self, call: AttendCall, k: torch.Tensor, attend: Callable, *args: Any) -> torch.Tensor:
+            place = k.untyped_storage().data_ptr()
+            known = place != 0 and place in _places(layers)
+            out = attend(*args)
+            calls.append(Served(self._name, call.packed is not None, call.q.shape[2], call.kv_len, known))
+            return out
 
-            return recorded
+    class Repeated:
+        """What a backend makes of `call`, each layer that repeats it noted."""
+
+        def __init__(self, recording: Recording, call: AttendCall, repeated: Any):
+            self._recording, self._call, self._repeated = recording, call, repeated
+
+        def attend(self, q, new, buffers, packed) -> torch.Tensor:
+            return self._recording.note(self._call, buffers[0], self._repeated.attend, q, new, buffers, packed)
 
     backends = {name: Recording(name, backend) for name, backend in dispatch.BACKENDS.items()}
     with mock.patch.dict(dispatch.BACKENDS, backends), mock.patch.object(KVLayer, "make_ready", noting):
