@@ -100,6 +100,6 @@ def _call(graph: torch.fx.Graph, target: Callable, *args) -> Node:
     return node
 
 
-def few_rows_options() -> dict[str, FewRows]:
+def few_rows_options() -> dict[str, Any]:
     """The options of `torch.compile` with which inductor replaces these products."""
     return {"post_grad_custom_pre_pass": FewRows()}
