@@ -111,7 +111,7 @@ def test_native(name, variant, dtype):
     expected.assert_close(native.attend(call, lse), lse)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7, 8, 12])
 @pytest.mark.parametrize(
     "name", ["long-split", "padded", "one-token", "window-many-queries", "prefill", "padded-prefill"]
 )
@@ -119,7 +119,7 @@ def test_native_splits_the_work_over_any_number_of_threads(name, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for kv_heads in (1, 2, 5):
+        for kv_heads in (1, 2, 5):  # also 2 to 6 threads for each job, so that jobs begin where a thread's share does
             call, expected = case(name, kv_heads=kv_heads)
             lse = torch.full(call.q.shape[:3], torch.nan)
             expected.assert_close(native.attend(call, lse), lse)

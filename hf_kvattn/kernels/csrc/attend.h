@@ -298,8 +298,8 @@ class Attend {
     for (int64_t i = 1, done = -1; i < team; ++i) {
       int64_t j = 0;
       while (start.data[j + 1] <= tiles * i / team) ++j;
-      if (j != done && start.data[j] < tiles * i / team)
-        merge(job.data[j], start.data[j], start.data[j + 1], tiles, team, partials.data);
+      if (j == done || start.data[j] == tiles * i / team) continue;  // merged already; not split here
+      merge(job.data[j], start.data[j], start.data[j + 1], tiles, team, partials.data);
       done = j;
     }
   }
