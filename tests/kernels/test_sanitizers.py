@@ -3,7 +3,8 @@
     pytest -m slow tests/kernels/test_sanitizers.py
 
 It needs GCC and CMake, and builds for some minutes. With `HF_KVATTN_SANITIZE_JOBS=1` the variants for other CPUs run
-under sanitizers too, for an hour or so; for Arm that needs what `tests/jobs/arm` needs. `HF_KVATTN_RANDOM_CALLS=20000` makes more random calls.
+under sanitizers too, for an hour or so; for Arm that needs what `tests/jobs/arm` needs.
+`HF_KVATTN_RANDOM_CALLS=20000` makes more random calls.
 """
 
 import os
