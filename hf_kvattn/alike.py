@@ -9,16 +9,14 @@ Nothing outlives a forward. Layers come in their order: one that is not after th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .caches.layer import KVLayer, Place
 from .kernels import dispatch
 from .kernels.call import AttendCall
-
-if TYPE_CHECKING:
-    from .attention import Rules
 
 
 class FirstAlike:
@@ -54,9 +52,13 @@ class FirstAlike:
 
 
 def facts_of(
-    layer: KVLayer, place: Place, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Rules
+    layer: KVLayer, place: Place, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Sequence[Any]
 ) -> tuple:
-    """All that the attention of one new token depends on beside addresses, `rules.mask` and the kind of the layer."""
+    """All that the attention of one new token depends on beside addresses, its mask and the kind of the layer.
+
+    Args:
+        rules: `attention.Rules`, the mask first.
+    """
     k, v, slot, packed = place
     return (
         layer.seen, layer.inconsistent, slot, None if packed is None else (packed.tokens, packed.slot), rules[1:],

@@ -60,7 +60,9 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "autograd": set(),
     "masks": set(),
     "caches": {"autograd", "quant"},
-    "attention": {"autograd", "caches", "kernels", "masks"},  # of caches: types, and what layers store
+    "alike": {"caches", "kernels"},
+    "machine": set(),
+    "attention": {"alike", "autograd", "caches", "kernels", "masks"},  # of caches: types, and what layers store
     "latents": {"attention", "autograd", "caches", "kernels"},
     "paged": {"attention", "kernels", "masks"},
     "compiling": {"attention", "caches", "kernels", "masks", "quant"},
@@ -74,6 +76,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
         "generation",
         "hooks",
         "latents",
+        "machine",
         "masks",
         "models",
         "paged",
@@ -85,7 +88,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "teaching": set(),
     "tools": {"caches", "describe", "planning"},  # of caches: their table
     "tools/commands": {"evaluation", "tools"},  # the table of commands: above whatever is one
-    "evaluation": {"caches", "compiling", "kernels", "modules", "quant", "tools"},
+    "evaluation": {"caches", "compiling", "kernels", "modules", "planning", "quant", "tools"},
     "integrations": {"attention", "caches", "evaluation", "generation", "kernels", "models", "planning", "plugin"}
     | {"tools"},
     "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},

@@ -171,7 +171,7 @@ def test_select_variant_refuses_what_the_cpu_lacks():
 def test_a_library_with_other_argument_structs_is_refused_with_the_reason(monkeypatch):
     library, reason = native._load.__wrapped__()
     assert library is not None and reason is None
-    sizes = native._ARGS.size + native._PACKED_ARGS.size, native._QUANTIZE_ARGS.size
+    sizes = native._ARGS.size + native._PACKED_ARGS.size, native._QUANTIZE_ARGS.size, native._LINEAR_ARGS.size
     monkeypatch.setattr(native, "_QUANTIZE_ARGS", struct.Struct(native._QUANTIZE_ARGS.format + "q"))
     library, reason = native._load.__wrapped__()
     assert library is None and f"takes structs of {sizes} bytes, this package makes" in reason
