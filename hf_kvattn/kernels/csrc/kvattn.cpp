@@ -45,9 +45,6 @@ struct Variant {
   void (*linear)(const kvattn_linear_args *);
 };
 
-#define KVATTN_ROW(variant, runs_here) \
-  {#variant, runs_here, kvattn_attend_##variant, kvattn_quantize_##variant, kvattn_linear_##variant}
-
 #ifdef KVATTN_X86
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -84,16 +81,16 @@ bool everywhere() { return true; }
 
 const Variant kVariants[] = {
 #ifdef KVATTN_X86
-    KVATTN_ROW(avx512_bf16, has_avx512_bf16),
-    KVATTN_ROW(avx512, has_avx512),
-    KVATTN_ROW(avx2, has_avx2),
+    {"avx512_bf16", has_avx512_bf16, kvattn_attend_avx512_bf16, kvattn_quantize_avx512_bf16, kvattn_linear_avx512_bf16},
+    {"avx512", has_avx512, kvattn_attend_avx512, kvattn_quantize_avx512, kvattn_linear_avx512},
+    {"avx2", has_avx2, kvattn_attend_avx2, kvattn_quantize_avx2, kvattn_linear_avx2},
 #endif
 #ifdef KVATTN_ARM64
-    KVATTN_ROW(neon_bf16, has_neon_bf16),
-    KVATTN_ROW(neon_dot, has_neon_dot),
-    KVATTN_ROW(neon, everywhere),
+    {"neon_bf16", has_neon_bf16, kvattn_attend_neon_bf16, kvattn_quantize_neon_bf16, kvattn_linear_neon_bf16},
+    {"neon_dot", has_neon_dot, kvattn_attend_neon_dot, kvattn_quantize_neon_dot, kvattn_linear_neon_dot},
+    {"neon", everywhere, kvattn_attend_neon, kvattn_quantize_neon, kvattn_linear_neon},
 #endif
-    KVATTN_ROW(portable, everywhere),
+    {"portable", everywhere, kvattn_attend_portable, kvattn_quantize_portable, kvattn_linear_portable},
 };
 
 std::atomic<const Variant *> chosen{nullptr};
@@ -269,7 +266,6 @@ extern "C" {
 int kvattn_abi_version(void) { return KVATTN_ABI_VERSION; }
 int64_t kvattn_sizeof_attend_args(void) { return sizeof(kvattn_attend_args); }
 int64_t kvattn_sizeof_quantize_args(void) { return sizeof(kvattn_quantize_args); }
-
 int64_t kvattn_sizeof_linear_args(void) { return sizeof(kvattn_linear_args); }
 
 const char *kvattn_variant(void) { return variant().name; }
