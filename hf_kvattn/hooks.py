@@ -39,11 +39,8 @@ def attach_cache(module: torch.nn.Module, args: tuple, kwargs: dict, absorbing: 
         # Another implementation, set by the user after `enable`, needs the dense tensors that the cache itself returns.
         if implementation_of(module) != NAME:
             return None
-        n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
-        if len(cache.layers) != n_layers:
-            raise ValueError(
-                f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
-            )
+        if not compiling:  # which the decoder's hook does in a trace: each look at a config takes long there
+            _check_layers(cache, module)
         if not compiling and isinstance(cache, KVCache):
             cache.checked_config = module.config  # for the layers to come of this forward
     index = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module attributes are typed Tensor | Module
@@ -97,6 +94,7 @@ def prepare_decoder(decoder: torch.nn.Module, args: tuple, kwargs: dict):
     if kwargs.get("return_shared_kv_states"):
         raise ValueError("return_shared_kv_states: keys and values of all tokens are not at hand, the cache holds them")
     if compiling:
+        _check_layers(cache, decoder)
         return args, trace_inputs(decoder, cache, kwargs)
     cache.begin_forward(new_tokens(kwargs).shape[0])
     if not cache.counts_positions:
@@ -128,6 +126,14 @@ def _by_name(module: torch.nn.Module, args: tuple, kwargs: dict) -> dict:
         return kwargs
     named = {**inspect.signature(module.forward).bind(*args, **kwargs).arguments}
     return named | named.pop("kwargs", {})
+
+
+def _check_layers(cache: KVCache | DecodeSteps, module: torch.nn.Module) -> None:
+    n_layers = module.config.num_hidden_layers  # type: ignore[union-attr]  # fewer than modules in an early-exit draft
+    if len(cache.layers) != n_layers:
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers, the model {n_layers}: it belongs to another model's config"
+        )
 
 
 def implementation_of(module: torch.nn.Module) -> str | None:
