@@ -3,8 +3,8 @@
 A step is bound by reading the weights, and PyTorch's products of few rows do not reach the memory's speed: of one row
 in bfloat16 they stay at a third of it, of two to eight rows far below. `FewRows` replaces them in the graph by the op
 `hf_kvattn::linear`. The weights stay where the model keeps them: nothing is packed or copied, a weight that changes is
-read as it is, and inductor keeps the graph on disk for the next process. (Inductor's own products over weights that are
-constants of the graph are as fast where there is AVX-512, but cost all that.)
+read as it is, and inductor keeps the graph on disk for the next process. (Inductor has fast products over weights that
+are constants of the graph, and has none of these.)
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def changed(model, how):
     weight = model.model.layers[0].mlp.up_proj.weight
     with torch.no_grad():
         if how == "step of an optimizer":
-            torch.optim.SGD(model.parameters(), lr=1.0)
-            weight.sub_(0.1 * torch.randn_like(weight))
+            weight.grad = torch.randn_like(weight)
+            torch.optim.SGD([weight], lr=0.1).step()
         elif how == "merge":  # as peft merges an adapter: no version counter tells
             weight.data += 0.1 * torch.randn_like(weight)
         elif how == "load_state_dict":
@@ -70,7 +70,7 @@ def test_changed_weights_are_read_as_they_are(how, products):
     torch.manual_seed(1)
     model, inputs = tiny_model(num_hidden_layers=1), prompt(batch=1)
     hf_kvattn.enable(model, cache="static", compile=True)
-    before, _ = generate(model, inputs, 8)
+    _, before = generate(model, inputs, 8)
     changed(model, how)
     products.clear()
     ours, scores = generate(model, inputs, 8)
@@ -79,7 +79,7 @@ def test_changed_weights_are_read_as_they_are(how, products):
     expected, stocks = generate(model, inputs, 8)
     assert torch.equal(ours, expected)
     torch.testing.assert_close(scores, stocks, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(before, expected) or how == "to"
+    assert not torch.allclose(before, stocks, rtol=1e-2, atol=1e-2)  # a stale weight would show
 
 
 def test_batches_up_to_32_rows_share_a_graph_and_larger_ones_go_on_with_torch(products):
