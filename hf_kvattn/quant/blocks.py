@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .layout import BLOCK, pack_keys, pack_values
+from . import few_bits, symmetric
+from .layout import BLOCK, pack_by_width, pack_keys, pack_values, planes_of
 from .packed import PackedKV
 from .rotation import rotate
 
@@ -17,7 +18,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         k, v: `(B, Hkv, n * 32, D)`.
-        into: its arrays are written to but for `k_mean`; its fields `start`, `tokens` and `slot` are ignored.
+        into: its arrays of blocks are written to (`packed.OF_BLOCKS`); its fields `start`, `tokens` and `slot` are ignored.
         slot: of the first block in them. The others follow.
     """
 
@@ -45,16 +46,20 @@ def quantize_blocks(jobs: Sequence[Blocks]) -> torch.Tensor | None:
 
 
 def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> None:
-    slots, groups = slice(slot, slot + k.shape[2] // BLOCK), into.v_scale.shape[3]
-    k_codec, v_codec = into.k_codec, into.v_codec
+    slots = slice(slot, slot + k.shape[2] // BLOCK)
     blocks = (k.float() - into.k_mean[:, :, None]).unflatten(2, (-1, BLOCK))
-    codes, scale, zero = k_codec.quantize(blocks, -2, k_codec.key_shares)
-    into.k_codes[:, :, slots], into.k_scale[:, :, slots] = pack_keys(codes, k_codec.planes), scale[..., 0, :]
-    if into.k_zero is not None and zero is not None:
-        into.k_zero[:, :, slots] = zero[..., 0, :]
-    rotated = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (groups, -1))
-    codes, scale, zero = v_codec.quantize(rotated, -1, v_codec.value_shares)
-    into.v_codes[:, :, slots] = pack_values(codes.flatten(-2), v_codec.planes)
+    if into.k_codec.by_channel:
+        order, *table = into.by_stored_channel()
+        codes, *sides = few_bits.quantize_keys(blocks.gather(-1, order.expand_as(blocks)), *table)
+        into.k_codes[:, :, slots] = pack_by_width(codes, into.k_widths)
+        into.k_scale[:, :, slots] = few_bits.pack_sides(*sides)
+    else:
+        codes, scale = symmetric.quantize(blocks, -2, into.k_codec.dtype)
+        into.k_codes[:, :, slots], into.k_scale[:, :, slots] = pack_keys(codes, planes_of(8)), scale[..., 0, :]
+    rotated = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (into.v_scale.shape[3], -1))
+    if into.v_codec.by_channel:
+        codes, scale = few_bits.quantize_values(rotated, into.v_codec.bits)
+    else:
+        codes, scale = symmetric.quantize(rotated, -1, into.v_codec.dtype)
+    into.v_codes[:, :, slots] = pack_values(codes.flatten(-2), planes_of(into.v_codec.bits))
     into.v_scale[:, :, slots] = scale[..., 0].transpose(-1, -2)
-    if into.v_zero is not None and zero is not None:
-        into.v_zero[:, :, slots] = zero[..., 0].transpose(-1, -2)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import affine, symmetric
+from . import symmetric
 
 
 @dataclass(frozen=True)
@@ -19,57 +19,31 @@ class Codec:
 
     Attributes:
         name: what `caches.registry` and backends call it.
-        planes: bits of each bit plane that a code is stored in (`layout.py`), the lowest bits first; they add up to
-            the code's bits.
-        symmetric: codes around 0, with a scale alone; else affine codes, with a scale and a zero point.
+        bits: of a code; where it is `by_channel`, of a key's on average.
+        by_channel: each key channel has a width of its own, and values have scales of one byte (`few_bits.py`). Else
+            codes are around 0, with a bfloat16 scale for each group (`symmetric.py`).
         dtype: of the stored codes.
-        key_shares, value_shares: shares of a group's range that an affine quantizer tries for keys and for values
-            (`affine.quantize`). Measured.
     """
 
     name: str
-    planes: tuple[int, ...]
-    symmetric: bool = False
+    bits: int
+    by_channel: bool = False
     dtype: torch.dtype = torch.uint8
-    key_shares: tuple[float, ...] = (1.0,)
-    value_shares: tuple[float, ...] = (1.0,)
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return sum(self.planes)
 
     @property
     def argument(self) -> int | str:
         """What `QuantizedKVCache(bits=...)` calls it: a number of bits, or `"fp8"`."""
         return self.bits if self.dtype == torch.uint8 else self.name
 
-    def quantize(
-        self, x: torch.Tensor, dim: int, shares: tuple[float, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes (`dtype`), scale and zero point (None where codes are symmetric), as `affine.quantize` gives them.
-
-        `shares` are `key_shares` for keys and `value_shares` for rotated values.
-        """
-        if not self.symmetric:
-            return affine.quantize(x, self.bits, dim, shares)
-        return *symmetric.quantize(x, dim, self.dtype), None
-
-    def dequantize(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        """float32 numbers of the shape of `codes`."""
-        if zero is not None:
-            return affine.dequantize(codes, scale, zero)
-        return symmetric.dequantize(codes, scale)
-
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (
-        Codec("int8", (8,), symmetric=True),
-        Codec("fp8", (8,), symmetric=True, dtype=symmetric.FP8),
-        Codec("int4", (4,)),
-        Codec("int3", (2, 1), key_shares=(1.0, 0.95, 0.9), value_shares=(1.0, 0.95, 0.9, 0.85)),
-        Codec("int2", (2,), key_shares=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), value_shares=(0.8,)),
+        Codec("int8", 8),
+        Codec("fp8", 8, dtype=symmetric.FP8),
+        Codec("int4", 4, by_channel=True),
+        Codec("int3", 3, by_channel=True),
+        Codec("int2", 2, by_channel=True),
     )
 }
 

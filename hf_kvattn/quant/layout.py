@@ -2,8 +2,11 @@
 
 There are two layouts, one for GPUs (PyTorch's device type `cuda`) and one for everything else, and no tensor says which
 one it has: its device does. Either way a block of `D` channels, a multiple of 16, takes `4 * bits * D` bytes. A code is
-cut into bit planes of 8, 4, 2 or 1 bits: one plane for codes of 8, 4 and 2 bits, and for 3 bits a plane of the low two
-bits and one of the third. Codes of 8 bits may be float8_e4m3fn instead of uint8, and keep that dtype.
+cut into bit planes of 8, 4, 2 and 1 bits (`planes_of`): codes of 3 bits into a plane of the low two bits and one of the
+third. Codes of 8 bits may be float8_e4m3fn instead of uint8, and keep that dtype.
+
+Keys whose channels have widths of their own (`pack_by_width`): the 16 channels of a group take `64 * width` bytes, laid
+out as a block of 16 channels. The groups follow each other, and take `4 * bits * D` bytes for an average of `bits`.
 
 Units, on a CPU: a kernel multiplies codes with a broadcast of four numbers at a time and sums the four products into
 one lane (dot products of bytes: `vpdpbusd` on x86, `udot` on Arm). So 64 codes, one vector, are a *unit* of 16 lanes
@@ -31,12 +34,84 @@ of the first byte on:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+PLANES = (8, 4, 2, 1)  # bits
 BLOCK = 32  # tokens
 WORD = 4  # tokens
 LANES = 16
 UNITS = 8  # of 16 channels of a block
+
+
+def planes_of(bits: int) -> tuple[int, ...]:
+    """Bits of each bit plane of a code, the lowest bits first."""
+    return tuple(plane for plane in PLANES if bits & plane)
+
+
+def pack_by_width(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """Keys' codes, channels in the order of their widths, to bytes for their device.
+
+    Args:
+        codes: `(..., blocks, 32, D)` uint8, each below 2**width.
+        widths: `(..., D / 16)` of each group, 0 to 7, with the same sum everywhere.
+
+    Returns:
+        `(..., blocks, 64 * sum)` uint8.
+    """
+    size = 64 * _same_sum(widths)
+    packed = torch.zeros(*codes.shape[:-2], size, dtype=torch.int32, device=codes.device)
+    for index, shift, low, mask in _places(widths):
+        part = (codes.int() >> low & mask) << shift
+        packed.scatter_add_(-1, index.flatten(-2).expand(*codes.shape[:-2], -1), part.flatten(-2))
+    return packed.to(torch.uint8)
+
+
+def unpack_by_width(packed: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+    """The inverse of `pack_by_width`: `(..., blocks, 32, D)` uint8. It does not wait for a GPU."""
+    codes = torch.zeros((), dtype=torch.int32, device=packed.device)
+    for index, shift, low, mask in _places(widths):
+        found = packed.gather(-1, index.flatten(-2).expand(*packed.shape[:-1], -1)).unflatten(-1, (BLOCK, -1))
+        codes = codes | (found.int() >> shift & mask) << low
+    return codes.to(torch.uint8)
+
+
+def by_width_to(packed: torch.Tensor, widths: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """As `keys_to`, of what `pack_by_width` made; `widths` are where `packed` is."""
+    device = torch.device(device)
+    if in_words(packed.device) == in_words(device):
+        return packed.to(device)
+    return pack_by_width(unpack_by_width(packed, widths).to(device), widths.to(device))
+
+
+def _same_sum(widths: torch.Tensor) -> int:
+    total = widths.sum(-1, dtype=torch.int64).unique()
+    if len(total) != 1:
+        raise ValueError(f"widths must have one sum everywhere, got {total.tolist()}")
+    return int(total)
+
+
+def _places(widths: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """For each plane: of every code `(..., 1, 32, D)` the byte it is in, the shift there, its place in the code, and
+    its mask, 0 where the code has no such plane."""
+    device = widths.device
+    width = widths.long()
+    begin = 64 * (width.cumsum(-1) - width)
+    width, begin = (t.repeat_interleave(LANES, -1)[..., None, None, :] for t in (width, begin))
+    token, channel = torch.arange(BLOCK, device=device)[:, None], torch.arange(width.shape[-1], device=device) % LANES
+    low = torch.zeros_like(width)
+    for bits in PLANES[1:]:
+        if in_words(device):
+            bit = ((token // WORD * LANES + channel) * WORD + token % WORD) * bits
+            byte, shift = bit // 8, bit % 8
+        else:
+            unit, shared = channel // 4 * 2 + token // LANES, 8 // bits
+            byte, shift = unit // shared * 64 + token % LANES * 4 + channel % 4, unit % shared * bits
+        there = width & bits > 0
+        index = torch.where(there, begin + 64 * low + byte, 0)
+        yield index, shift.int(), low.int(), torch.where(there, 2**bits - 1, 0).int()
+        low = low + there * bits
 
 
 def pack_keys(codes: torch.Tensor, planes: tuple[int, ...]) -> torch.Tensor:
