@@ -7,10 +7,28 @@ import torch
 from problems import problem
 
 from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
-from hf_kvattn.quant.packed import PackedKV
-from hf_kvattn.quant.rotation import rotate
+from hf_kvattn.quant import widths
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
+from hf_kvattn.quant.codecs import Codec, codec_for
+from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.packed import OF_BLOCKS, PackedKV, shapes_of
+
+POISON = {torch.uint8: 255, torch.bfloat16: 1e30}
+
+
+def blank(k_codec: Codec, v_codec: Codec, table: widths.KeyTable, slots: int, group: int) -> PackedKV:
+    """Arrays with room for `slots` blocks of keys with this table, all poisoned."""
+    *lead, dim = table.mean.shape
+    arrays = {"k_mean": table.mean}
+    if k_codec.by_channel:
+        arrays |= {f"k_{name}": getattr(table, name) for name in ("step", "unit", "order", "widths")}
+    for name, (shape, dtype) in shapes_of(k_codec, v_codec, dim, group).items():
+        if name in OF_BLOCKS:
+            size = (*lead, slots, *shape)
+            arrays[name] = torch.full(size, POISON.get(dtype, 255), dtype=torch.uint8 if dtype not in POISON else dtype)
+            arrays[name] = arrays[name].view(dtype)
+    none = {f"k_{name}": None for name in ("step", "unit", "order", "widths")}
+    return PackedKV(0, 0, k_codec, v_codec, **(none | arrays))
 
 
 def packed_problem(
@@ -27,36 +45,17 @@ def packed_problem(
     Before that `change` may write to its keys and values.
     """
     call = problem(name, dtype)
+    call.k *= torch.exp2(-torch.randint(0, 8, (call.k.shape[-1],)))  # so that there are keys of all widths
     change(call.k, call.v)
     batch, heads, length, dim = call.k.shape
     count = max(1, int((length - start) * split) // BLOCK)
     done, group = count * BLOCK, 16 if dim % 32 else 32
     k, v = (t[:, :, start : start + done].float() for t in (call.k, call.v))
-    mean, k_codec, v_codec = k.mean(2), codec_for(k_bits), codec_for(v_bits)
-    blocks = (k - mean[:, :, None]).unflatten(2, (count, BLOCK))
-    k_codes, k_scale, k_zero = k_codec.quantize(blocks, -2, k_codec.key_shares)
-    groups = rotate(v).unflatten(2, (count, BLOCK)).unflatten(-1, (-1, group))
-    v_codes, v_scale, v_zero = v_codec.quantize(groups, -1, v_codec.value_shares)
-
-    def roomy(tensor, poison):
-        if tensor is None:
-            return None
-        spare = torch.full((*tensor.shape[:2], 3, *tensor.shape[3:]), poison, dtype=tensor.dtype)
-        return torch.cat([tensor, spare], 2).contiguous()
-
-    call.packed = PackedKV(
-        start,
-        done,
-        k_codec,
-        v_codec,
-        roomy(pack_keys(k_codes, k_codec.planes), 255),
-        roomy(k_scale[..., 0, :].bfloat16(), 1e30),
-        roomy(None if k_zero is None else k_zero[..., 0, :].bfloat16(), 1e30),
-        mean,
-        roomy(pack_values(v_codes.flatten(-2), v_codec.planes), 255),
-        roomy(v_scale[..., 0].transpose(-1, -2).bfloat16(), 1e30),
-        roomy(None if v_zero is None else v_zero[..., 0].transpose(-1, -2).bfloat16(), 1e30),
-    )
+    k_codec, v_codec = codec_for(k_bits), codec_for(v_bits)
+    table = widths.choose(k, None, k_codec.bits if k_codec.by_channel else 4)
+    packed = blank(k_codec, v_codec, table, count + 3, group)
+    quantize_blocks([Blocks(k, v, packed, 0)])
+    call.packed = replace(packed, start=start, tokens=done)
     call.k, call.v = (torch.cat([t[:, :, :start], t[:, :, start + done :]], 2) for t in (call.k, call.v))
     return call
 

@@ -121,19 +121,21 @@ struct Simd {
     KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
     return r;
   }
-  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
-  // added as bit 2.
-  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    uint32_t lane[kLanes], above[kLanes] = {};
-    memcpy(lane, low, sizeof lane);
-    if (high) memcpy(above, high, sizeof above);
+  // The `width` bits from bit `shift` on of each word at p, moved to bit `to`.
+  static Words codes(const void *p, int shift, int width, int to) {
+    uint32_t lane[kLanes];
+    memcpy(lane, p, sizeof lane);
     const uint32_t mask = ((1u << width) - 1) * 0x10001u;
     Words r;
     KVATTN_EACH {
-      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> high_bit & 0x10001u) << 2;
+      const uint32_t both = (lane[i] >> shift & mask) << to;
       r.first[i] = static_cast<int16_t>(both & 0xffff), r.second[i] = static_cast<int16_t>(both >> 16);
     }
     return r;
+  }
+  static Words join(Words a, Words b) {
+    KVATTN_EACH a.first[i] |= b.first[i], a.second[i] |= b.second[i];
+    return a;
   }
   static Ints set_int(int x) {
     Ints r;
@@ -159,6 +161,22 @@ struct Simd {
     return r;
   }
   static void store_words(int16_t *p, Words a) { KVATTN_EACH p[2 * i] = a.first[i], p[2 * i + 1] = a.second[i]; }
+  // The multipliers and the offsets, from 0 on, of kLanes channels (quant/few_bits.py), and the scales of as many bytes.
+  static Vec multipliers(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = kMultipliers[p[i / 4] >> i % 4 * 2 & 3];
+    return r;
+  }
+  static Vec offsets(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = static_cast<float>(p[i / 2] >> i % 2 * 4 & 15);
+    return r;
+  }
+  static Vec scales(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = from_bits(static_cast<uint32_t>(p[i]) << 20) * kScaleUnit;
+    return r;
+  }
   static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 #undef KVATTN_EACH
 };
