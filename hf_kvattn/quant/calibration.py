@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .codecs import codec_for
+from .codecs import Codec, codec_for
 from .layout import BLOCK
 
 VERSION = 1
@@ -22,9 +22,18 @@ def check_group_size(group_size: int, head_dim: int | None = None) -> None:
         raise ValueError(f"{group_size=} does not divide head_dim={head_dim}")
 
 
-def default_group_size(head_dim: int | None) -> int:
-    """That of a cache which is told nothing: 32, or 16 where 32 does not divide head_dim."""
-    return 32 if head_dim is None or head_dim % 32 == 0 else 16
+def default_group_size(head_dim: int | None, codec: Codec) -> int:
+    """That of a cache which is told nothing, for values of `codec`.
+
+    By channel, where a scale is a byte, it is the least one of 64 or more; else 32, or 16 where 32 does not divide
+    head_dim.
+    """
+    if not codec.by_channel:
+        return 32 if head_dim is None or head_dim % 32 == 0 else 16
+    if head_dim is None:
+        return 64
+    sizes = [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
+    return next((size for size in sizes if size >= 64), max(sizes, default=16))
 
 
 def bits_with_scales(bits: int, group: int) -> float:

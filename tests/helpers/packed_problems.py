@@ -7,10 +7,11 @@ import torch
 from problems import problem
 
 from hf_kvattn.kernels.call import AttendCall
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
-from hf_kvattn.quant.packed import PackedKV
-from hf_kvattn.quant.rotation import rotate
+from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.packed import ARRAYS, OF_BLOCKS, PackedKV, shapes_of
+from hf_kvattn.quant.widths import choose
 
 
 def packed_problem(
@@ -30,33 +31,28 @@ def packed_problem(
     change(call.k, call.v)
     batch, heads, length, dim = call.k.shape
     count = max(1, int((length - start) * split) // BLOCK)
-    done, group = count * BLOCK, 16 if dim % 32 else 32
-    k, v = (t[:, :, start : start + done].float() for t in (call.k, call.v))
-    mean, k_codec, v_codec = k.mean(2), codec_for(k_bits), codec_for(v_bits)
-    blocks = (k - mean[:, :, None]).unflatten(2, (count, BLOCK))
-    k_codes, k_scale, k_zero = k_codec.quantize(blocks, -2, k_codec.key_shares)
-    groups = rotate(v).unflatten(2, (count, BLOCK)).unflatten(-1, (-1, group))
-    v_codes, v_scale, v_zero = v_codec.quantize(groups, -1, v_codec.value_shares)
-
-    def roomy(tensor, poison):
-        if tensor is None:
-            return None
-        spare = torch.full((*tensor.shape[:2], 3, *tensor.shape[3:]), poison, dtype=tensor.dtype)
-        return torch.cat([tensor, spare], 2).contiguous()
-
-    call.packed = PackedKV(
-        start,
-        done,
-        k_codec,
-        v_codec,
-        roomy(pack_keys(k_codes, k_codec.planes), 255),
-        roomy(k_scale[..., 0, :].bfloat16(), 1e30),
-        roomy(None if k_zero is None else k_zero[..., 0, :].bfloat16(), 1e30),
-        mean,
-        roomy(pack_values(v_codes.flatten(-2), v_codec.planes), 255),
-        roomy(v_scale[..., 0].transpose(-1, -2).bfloat16(), 1e30),
-        roomy(None if v_zero is None else v_zero[..., 0].transpose(-1, -2).bfloat16(), 1e30),
-    )
+    done, spare, group = count * BLOCK, 3, 16 if dim % 32 else 32
+    k, v = (t[:, :, start : start + done] for t in (call.k, call.v))
+    codecs = codec_for(k_bits), codec_for(v_bits)
+    arrays = dict.fromkeys(ARRAYS)
+    for name, (shape, dtype) in shapes_of(*codecs, dim, group).items():
+        blocks = (count + spare,) if name in OF_BLOCKS else ()
+        arrays[name] = torch.empty(batch, heads, *blocks, *shape, dtype=dtype)
+        if blocks:
+            poison = 1e30 if dtype == torch.bfloat16 else 255
+            arrays[name] = arrays[name].view(torch.uint8).fill_(255) if poison == 255 else arrays[name].fill_(poison)
+            arrays[name] = arrays[name].view(dtype)
+    if codecs[0].by_channel:
+        # Widths as unlike as they can be, so that all kinds of groups are met.
+        importance = torch.linspace(-12, 12, dim).exp2()[
+            torch.randperm(dim, generator=torch.Generator().manual_seed(dim))
+        ]
+        for name, array in choose(k, importance.expand(batch, heads, dim), codecs[0].bits)._asdict().items():
+            arrays[f"k_{name}"].copy_(array)
+    else:
+        arrays["k_mean"].copy_(k.float().mean(2))
+    call.packed = PackedKV(start, done, *codecs, **arrays)
+    quantize_blocks([Blocks(k, v, call.packed, 0)])
     call.k, call.v = (torch.cat([t[:, :, :start], t[:, :, start + done :]], 2) for t in (call.k, call.v))
     return call
 
