@@ -48,7 +48,7 @@ def _assembly(bits: int, dtype: torch.dtype) -> str:
             part += f"lop3.b32 a, a, {0x007F007F}, {_twice(magic, dtype)}, 0xea; {fma} a, b, one, a;"
         return start + part + f"{fma} $0, a, $3, none;}}"
     # Values' codes are put in doubled: half of that, less half of the largest, is exact.
-    half, off = (0.5, -(magic + 2**bits - 1) / 2) if bits else (1, -magic)
+    half, off = (0.5, -(magic + 2**bits - 1) / 2) if bits else (1, 0)
     start += f".reg .b32 one, off; mov.b32 one, {_twice(half, dtype)}; mov.b32 off, {_twice(off, dtype)};"
     in_words = f"{_twice(magic, dtype)}, 0xea; {fma} a, a, one, off;"
     if bits == 4:  # $1: two words; $2: their scales; $3: a token
@@ -68,15 +68,16 @@ def _assembly(bits: int, dtype: torch.dtype) -> str:
         part += f"lop3.b32 n, a, {0x06060606}, n, 0xea;"
         ends = (0, 0x4140, "$4, none"), (1, 0x4342, "$5, none")
     else:
-        # $2, $3: words of 4 bits of four channels; $4: of 2, a byte each; $5: of 1; $6: four times the place of the
-        # one bit in a code, and that of the two bits 3 bits further; $7, $8: scales; $9, $10: zeros; $11: a token
+        # $2, $3: words of 4 bits of four channels; $4: of 2, a byte each; $5: of 1; $6: `place_of` their width;
+        # $7: half the number of their codes; $8, $9: scales; $10, $11: zeros; $12: a token
         part = "shr.u32 s, $6, 3; mov.b32 m, 0x03030303; shf.l.wrap.b32 m, m, m, s; shf.l.wrap.b32 b, $4, $4, s;"
-        part += "shl.b32 s, $11, 1; shf.r.wrap.b32 b, b, b, s;" + pick.format(5)
-        part += "shf.l.wrap.b32 n, n, n, $6; shf.r.wrap.b32 n, n, n, $11; mov.b32 a, 0x01010101;"
+        part += "shl.b32 s, $12, 1; shf.r.wrap.b32 b, b, b, s;" + pick.format(5)
+        part += "shf.l.wrap.b32 n, n, n, $6; shf.r.wrap.b32 n, n, n, $12; mov.b32 a, 0x01010101;"
         part += "shf.l.wrap.b32 a, a, a, $6; and.b32 n, n, a; lop3.b32 n, b, m, n, 0xea;"
-        part += "shr.u32 s, $11, 1; mad.lo.u32 s, s, 0x1111, 0x6420; prmt.b32 a, $2, $3, s;"
-        part += "and.b32 s, $11, 1; shl.b32 s, s, 2; shr.u32 a, a, s; lop3.b32 n, a, 0x0f0f0f0f, n, 0xea;"
-        ends = (0, 0x4140, "$7, $9"), (1, 0x4342, "$8, $10")
+        part += "shr.u32 s, $12, 1; mad.lo.u32 s, s, 0x1111, 0x6420; prmt.b32 a, $2, $3, s;"
+        part += "and.b32 s, $12, 1; shl.b32 s, s, 2; shr.u32 a, a, s; lop3.b32 n, a, 0x0f0f0f0f, n, 0xea;"
+        part += f"mov.b32 m, {_twice(-magic, dtype) >> 24}; prmt.b32 off, $7, m, 0x4040;"
+        ends = (0, 0x4140, "$8, $10"), (1, 0x4342, "$9, $11")
     part += f"mov.b32 m, {top};"
     return start + part + "".join(
         f"prmt.b32 a, n, m, {pick}; {fma} a, a, one, off; {fma} ${to}, a, {last};" for to, pick, last in ends

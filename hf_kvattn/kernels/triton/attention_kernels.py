@@ -96,23 +96,36 @@ def load_sides(
     which = tl.reshape(which, (BLOCKS, PADDED))
     scale = tl.where(which == 0, 0.55, tl.where(which == 1, 0.8, tl.where(which == 2, 1.1, 1.5)))
     scale = (scale * step.to(tl.float32)[None, :]).to(step.dtype)
-    half_top = ((1 << width) - 1).to(tl.float32) * 0.5
-    return scale, (offset * unit[None, :] - scale.to(tl.float32) * half_top[None, :]).to(step.dtype)
+    # Codes are taken less half their number, which is small and whole, and half a step too much.
+    half = tl.where(width > 0, 0.5, 0.0)[None, :] * scale.to(tl.float32)
+    return scale, (offset * unit[None, :] + half).to(step.dtype)
 
 
 @triton.jit
-def dequantize_key(planes, place, scale, zero, TOKEN: tl.constexpr, ASM: tl.constexpr):
-    """The keys by channel of token TOKEN of each word, in the dtype of `scale`: `code * scale + zero`, rounded once.
-    `place` is the width; with ASM it is `place_of` that."""
+def half_of(width):
+    """Half the number of codes of `width` bits, 0 without any."""
+    return (1 << width) >> 1
+
+
+@triton.jit
+def place_of(width):
+    """Where the plane of 1 bit has its place in a code; times 8, where that of 2 bits has it."""
+    return width & 6 | (width & 4) << 3
+
+
+@triton.jit
+def dequantize_key(planes, width, half, scale, zero, TOKEN: tl.constexpr, ASM: tl.constexpr):
+    """The keys by channel of token TOKEN of each word, in the dtype of `scale`: `(code - half) * scale + zero`, rounded
+    once. `half` is `half_of(width)`; with ASM it is uint8, and so is `place_of(width)` in the place of that."""
     four, two, one = planes
     if ASM == "":
-        x = ((four >> (4 * TOKEN)) & 15).to(tl.int32) | (((two >> (2 * TOKEN)) & 3).to(tl.int32) << (place & 4))
-        x = x | (((one >> TOKEN) & 1).to(tl.int32) << (place & 6))
+        x = ((four >> (4 * TOKEN)) & 15).to(tl.int32) | (((two >> (2 * TOKEN)) & 3).to(tl.int32) << (width & 4))
+        x = (x | (((one >> TOKEN) & 1).to(tl.int32) << (width & 6))) - half
         x = (x.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(scale.dtype)
     else:
         x = tl.inline_asm_elementwise(
-            ASM, "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r", [four, two, one, place, scale, zero, TOKEN], dtype=scale.dtype,
-            is_pure=True, pack=4,
+            ASM, "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [four, two, one, width, half, scale, zero, TOKEN],
+            dtype=scale.dtype, is_pure=True, pack=4,
         )  # fmt: skip
     return x
 
@@ -157,14 +170,14 @@ def scales_of(bytes):
 
 @triton.jit
 def _scores(
-    q, words, scale, zero, place, mean_score, from_first, span, factor, softcap,
+    q, words, scale, zero, width, half, mean_score, from_first, span, factor, softcap,
     TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of token TOKEN of each word of keys, `(rows, words)`, in units of `factor`; -inf where it is not seen."""
     if BITS == 8:
         k = dequantize(words, scale, TOKEN, BITS, FLOATS, ASM)
     else:
-        k = dequantize_key(words, place, scale, zero, TOKEN, ASM)
+        k = dequantize_key(words, width, half, scale, zero, TOKEN, ASM)
     scores = tl.dot(q, tl.trans(k))
     if SOFTCAP:
         scores = (scores + mean_score[:, None]) * factor
@@ -337,16 +350,17 @@ def decode_attention_kernel(
         else:
             factor, in_powers = 1.0, scale * 1.4426950408889634
             added = tl.where(split < packed_splits, mean_score * in_powers, 0.0)
-        place = d
+        of_width, half = d, d
         if BY_CHANNEL:
             step = tl.load(k_step + kv * D + d, mask=d < D, other=0).to(q.dtype)
             unit = tl.load(k_unit + kv * D + d, mask=d < D, other=0).to(tl.float32)
             width, begins = places(k_widths, kv, d // 16, D, PADDED, 16)
             pair_width, pair_begins = places(k_widths, kv, tl.arange(0, PADDED // 2) // 8, D, PADDED, 8)
-            place = width
+            of_width, half = width, half_of(width)
             if K_ASM != "":
-                place = (width & 6 | (width & 4) << 3).to(tl.uint8)
-            place = tl.broadcast_to(place[None, :], (WORDS, PADDED))
+                of_width, half = place_of(width).to(tl.uint8), half.to(tl.uint8)
+            of_width = tl.broadcast_to(of_width[None, :], (WORDS, PADDED))
+            half = tl.broadcast_to(half[None, :], (WORDS, PADDED))
         sums = tl.zeros((ROWS, WORDS), tl.float32)
         index = tl.arange(0, WORDS)
         for at in tl.range(begin, end, BLOCKS):
@@ -375,16 +389,76 @@ def decode_attention_kernel(
                 k = load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, K_ASM, D, WORDS, PADDED)
             seen = (at * 32 + index * 4)[None, :] - first[:, None]
             s0 = _scores(
-                q, k, ks, kz, place, mean_score, seen, span, factor, softcap, 0, K_BITS, K_FLOATS, K_ASM, SOFTCAP
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                0,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
             )
             s1 = _scores(
-                q, k, ks, kz, place, mean_score, seen, span, factor, softcap, 1, K_BITS, K_FLOATS, K_ASM, SOFTCAP
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                1,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
             )
             s2 = _scores(
-                q, k, ks, kz, place, mean_score, seen, span, factor, softcap, 2, K_BITS, K_FLOATS, K_ASM, SOFTCAP
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                2,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
             )
             s3 = _scores(
-                q, k, ks, kz, place, mean_score, seen, span, factor, softcap, 3, K_BITS, K_FLOATS, K_ASM, SOFTCAP
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                3,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
             )
 
             new_max = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1) * in_powers

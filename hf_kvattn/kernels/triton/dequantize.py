@@ -19,6 +19,7 @@ from .attention import strides
 from .attention_kernels import (
     dequantize,
     dequantize_key,
+    half_of,
     load_planes,
     load_sides,
     load_words,
@@ -66,12 +67,12 @@ def dequantize_kernel(
         K_FLOATS: tl.constexpr = k_codes.dtype.element_ty == tl.float8e4nv
         V_FLOATS: tl.constexpr = v_codes.dtype.element_ty == tl.float8e4nv
         for token in tl.static_range(4):
-            row = kv * (packed_tokens + exact) + (start + block * 32 + word * 4 + token)
-            to = row[:, None] * D
+            to = kv * (packed_tokens + exact) + (start + block * 32 + word * 4 + token)
+            to = to[:, None] * D
             if K_BITS == 8:
                 x = dequantize(k, ks, token, K_BITS, K_FLOATS, "")
             else:
-                x = dequantize_key(k, width[None, :], ks, kz, token, "")
+                x = dequantize_key(k, width[None, :], half_of(width)[None, :], ks, kz, token, "")
             tl.store(k_out + to + stored[None, :], (x + mean).to(k_out.dtype.element_ty), mask=inside)
             vs = tl.load(v_scale + at + token, mask=inside, other=0)
             vs = vs.to(tl.float32) if V_BITS == 8 else scales_of(vs)
