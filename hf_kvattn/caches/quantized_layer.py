@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..quant import widths
 from ..quant.blocks import Blocks, Quantize, quantize_blocks
 from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
-from ..quant.layout import BLOCK, keys_to, values_to
-from ..quant.packed import PackedKV
+from ..quant.layout import BLOCK, by_width_to, keys_to, planes_of, values_to
+from ..quant.packed import OF_BLOCKS, TABLE, PackedKV, shapes_of
 from .layer import GROWTH, KVLayer, Place, Stored, ring_spans
 from .ring import SLACK, overwritten
 
 logger = logging.get_logger("hf_kvattn")
 
 _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
+WARM_UP = 2 * BLOCK  # tokens that stay exact at first, for a table that is chosen by them
+_MOST_QUERIES = 1024  # tokens of a forward whose queries are looked at, for the same reason
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class QuantSettings:
     group_size: int
     residual_length: int
     exact_first: int  # its argument `sinks`
+    table: widths.KeyTable | None = None  # of a calibration, `(Hkv, ...)`; else it is chosen by the first tokens
+    skip_below: float = 0.0
+
+    @property
+    def few_bits(self) -> bool:
+        return self.k_codec.by_channel or self.v_codec.by_channel
 
 
 class KVQuantizedLayer(KVLayer):
@@ -39,6 +48,9 @@ class KVQuantizedLayer(KVLayer):
     `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once,
     when attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes
     never change again. Between forwards `exact_first + residual_length + 31` tokens are exact at most.
+
+    Keys of few bits need a table of widths and steps (`quant/widths.py`), chosen once. Where no calibration gives it,
+    it follows from the first `WARM_UP` tokens, their keys and the queries that met them; so many are exact until then.
 
     With a sliding window the blocks lie in a ring, block `i` in slot `i % slots`; the first `dropped` tokens are gone.
     """
@@ -53,6 +65,7 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k = self._exact_v = torch.empty(0)
         self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
         self._packed: dict[str, torch.Tensor] = {}
+        self._importance: torch.Tensor | None = None  # `(B, Hkv, D)`, sums of squared queries; never written to
         self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
         # A GPU's answers `(n, 2)` to whether keys and values were finite, each with the event of its arrival.
         self._finite_checks: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
@@ -68,7 +81,7 @@ class KVQuantizedLayer(KVLayer):
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         blocks = (self.dropped + self.packed_tokens) // BLOCK
         packed = {
-            name: (t, t.shape[2] if name == "k_mean" else min(blocks, t.shape[2])) for name, t in self._packed.items()
+            name: (t, min(blocks, t.shape[2]) if name in OF_BLOCKS else t.shape[2]) for name, t in self._packed.items()
         }
         return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
 
@@ -96,7 +109,7 @@ class KVQuantizedLayer(KVLayer):
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """The blocks of `tokens` tokens from `slot` on; no copy."""
         settings = self.settings
-        arrays: dict[str, Any] = {"k_zero": None, "v_zero": None, **self._packed}
+        arrays: dict[str, Any] = {**dict.fromkeys(TABLE), **self._packed, "skip_below": settings.skip_below}
         arrays["k_codes"] = _as_codes(self._packed["k_codes"], settings.k_codec)
         arrays["v_codes"] = _as_codes(self._packed["v_codes"], settings.v_codec)
         return PackedKV(settings.exact_first, tokens, settings.k_codec, settings.v_codec, slot=slot, **arrays)
@@ -126,7 +139,7 @@ class KVQuantizedLayer(KVLayer):
         self.make_ready(k, v)
         exact, new_exact = self._exact, self._exact + k.shape[2]
         fits = new_exact <= self._exact_k.shape[2]
-        if not fits and self._exact_k.shape[2] == self._least_exact + BLOCK:
+        if not fits and self._exact_k.shape[2] == self._usual_exact:
             self._usual = self._exact_k, self._exact_v
         if fits or exact:
             if not fits:  # a prompt: all of it is exact until `finish_attention`
@@ -143,13 +156,34 @@ class KVQuantizedLayer(KVLayer):
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
-        self._packed, self._usual = {}, None
+        self._packed, self._usual, self._importance = {}, None, None
         self._allocate_blocks(blocks)
-        self._resize_exact(self._least_exact + BLOCK, 0)
+        self._resize_exact(self._usual_exact, 0)
 
     @property
     def _least_exact(self) -> int:
         return self.settings.exact_first + self.settings.residual_length
+
+    @property
+    def _chooses(self) -> bool:
+        return self.settings.k_codec.by_channel and self.settings.table is None
+
+    @property
+    def _awaits_table(self) -> bool:
+        """Whether the next block is the first one, and a table is to be chosen by what is stored then."""
+        return self._chooses and not self.packed_tokens and not self.dropped
+
+    @property
+    def _usual_exact(self) -> int:
+        """The room for exact tokens, but for a prompt's. Where a CUDA graph may know its address, it stays."""
+        stays = self._chooses and self.max_cache_len is not None and self.device.type == "cuda"
+        return self._least_exact + (WARM_UP if stays or self._awaits_table else BLOCK)
+
+    def note_queries(self, query: torch.Tensor) -> None:
+        if not self._awaits_table:
+            return
+        squares = query[:, :, -_MOST_QUERIES:].detach().float().square().unflatten(1, (self.kv_heads, -1)).sum((2, 3))
+        self._importance = squares if self._importance is None else self._importance + squares
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         """Quantizes the oldest whole blocks of the newest tokens, and leaves at least `residual_length` tokens exact.
@@ -165,7 +199,8 @@ class KVQuantizedLayer(KVLayer):
     @property
     def blocks_due(self) -> int:
         """How many of the oldest whole blocks of exact tokens are to be quantized."""
-        return max(0, self._exact - self._least_exact) // BLOCK
+        due = max(0, self._exact - self._least_exact)
+        return 0 if due < WARM_UP and self._awaits_table else due // BLOCK
 
     @property
     def _next_block(self) -> int:
@@ -196,10 +231,12 @@ class KVQuantizedLayer(KVLayer):
         """
         if finite is not None and answered is not None:
             self._finite_checks += ((finite, answered),)
-        first, blocks = self._next_block, self.blocks_due
-        self._move_exact_forward(blocks * BLOCK)
-        self.packed_tokens = (first + blocks - dropped) * BLOCK
-        self.dropped = dropped * BLOCK
+        first, blocks, lead, exact = self._next_block, self.blocks_due, self.settings.exact_first, self._exact
+        rest, after = slice(lead + blocks * BLOCK, exact), slice(lead, exact - blocks * BLOCK)
+        k, v = self._exact_k[:, :, rest].clone(), self._exact_v[:, :, rest].clone()
+        self.packed_tokens, self.dropped = (first + blocks - dropped) * BLOCK, dropped * BLOCK
+        self._fit_exact(lead)
+        self._exact_k[:, :, after], self._exact_v[:, :, after] = k, v
         self.inconsistent = None
 
     def _make_room(self, first: int, blocks: int) -> int:
@@ -218,9 +255,9 @@ class KVQuantizedLayer(KVLayer):
         Those before `start` no later token sees: they are not quantized at all.
         """
         lead, slots = self.settings.exact_first, self._packed["k_codes"].shape[2]
-        if not self.packed_tokens:  # means of the first tokens: offsets that no block must spend its range on
+        if not self.packed_tokens and not self.dropped and self.settings.table is None:
             part = slice(lead + start * BLOCK, lead + min(stop, start + _CHUNK_BLOCKS) * BLOCK)
-            self._packed["k_mean"].copy_(self._exact_k[:, :, part].float().mean(2))
+            self._choose_table(self._exact_k[:, :, part])
         jobs = []
         while start < stop:
             slot = (first + start) % slots
@@ -230,14 +267,23 @@ class KVQuantizedLayer(KVLayer):
             start = end
         return jobs
 
-    def _move_exact_forward(self, tokens: int) -> None:
-        """Closes the gap that `tokens` leave behind the first ones among the exact tokens, now that they are codes."""
-        lead, exact = self.settings.exact_first, self._exact
-        rest = slice(lead + tokens, exact)
-        k, v = self._exact_k[:, :, rest].clone(), self._exact_v[:, :, rest].clone()
-        self._shrink_exact(lead)
-        after = slice(lead, exact - tokens)
-        self._exact_k[:, :, after], self._exact_v[:, :, after] = k, v
+    def _choose_table(self, k: torch.Tensor) -> None:
+        """What all blocks share, chosen by the keys `(B, Hkv, T, D)` of the first ones."""
+        if not self.settings.k_codec.by_channel:
+            self._packed["k_mean"].copy_(k.float().mean(2))
+            return
+        if self._importance is None:
+            logger.warning_once(
+                "key widths are chosen by keys alone, since no queries were seen: hf_kvattn.enable(model), or a "
+                "calibration, would keep predictions closer"
+            )
+        chosen = widths.choose(k, self._importance, self.settings.k_codec.bits)
+        self._importance = None
+        self._write_table(chosen)
+
+    def _write_table(self, table: widths.KeyTable) -> None:
+        for name, array in table._asdict().items():
+            self._packed[f"k_{name}"].copy_(array)
 
     def raise_if_not_finite(self, wait: bool) -> None:
         """Raises ValueError, until `reset`, if a GPU has answered that what it quantized was NaN or infinite.
@@ -261,21 +307,21 @@ class KVQuantizedLayer(KVLayer):
 
     def _allocate_blocks(self, blocks: int) -> None:
         """Makes room for `blocks` blocks. Codes that are there are copied, not quantized again."""
-        settings, dim, used = self.settings, self.head_dim, self.packed_tokens // BLOCK
-        key_scales, value_scales = (dim,), (dim // settings.group_size, BLOCK)  # of a block
-        shapes: dict[str, tuple[int, ...]] = {}
-        for x, codec, scales in (("k", settings.k_codec, key_scales), ("v", settings.v_codec, value_scales)):
-            shapes |= {f"{x}_codes": (4 * codec.bits * dim,), f"{x}_scale": scales}
-            shapes |= {} if codec.symmetric else {f"{x}_zero": scales}
+        settings, used, old = self.settings, self.packed_tokens // BLOCK, self._packed
         self._last_packed = None  # else it would keep the old arrays
         grown = {}
-        for name, shape in shapes.items():
-            dtype = torch.uint8 if name.endswith("codes") else torch.bfloat16
-            grown[name] = self._empty(blocks, *shape, dtype=dtype)
+        for name, (shape, dtype) in shapes_of(
+            settings.k_codec, settings.v_codec, self.head_dim, settings.group_size
+        ).items():
+            if name not in OF_BLOCKS:
+                grown[name] = old[name] if old else self._empty(*shape, dtype=dtype).zero_()
+                continue
+            grown[name] = self._empty(blocks, *shape, dtype=torch.uint8 if name.endswith("codes") else dtype)
             if used:
-                grown[name][:, :, :used] = self._packed[name][:, :, :used]
-        mean = self._packed["k_mean"] if self._packed else self._empty(dim, dtype=torch.float32).zero_()
-        self._packed = {**grown, "k_mean": mean}
+                grown[name][:, :, :used] = old[name][:, :, :used]
+        self._packed = grown
+        if not old and settings.table is not None:
+            self._write_table(settings.table)
         room = blocks * BLOCK + self._least_exact + BLOCK
         self.capacity = room if self.max_cache_len is None else min(room, self.max_cache_len)
 
@@ -285,12 +331,13 @@ class KVQuantizedLayer(KVLayer):
             k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
 
-    def _shrink_exact(self, keep: int) -> None:
-        """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to a small buffer."""
-        usual = self._least_exact + BLOCK
+    def _fit_exact(self, keep: int) -> None:
+        """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to the usual buffer."""
+        usual = self._usual_exact
         if not self.is_initialized or self._exact_k.shape[2] == usual:
             return
-        if self._usual is None or keep > usual:
+        if self._usual is None or self._usual[0].shape[2] != usual or keep > usual:
+            self._usual = None
             return self._resize_exact(max(keep, usual), keep)
         (k, v), self._usual = self._usual, None  # where they were: CUDA graphs know the address
         k[:, :, :keep], v[:, :, :keep] = self._exact_k[:, :, :keep], self._exact_v[:, :, :keep]
@@ -318,7 +365,7 @@ class KVQuantizedLayer(KVLayer):
             return self.reset()
         kept_here = kept - self.dropped
         self.unchanged_prefix = min(self.unchanged_prefix, kept)
-        self._shrink_exact(max(lead, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
+        self._fit_exact(max(lead, kept_here - self.packed_tokens))  # they are there if a forward was interrupted
         if kept_here < lead + self.packed_tokens:
             block, cut = divmod(max(0, kept_here - lead), BLOCK)
             if cut:
@@ -329,11 +376,13 @@ class KVQuantizedLayer(KVLayer):
                 self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + lead + block * BLOCK)
             self.packed_tokens = block * BLOCK
         self.seen = kept
+        if self._awaits_table:
+            self._fit_exact(self._exact)
 
     def reset(self) -> None:
-        self._shrink_exact(0)
         self.seen = self.packed_tokens = self.dropped = 0
-        self._finite_checks = ()
+        self._finite_checks, self._importance = (), None
+        self._fit_exact(0)
         super().reset()
 
     def __deepcopy__(self, memo: dict) -> KVLayer:
@@ -343,6 +392,7 @@ class KVQuantizedLayer(KVLayer):
     def select(self, rows: torch.Tensor) -> None:
         self.replace_buffers({name: tensor[rows] for name, (tensor, _) in self.buffers().items()})
         self.batch_size, self.unchanged_prefix = len(rows), 0
+        self._importance = None if self._importance is None else self._importance[rows]
 
     def filled(self) -> dict[str, torch.Tensor]:
         self.raise_if_not_finite(wait=True)
@@ -351,14 +401,17 @@ class KVQuantizedLayer(KVLayer):
         if blocks:
             slot = self.dropped // BLOCK % self._packed["k_codes"].shape[2]
             for name, array in self._packed.items():
-                tensors |= {name: array} if name == "k_mean" else ring_spans(name, array, slot, blocks)
+                tensors |= ring_spans(name, array, slot, blocks) if name in OF_BLOCKS else {name: array}
         return tensors
 
     def _moved(self, name: str, tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+        k_codec, v_codec = self.settings.k_codec, self.settings.v_codec
+        if name.startswith("k_codes") and k_codec.by_channel:
+            return by_width_to(tensor, self._packed["k_widths"], device)
         if name.startswith("k_codes"):
-            return keys_to(tensor, self.settings.k_codec.planes, device)
+            return keys_to(tensor, planes_of(k_codec.bits), device)
         if name.startswith("v_codes"):
-            return values_to(tensor, self.settings.v_codec.planes, device)
+            return values_to(tensor, planes_of(v_codec.bits), device)
         return super()._moved(name, tensor, device)
 
     def copy_rows(self, target: torch.Tensor, source: torch.Tensor, start: int) -> None:
@@ -367,12 +420,14 @@ class KVQuantizedLayer(KVLayer):
         blocks = self.packed_tokens // BLOCK
         first = max(0, start - self.settings.exact_first) // BLOCK
         for name, array in self._packed.items() if first < blocks else ():
-            changed = slice(None) if name == "k_mean" else slice(first, blocks)
+            changed = slice(first, blocks) if name in OF_BLOCKS else slice(None)
             array[target, :, changed] = array[source, :, changed]
         beyond = start - self.packed_tokens  # rows may differ in the newest tokens only
         exact = slice(beyond if beyond > self.settings.exact_first else 0, self._exact)
         for buffer in (self._exact_k, self._exact_v):
             buffer[target, :, exact] = buffer[source, :, exact]
+        if self._importance is not None:
+            self._importance = self._importance.index_copy(0, target, self._importance[source])
 
     def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         seen, packed, dropped = (counts[name] for name in self.counts)
@@ -389,22 +444,27 @@ class KVQuantizedLayer(KVLayer):
             if window is not None:
                 raise ValueError(f"layer {self.layer_idx}: {packed} tokens do not fit into a window of {window}")
             self._allocate_blocks(packed // BLOCK)
-        if seen - dropped - packed > self._exact_k.shape[2]:
-            self._resize_exact(seen - dropped - packed, 0)
         self.packed_tokens, self.dropped = packed, dropped
+        self._resize_exact(max(self._usual_exact, seen - dropped - packed), 0)
 
     def check_loaded(self) -> None:
         for name, tensor in self.filled().items():
             name = name.removesuffix("_wrapped")
             if name in ("k_codes", "v_codes"):
                 tensor = _as_codes(tensor, self.settings.k_codec if name == "k_codes" else self.settings.v_codec)
-                if tensor.dtype == torch.uint8:
-                    continue
-                tensor = tensor.bfloat16()  # which has isfinite
+            if tensor.dtype in (torch.uint8, torch.int16):
+                continue
+            tensor = tensor.bfloat16() if tensor.element_size() == 1 else tensor  # float8 has no isfinite
             if not name.startswith("exact") and not bool(tensor.isfinite().all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds NaN or infinite numbers")
             if name in ("k_scale", "v_scale") and not bool((tensor >= 0).all()):
                 raise ValueError(f"layer {self.layer_idx}: {name} holds negative numbers")
+        if self.packed_tokens and self.settings.k_codec.by_channel:
+            table = widths.KeyTable(*(self._packed[f"k_{name}"] for name in widths.KeyTable._fields))
+            try:
+                widths.check(table, self.settings.k_codec.bits)
+            except ValueError as error:
+                raise ValueError(f"layer {self.layer_idx}: {error}") from error
 
 
 def _as_codes(stored: torch.Tensor, codec: Codec) -> torch.Tensor:

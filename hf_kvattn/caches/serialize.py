@@ -10,7 +10,8 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
-`VERSION` goes up with every change of what is written here, of `quant/layout.py` included.
+`VERSION` goes up with every change of what is written here, of `quant/layout.py` included. Version 4 wrote codes of 4
+bits and fewer otherwise; all else in it is read.
 """
 
 from __future__ import annotations
@@ -34,16 +35,19 @@ from transformers import PreTrainedConfig
 
 from .base import KnownPrefix, KVCache, TokenIds, hash_ids
 from .positions import StreamPosition
+from .quantized import QuantizedKVCache
+from .quantized_layer import KVQuantizedLayer
 from .recurrent import KINDS
 from .registry import CLASSES
 
-VERSION = 4
+VERSION = 5
+_READ = (4, VERSION)
 MAX_HEADER_BYTES = 4 << 20  # some 1 KiB a layer is written
 _MAX_MESSAGE = 2000  # characters: what a file says may be long
 
 # What safetensors calls the dtypes of stored tensors.
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-          torch.uint8: "U8", torch.int32: "I32"}  # fmt: skip
+          torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"}  # fmt: skip
 _DTYPES = {str(dtype): dtype for dtype in _TYPES if dtype.is_floating_point}
 _SIZES = ("batch_size", "kv_heads", "head_dim")
 _KEYS = {"version", "cache", "settings", "model", "dtype", "stream", "layers", "states", "prefix"}
@@ -230,7 +234,7 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], dict[s
     if not isinstance(strings, dict) or {k: type(v) for k, v in strings.items()} != {"hf_kvattn": str, "sha256": str}:
         raise ValueError(f"its metadata are {strings!r}, not those of a cache")
     said = json.loads(strings["hf_kvattn"])
-    if not isinstance(said, dict) or said.get("version") != VERSION:
+    if not isinstance(said, dict) or said.get("version") not in _READ:
         version = said.get("version") if isinstance(said, dict) else None
         raise ValueError(f"it has version {version!r} of the format, and {VERSION} is read here")
     if set(said) != _KEYS:
@@ -249,8 +253,10 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         raise ValueError(f"it holds a cache of class {name!r}, known are {list(CLASSES)}")
     if not isinstance(settings, dict):
         raise ValueError(f"the settings of its {name} are {settings!r}")
+    if said["version"] == 4 and CLASSES[name] is QuantizedKVCache:
+        settings = {**settings, "skip_below": 0.0}
     # A calibration's own checks follow; a string would be the path of a file to read. Of bits strings may be said.
-    checked = {"calibration": dict, "key_bits": str, "value_bits": str}
+    checked = {"calibration": dict, "key_bits": str, "value_bits": str, "skip_below": float}
     for value in [x for key, x in settings.items() if not isinstance(x, checked.get(key, ()))]:
         if not all(item is None or _is_count(item) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"the settings of its {name} are {settings}: numbers are 0 to {_LARGEST}")
@@ -258,6 +264,12 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         cache = CLASSES[name](config, **settings)
     except TypeError as error:
         raise ValueError(f"the settings of its {name} are {settings}: {error}") from error
+    few = [layer for layer in cache.kv_layers if isinstance(layer, KVQuantizedLayer) and layer.settings.few_bits]
+    if said["version"] == 4 and few:
+        raise ValueError(
+            "codes of 4 bits and fewer were written otherwise until version 5 of the format: let the model fill a new "
+            "cache and save that"
+        )
     if cache.settings != settings:
         raise ValueError(f"the settings of its {name} are {settings}, which mean {cache.settings}")
     return cache

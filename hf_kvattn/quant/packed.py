@@ -73,14 +73,20 @@ class PackedKV:
     as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        (*lead, dim), blocks, groups = self.k_mean.shape, self.k_codes.shape[2:3].numel(), self.v_scale.shape[3:4].numel()
+        (*lead, dim), blocks, groups = (
+            self.k_mean.shape,
+            self.k_codes.shape[2:3].numel(),
+            self.v_scale.shape[3:4].numel(),
+        )
         if not groups or dim % (16 * groups):
             raise ValueError(f"v_scale {tuple(self.v_scale.shape)}: groups of {dim} channels are multiples of 16")
         shapes = shapes_of(self.k_codec, self.v_codec, dim, dim // groups)
         for name in ARRAYS:
             array = getattr(self, name)
             if (name in shapes) != (array is not None):
-                raise ValueError(f"{name} goes with key codecs by channel, and only there, not with {self.k_codec.name}")
+                raise ValueError(
+                    f"{name} goes with key codecs by channel, and only there, not with {self.k_codec.name}"
+                )
             if array is None:
                 continue
             shape, dtype = shapes[name]

@@ -1,7 +1,7 @@
 """How many bits each channel of a key gets: the more, the more its rounding error changes scores.
 
-An error `e` of a key's channel shifts a query's score by `q * e`, so a channel matters by E[q**2] * var(k), the variance
-being that within blocks, since each block has an offset of its own. Bits are given one by one to the channels that gain
+An error `e` of a key's channel shifts a query's score by `q * e`, so a channel matters by E[q**2] * var(k). That is the
+variance within blocks, since each block has an offset of its own. Bits are given one by one to the channels that gain
 most by them, in groups of 16 that lie side by side in the codes.
 """
 
@@ -58,9 +58,9 @@ def choose(k: torch.Tensor, importance: torch.Tensor | None, bits: int) -> KeyTa
     middle = (blocks.amax(-2, keepdim=True) + blocks.amin(-2, keepdim=True)) / 2
     centred = blocks - blocks.mean(-2, keepdim=True)
     variance = centred.square().mean((-3, -2))
-    # Offsets must reach all blocks, those of later tokens too: positions turn a key's mean slowly (RoPE). Where four
-    # bits of steps do not reach so far, their unit is greater, and what they leave is for the codes.
-    unit = middle.abs().amax((-3, -2)) * (_DRIFT / few_bits.LARGEST_OFFSET)
+    # Offsets must reach all blocks, those of later tokens too. Where four bits of steps do not reach so far, their unit
+    # is greater, and what they leave is for the codes.
+    unit = _reach(middle, mean) / few_bits.LARGEST_OFFSET
     coarse = unit > variance.sqrt()
     left = torch.where(coarse, unit.square() / 12, 0.0)
     weight = variance + left
@@ -75,8 +75,24 @@ def choose(k: torch.Tensor, importance: torch.Tensor | None, bits: int) -> KeyTa
     return KeyTable(mean, step.bfloat16(), unit.bfloat16(), order.to(torch.int16), widths[..., ::GROUP].to(torch.uint8))
 
 
+def check(table: KeyTable, bits: int) -> None:
+    """Raises ValueError, saying what is wrong, for numbers that `choose` does not give: kernels trust a table."""
+    mean, step, unit, order, widths = table
+    if not bool(mean.isfinite().all()):
+        raise ValueError("means of keys are NaN or infinite")
+    low, high = _RANGE[0] / 2, _RANGE[1] * 2  # rounded to bfloat16
+    for name, x in (("steps", step), ("units", unit)):
+        if not bool(((x >= low) & (x <= high)).all()):
+            raise ValueError(f"{name} of keys must be from {low:g} to {high:g}, got {x.min():g} to {x.max():g}")
+    if not bool((order.long().sort(-1).values == torch.arange(order.shape[-1], device=order.device)).all()):
+        raise ValueError(f"an order of keys' channels is none of {order.shape[-1]}")
+    total, falls = widths.sum(-1, dtype=torch.int64), widths[..., :-1] >= widths[..., 1:]
+    if not bool((total == bits * widths.shape[-1]).all() and falls.all() and (widths <= MAX_WIDTH).all()):
+        raise ValueError(f"widths of keys must fall from {MAX_WIDTH} at most, with {bits} bits on average")
+
+
 def share_bits(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares out `bits` for each channel by their `weight` `(..., D)`: order and widths of a `KeyTable`, int64, on the CPU."""
+    """Shares out `bits` a channel by `weight` `(..., D)`: order and widths of a `KeyTable`, int64, on the CPU."""
     weight = weight.double().cpu().clamp(min=0) ** _EXPONENT  # one rounding for all devices: files move between them
     order = weight.argsort(dim=-1, descending=True, stable=True)
     groups = weight.gather(-1, order).unflatten(-1, (-1, GROUP)).sum(-1)
@@ -91,6 +107,18 @@ def share_bits(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     order = order.unflatten(-1, (-1, GROUP))
     order = order.gather(-2, by_width[..., None].expand_as(order)).flatten(-2)
     return order, widths
+
+
+def _reach(middle: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """How far from the mean the middle of a later block may lie, `(..., D)`, by those seen, `(..., blocks, 1, D)`.
+
+    Positions turn pairs of channels (RoPE), the slowest ones hardly in a whole prompt: a large mean of one channel is
+    its other's after enough tokens. Pairs are D / 2 channels apart, or neighbours, as models differ.
+    """
+    at = (middle[..., 0, :] + mean[..., None, :]).abs().amax(-2)
+    half, neighbour = at.roll(at.shape[-1] // 2, -1), at.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    turned = torch.hypot(at, torch.maximum(half, neighbour)) + mean.abs()
+    return torch.maximum(turned, middle[..., 0, :].abs().amax(-2) * _DRIFT)
 
 
 def _with_least(importance: torch.Tensor) -> torch.Tensor:

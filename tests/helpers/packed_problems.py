@@ -7,28 +7,11 @@ import torch
 from problems import problem
 
 from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant import widths
 from hf_kvattn.quant.blocks import Blocks, quantize_blocks
-from hf_kvattn.quant.codecs import Codec, codec_for
+from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
-from hf_kvattn.quant.packed import OF_BLOCKS, PackedKV, shapes_of
-
-POISON = {torch.uint8: 255, torch.bfloat16: 1e30}
-
-
-def blank(k_codec: Codec, v_codec: Codec, table: widths.KeyTable, slots: int, group: int) -> PackedKV:
-    """Arrays with room for `slots` blocks of keys with this table, all poisoned."""
-    *lead, dim = table.mean.shape
-    arrays = {"k_mean": table.mean}
-    if k_codec.by_channel:
-        arrays |= {f"k_{name}": getattr(table, name) for name in ("step", "unit", "order", "widths")}
-    for name, (shape, dtype) in shapes_of(k_codec, v_codec, dim, group).items():
-        if name in OF_BLOCKS:
-            size = (*lead, slots, *shape)
-            arrays[name] = torch.full(size, POISON.get(dtype, 255), dtype=torch.uint8 if dtype not in POISON else dtype)
-            arrays[name] = arrays[name].view(dtype)
-    none = {f"k_{name}": None for name in ("step", "unit", "order", "widths")}
-    return PackedKV(0, 0, k_codec, v_codec, **(none | arrays))
+from hf_kvattn.quant.packed import ARRAYS, OF_BLOCKS, PackedKV, shapes_of
+from hf_kvattn.quant.widths import choose
 
 
 def packed_problem(
@@ -45,17 +28,31 @@ def packed_problem(
     Before that `change` may write to its keys and values.
     """
     call = problem(name, dtype)
-    call.k *= torch.exp2(-torch.randint(0, 8, (call.k.shape[-1],)))  # so that there are keys of all widths
     change(call.k, call.v)
     batch, heads, length, dim = call.k.shape
     count = max(1, int((length - start) * split) // BLOCK)
-    done, group = count * BLOCK, 16 if dim % 32 else 32
-    k, v = (t[:, :, start : start + done].float() for t in (call.k, call.v))
-    k_codec, v_codec = codec_for(k_bits), codec_for(v_bits)
-    table = widths.choose(k, None, k_codec.bits if k_codec.by_channel else 4)
-    packed = blank(k_codec, v_codec, table, count + 3, group)
-    quantize_blocks([Blocks(k, v, packed, 0)])
-    call.packed = replace(packed, start=start, tokens=done)
+    done, spare, group = count * BLOCK, 3, 16 if dim % 32 else 32
+    k, v = (t[:, :, start : start + done] for t in (call.k, call.v))
+    codecs = codec_for(k_bits), codec_for(v_bits)
+    arrays = dict.fromkeys(ARRAYS)
+    for name, (shape, dtype) in shapes_of(*codecs, dim, group).items():
+        blocks = (count + spare,) if name in OF_BLOCKS else ()
+        arrays[name] = torch.empty(batch, heads, *blocks, *shape, dtype=dtype)
+        if blocks:
+            poison = 1e30 if dtype == torch.bfloat16 else 255
+            arrays[name] = arrays[name].view(torch.uint8).fill_(255) if poison == 255 else arrays[name].fill_(poison)
+            arrays[name] = arrays[name].view(dtype)
+    if codecs[0].by_channel:
+        # Widths as unlike as they can be, so that all kinds of groups are met.
+        importance = torch.linspace(-12, 12, dim).exp2()[
+            torch.randperm(dim, generator=torch.Generator().manual_seed(dim))
+        ]
+        for name, array in choose(k, importance.expand(batch, heads, dim), codecs[0].bits)._asdict().items():
+            arrays[f"k_{name}"].copy_(array)
+    else:
+        arrays["k_mean"].copy_(k.float().mean(2))
+    call.packed = PackedKV(start, done, *codecs, **arrays)
+    quantize_blocks([Blocks(k, v, call.packed, 0)])
     call.k, call.v = (torch.cat([t[:, :, :start], t[:, :, start + done :]], 2) for t in (call.k, call.v))
     return call
 

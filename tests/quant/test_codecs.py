@@ -6,9 +6,17 @@ import torch
 from hypothesis import example, given, settings
 from impostor import fake_cuda, on_gpu
 
-from hf_kvattn.quant import affine, symmetric
-from hf_kvattn.quant.codecs import CODECS, codec_for
-from hf_kvattn.quant.layout import BLOCK, keys_to, pack_keys, pack_values, unpack_keys, unpack_values, values_to
+from hf_kvattn.quant import symmetric
+from hf_kvattn.quant.layout import (
+    BLOCK,
+    keys_to,
+    pack_keys,
+    pack_values,
+    planes_of,
+    unpack_keys,
+    unpack_values,
+    values_to,
+)
 from hf_kvattn.quant.rotation import rotate, size_for
 
 BITS = [8, 4, 3, 2]
@@ -19,7 +27,7 @@ BITS = [8, 4, 3, 2]
 @pytest.mark.parametrize(("pack", "unpack"), [(pack_keys, unpack_keys), (pack_values, unpack_values)])
 def test_packing_loses_nothing_and_takes_the_bytes_it_says(pack, unpack, bits, dim):
     codes = torch.randint(0, 2**bits, (2, 3, BLOCK, dim), dtype=torch.uint8)
-    planes = codec_for(bits).planes
+    planes = planes_of(bits)
     packed = pack(codes, planes)
     assert packed.shape == (2, 3, 4 * bits * dim) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, planes), codes)
@@ -38,7 +46,7 @@ def test_the_packed_layout_is_the_documented_one(bits):
         per = 8 // bits
         return packed[unit // per * 64 + i].item() >> (unit % per * bits) & (2**bits - 1)
 
-    keys, values = (pack(codes, codec_for(bits).planes) for pack in (pack_keys, pack_values))
+    keys, values = (pack(codes, planes_of(bits)) for pack in (pack_keys, pack_values))
     for token, channel in torch.cartesian_prod(torch.arange(BLOCK), torch.arange(32)).tolist():
         expected = codes[token, channel].item()
         assert code(keys, channel // 4 * 2 + token // 16, token % 16 * 4 + channel % 4) == expected
@@ -50,7 +58,7 @@ def test_the_packed_layout_is_the_documented_one(bits):
 def test_codes_on_a_gpu_lie_in_words_of_four_tokens(bits, dim):
     """One word at a time, from the text of quant/layout.py; and back, and to the CPU's layout and back."""
     codes = torch.randint(0, 2**bits, (2, BLOCK, dim), dtype=torch.uint8)
-    planes = codec_for(bits).planes
+    planes = planes_of(bits)
     with fake_cuda():
         packed = [pack(on_gpu(codes), planes) for pack in (pack_keys, pack_values)]
         assert all(
@@ -88,14 +96,12 @@ def test_the_rotation_is_orthonormal_its_own_inverse_and_stays_in_its_block(dim)
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**31),
-    st.sampled_from(BITS),
     st.floats(-1e4, 1e4),
     st.floats(1e-6, 1e4),
     st.sampled_from(["normal", "outlier", "constant", "zero", "two"]),
 )
-@example(0, 3, 1e-6, 1e-6, "normal")  # a whole range that was rounded away from its ends once
-@example(3103, 2, 29.0, 2365.0, "constant")  # the rounded zero lies above the group: a negative scale once
-def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
+@example(0, 1e-6, 1e-6, "normal")
+def test_codes_of_8_bits_are_within_half_a_step(seed, offset, spread, kind):
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
     if kind == "outlier":
         x[:, 5] = 1000 * spread + offset
@@ -105,17 +111,12 @@ def test_codes_are_within_half_a_step(seed, bits, offset, spread, kind):
         x[:] = 0
     if kind == "two":
         x[:, 2:] = x[:, :1]
-    codec = codec_for(bits)
-    full = codec.quantize(x, -1, (1.0,))
-    codes, scale, zero = full
-    error = (codec.dequantize(codes, scale, zero) - x).abs()
-    # Zero and scale are rounded to bfloat16, 2^-9 relative, before the codes are chosen: half a step inside the range,
-    # and at its ends what the rounded scale falls short of.
-    size = x.abs().amax(-1, keepdim=True)
-    short = scale * (2**bits - 1) * 2**-8 + (0 if zero is None else zero.abs() * 2**-8)
-    assert (scale >= 0).all() and (error <= scale / 2 + short + size * 1e-6).all() and int(codes.max()) < 2**bits
-    shrunk = codec.dequantize(*codec.quantize(x, -1, codec.key_shares)) - x  # never a worse sum of fourth powers
-    assert (shrunk.double().pow(4).sum(-1) <= error.double().pow(4).sum(-1) * (1 + 1e-5) + 1e-30).all()
+    codes, scale = symmetric.quantize(x, -1, torch.uint8)
+    error = (symmetric.dequantize(codes, scale) - x).abs()
+    # A scale is rounded to bfloat16, 2^-9 relative, before the codes are chosen: half a step inside the range, and at
+    # its ends what the rounded scale falls short of.
+    short = scale * 255 * 2**-8 + x.abs().amax(-1, keepdim=True) * 1e-6
+    assert (scale >= 0).all() and (error <= scale / 2 + short).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -126,9 +127,9 @@ def test_fp8_rounds_by_a_sixteenth_at_most(seed, offset, spread, outlier):
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(seed)) * spread + offset
     x[:, 5] *= outlier
     x[2] = 0
-    codes, scale, zero = CODECS["fp8"].quantize(x, -1, (1.0,))
-    assert codes.dtype == torch.float8_e4m3fn and zero is None and (scale >= 0).all()
-    read, size = CODECS["fp8"].dequantize(codes, scale, zero), x.abs().amax(-1, keepdim=True)
+    codes, scale = symmetric.quantize(x, -1, symmetric.FP8)
+    assert codes.dtype == torch.float8_e4m3fn and (scale >= 0).all()
+    read, size = symmetric.dequantize(codes, scale), x.abs().amax(-1, keepdim=True)
     assert read.isfinite().all() and (read[2] == 0).all()
     # What the scale, of 8 bits, falls short of at the end of the range is less than the last step.
     assert ((read - x).abs() <= x.abs() * 2**-4 + scale * 2**-10 + size * 1e-6).all()
@@ -151,13 +152,3 @@ def test_packing_keeps_fp8_codes():
         packed, as_bytes = pack(codes, (8,)), codes.view(torch.uint8)
         assert packed.dtype == codes.dtype and torch.equal(packed.view(torch.uint8), pack(as_bytes, (8,)))
         assert torch.equal(unpack(packed, (8,)).view(torch.uint8), as_bytes)
-
-
-def test_a_shrunk_range_has_finer_steps_where_that_helps():
-    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    for bits in (2, 3):
-        codec = codec_for(bits)
-        plain, best = affine.quantize(x, bits, -1), codec.quantize(x, -1, codec.key_shares)
-        errors = [(codec.dequantize(*made) - x).pow(4).sum() for made in (plain, best)]
-        assert errors[1] < 0.8 * errors[0] and (best[1] <= plain[1]).all()
-        assert min(codec.key_shares) * 0.98 <= (best[1] / plain[1]).min()
