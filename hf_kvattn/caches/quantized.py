@@ -25,11 +25,12 @@ class QuantizedKVCache(KVCache):
         cache = QuantizedKVCache(model.config, bits=4)
         model.generate(**inputs, past_key_values=cache)
 
-    Keys are coded per channel in blocks of 32 tokens, after the channel's mean is subtracted, values per token in groups
-    of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. With 4 bits and fewer each key channel
-    has a width of its own: more bits where queries notice errors (`quant/few_bits.py`, `quant/widths.py`). The widths
-    come from a calibration; without one, from the first 64 tokens and more, their keys and the queries that met them; so many
-    tokens are exact until then. The prompt's own forward sees exact keys and values.
+    Keys are coded per channel in blocks of 32 tokens, after the channel's mean is subtracted. Values are coded per
+    token in groups of channels (KIVI, arXiv:2402.02750), after a Hadamard rotation of each head. With 4 bits and fewer
+    each key channel has a width of its own: more bits where queries notice errors (`quant/few_bits.py`,
+    `quant/widths.py`). The widths come from a calibration. Without one they come from the first tokens, 64 or a prompt
+    of more, by their keys and the queries that met them; so many tokens are exact until then. The prompt's own forward
+    sees exact keys and values.
 
     NaN or infinite keys or values raise ValueError, with the layer's number, before they are quantized. On a GPU no
     step waits for that check: such tokens are quantized, and one of the next steps raises, or the next `crop`, `fork`,

@@ -268,7 +268,7 @@ class KVQuantizedLayer(KVLayer):
         return jobs
 
     def _choose_table(self, k: torch.Tensor) -> None:
-        """What all blocks share, by the keys `(B, Hkv, T, D)` of the first ones: offsets no block must spend bits on."""
+        """What all blocks share, chosen by the keys `(B, Hkv, T, D)` of the first ones."""
         if not self.settings.k_codec.by_channel:
             self._packed["k_mean"].copy_(k.float().mean(2))
             return

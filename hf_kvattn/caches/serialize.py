@@ -10,8 +10,8 @@ A file is safetensors. Its tensors are the filled parts of each layer's buffers,
 - `sha256`: of that JSON and of every tensor's bytes. It finds damage, not forgery: whoever can write the file can write
   the hash as well. What a file says is therefore checked in any case.
 
-`VERSION` goes up with every change of what is written here, of `quant/layout.py` included. Version 4 wrote codes of 4 bits
-and fewer otherwise; all else in it is read.
+`VERSION` goes up with every change of what is written here, of `quant/layout.py` included. Version 4 wrote codes of 4
+bits and fewer otherwise; all else in it is read.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from transformers import PreTrainedConfig
 
 from .base import KnownPrefix, KVCache, TokenIds, hash_ids
 from .positions import StreamPosition
-from .recurrent import KINDS
 from .quantized import QuantizedKVCache
 from .quantized_layer import KVQuantizedLayer
+from .recurrent import KINDS
 from .registry import CLASSES
 
 VERSION = 5

@@ -6,6 +6,11 @@ information). One forward and one backward pass over a window give g for every c
 of its two tensors and each number of bits is judged by the codes that the cache itself would write, without a pass for
 each. The sums over tokens and over layers take errors to be independent of each other; measured against the divergence
 of real runs, one part quantized at a time.
+
+The same backward pass says which channels of keys matter, for the tables of their widths (`quant/widths.py`): it gives
+the gradient of every attention output, hence of any score. An error `e` of a key's channel moves a query's score by
+`q * e`, so the channel's importance is the mean of (gradient of score * q)**2. Only tokens count that are codes when a
+query meets them: the first and the newest ones are exact.
 """
 
 from __future__ import annotations
@@ -15,26 +20,35 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AttentionMaskInterface, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_kvattn.attention import Rules, kvattn_attention, scale_of
 from hf_kvattn.caches.configs import kv_shape, layer_needs
 from hf_kvattn.caches.quantized_layer import KVQuantizedLayer, QuantSettings
 from hf_kvattn.kernels import dispatch
 from hf_kvattn.models import attention_modules
-from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, bits_with_scales
-from hf_kvattn.quant.codecs import codec_for
+from hf_kvattn.quant import widths
+from hf_kvattn.quant.calibration import EXACT_BITS, Calibration, key_bits_with_scales, value_bits_with_scales
+from hf_kvattn.quant.codecs import Codec, codec_for
 from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.widths import KeyTable
 from hf_kvattn.tools.files import read_json, replace_text
 
 BITS = (2, 3, 4, 8)
 SINKS = 4  # exact in the cache unless it is told otherwise
-LEAST_WINDOW = SINKS + BLOCK  # tokens: one block is quantized then
+LEAST_WINDOW = SINKS + 2 * BLOCK  # tokens: a block is quantized then, and queries meet it
+NAME = "kvattn-calibration"  # of the attention function that is there while a model is measured
+EVERY = 8  # queries, of which one is looked at
 FP8_LARGEST = 448.0  # of float8_e4m3, which stands for the largest number seen
 SCALES = ("tensor", "head")
 
@@ -46,12 +60,14 @@ class Sensitivity:
     Attributes:
         keys: (layers that store keys and values, bits) float64, a column for each of `BITS`.
         values: the same for each group size.
+        tables: for 4, 3 and 2 bits, of each of these layers' keys.
         k_absmax, v_absmax: (layers, KV heads) float32.
         tokens: how many were looked at.
     """
 
     keys: torch.Tensor
     values: dict[int, torch.Tensor]
+    tables: dict[int, list[KeyTable]]
     k_absmax: torch.Tensor
     v_absmax: torch.Tensor
     tokens: int
@@ -86,6 +102,67 @@ def _only_activations_have_gradients(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_()
 
 
+@contextmanager
+def _noting_importance(model: PreTrainedModel, kept: list[int], importance: torch.Tensor) -> Iterator[None]:
+    """Backward passes in this context add what `_importance` finds to `importance` `(kept layers, Hkv, D)`."""
+    config = model.config.get_text_config(decoder=True)
+    needs, before = layer_needs(config), config._attn_implementation
+
+    def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
+        out, _ = kvattn_attention(module, query, key, value, mask, **kwargs)
+        lender = needs[int(module.layer_idx)].lender
+        i = kept.index(int(module.layer_idx) if lender is None else lender)
+        rules = Rules(mask, kwargs.get("scaling"), True, None, kwargs.get("softcap"), kwargs.get("s_aux"))
+        found = partial(_importance, query.detach(), key.detach(), value.detach(), out.detach(), rules)
+
+        def add(gradient: torch.Tensor) -> None:
+            importance[i] += found(gradient).to(importance.device)
+
+        out.register_hook(add)
+        return out, None
+
+    ALL_ATTENTION_FUNCTIONS[NAME] = attention
+    AttentionMaskInterface.register(NAME, eager_mask)  # it stays: transformers has no way to take one back
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+@torch.no_grad()
+def _importance(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, rules: Rules, gradient: torch.Tensor
+) -> torch.Tensor:
+    """The importance `(Hkv, D)` of each channel of the keys, up to a factor, by the gradient of `out`.
+
+    Args:
+        query: `(1, Hq, T, D)`.
+        key, value: `(1, Hkv, T, D)`.
+        out, gradient: `(1, T, Hq, D)`.
+        rules: `mask`, a float one `(1, 1, T, T)`, `scaling`, `softcap` and `s_aux` are read.
+    """
+    at = torch.arange(SINKS + BLOCK, query.shape[2], EVERY, device=query.device)
+    q, g, o = (x[0, :, at].float().unflatten(0, (key.shape[1], -1)) for x in
+               (query, gradient.transpose(1, 2), out.transpose(1, 2)))  # fmt: skip
+    k, v = (x[0, :, None].float() for x in (key, value))
+    scores, slope = q @ k.mT * scale_of(query, rules), 1.0
+    if rules.softcap is not None:
+        scores = rules.softcap * (scores / rules.softcap).tanh()
+        slope = 1 - (scores / rules.softcap).square()
+    scores = scores + rules.mask[0, :, at]
+    if rules.s_aux is not None:
+        sinks = rules.s_aux.float().view(*q.shape[:2], 1, 1).expand(*q.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    of_scores = weights * slope * (g @ v.mT - (g * o).sum(-1, keepdim=True))
+    tokens = torch.arange(k.shape[2], device=query.device)
+    are_codes = (tokens >= SINKS) & (tokens <= at[:, None] - BLOCK)
+    weight = (of_scores * are_codes).square().sum(-1, keepdim=True)
+    return (weight * q.square()).sum((1, 2))
+
+
 def group_sizes(head_dim: int) -> list[int]:
     """The group sizes that a cache of this head_dim can have."""
     return [size for size in range(16, head_dim + 1, 16) if head_dim % size == 0]
@@ -107,7 +184,7 @@ def kept_layers(model: PreTrainedModel) -> list[int]:
 
 def budget_of(bits: int, group_size: int) -> float:
     """Bits a number, scales included, of an uncalibrated cache."""
-    return (bits_with_scales(bits, BLOCK) + bits_with_scales(bits, group_size)) / 2
+    return (key_bits_with_scales(bits) + value_bits_with_scales(bits, group_size)) / 2
 
 
 def check_budget(budget: float, sizes: list[int]) -> None:
@@ -140,21 +217,25 @@ def measure(
 
     Args:
         model: of a kind that `hf_kvattn.enable` serves; float32 is best. It comes back as it was.
-        windows: token ids, (windows, tokens), at least 36 tokens each.
+        windows: token ids, (windows, tokens), at least 68 tokens each.
         sizes: the group sizes of values to judge.
         seed: of the tokens drawn from the predictions.
         progress: show a bar on stderr.
     """
     kept = kept_layers(model)
-    layers, heads = len(kept), kv_shape(model.config.get_text_config(decoder=True))[0]
-    assert heads is not None
+    layers, (heads, dim) = len(kept), kv_shape(model.config.get_text_config(decoder=True))
+    assert heads is not None and dim is not None
     if windows.shape[1] < LEAST_WINDOW:
-        raise ValueError(f"windows of {windows.shape[1]} tokens hold no block to quantize: {LEAST_WINDOW} at least")
+        raise ValueError(
+            f"windows of {windows.shape[1]} tokens hold no block that queries meet: {LEAST_WINDOW} at least"
+        )
     generator = torch.Generator(model.device).manual_seed(seed)
     keys = torch.zeros(layers, len(BITS), dtype=torch.float64)
     values = {size: torch.zeros_like(keys) for size in sizes}
     k_absmax, v_absmax = torch.zeros(2, layers, heads)
-    with _only_activations_have_gradients(model):
+    importance = torch.zeros(layers, heads, dim)
+    seen: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in kept]  # keys of each window and their gradients
+    with _only_activations_have_gradients(model), _noting_importance(model, kept, importance):
         for ids in tqdm(windows, desc="calibrating", unit="window", disable=not progress):
             recorder = _Recorder(model.config)
             with torch.enable_grad():
@@ -166,27 +247,35 @@ def measure(
                 i = kept.index(layer_idx)
                 for absmax, x in ((k_absmax, k), (v_absmax, v)):
                     absmax[i] = torch.maximum(absmax[i], x.detach().abs().amax((0, 2, 3)).float().cpu())
-                for column, bits in enumerate(BITS):
-                    for size in sizes:
-                        key_cost, value_cost = _costs(i, k, v, bits, size)
-                        values[size][i, column] += value_cost
-                    keys[i, column] += key_cost
+                assert k.grad is not None and v.grad is not None
+                seen[i].append((k.detach(), k.grad))
+                for (column, bits), size in product(enumerate(BITS), sizes):
+                    values[size][i, column] += _cost(v.detach(), v.grad, 1, codec_for(bits), size, None)
+    tables: dict[int, list[KeyTable]] = {bits: [] for bits in BITS if codec_for(bits).by_channel}
+    for i, (column, bits) in product(range(layers), enumerate(BITS)):
+        table = None
+        if bits in tables:
+            whole = [k[0, :, SINKS:][:, : (k.shape[2] - SINKS) // BLOCK * BLOCK] for k, _ in seen[i]]
+            table = KeyTable(*(t.cpu() for t in widths.choose(torch.cat(whole, 1), importance[i], bits)))
+            tables[bits].append(table)
+        keys[i, column] = sum(_cost(k, gradient, 0, codec_for(bits), sizes[0], table) for k, gradient in seen[i])
     tokens = windows.numel()
-    return Sensitivity(keys / tokens, {size: x / tokens for size, x in values.items()}, k_absmax, v_absmax, tokens)
+    per_token = keys / tokens, {size: x / tokens for size, x in values.items()}
+    return Sensitivity(*per_token, tables, k_absmax, v_absmax, tokens)
 
 
 @torch.no_grad()
-def _costs(i: int, k: torch.Tensor, v: torch.Tensor, bits: int, group_size: int) -> list[float]:
-    """What the codes that a cache makes of `k` and of `v` cost, summed over tokens, in nats."""
-    layer = KVQuantizedLayer(QuantSettings(codec_for(bits), codec_for(bits), group_size, 0, SINKS), None, i)
-    layer.append(k, v)
+def _cost(
+    x: torch.Tensor, gradient: torch.Tensor, which: int, codec: Codec, group_size: int, table: KeyTable | None
+) -> float:
+    """What the codes that a cache makes of keys `x` (`which` 0) or of values (1) cost, summed over tokens, in nats."""
+    codecs = [codec_for(8), codec_for(8)]
+    codecs[which] = codec
+    layer = KVQuantizedLayer(QuantSettings(*codecs, group_size, 0, SINKS, table), None, 0)
+    layer.append(x, x)
     layer.finish_attention(dispatch.quantize_blocks)
-    costs = []
-    for x, stored in zip((k, v), layer.dense(), strict=True):
-        assert x.grad is not None
-        shift = ((stored - x).double() * x.grad.double()).sum(-1)
-        costs.append(shift.square().sum().item() / 2)
-    return costs
+    shift = ((layer.dense()[which] - x).double() * gradient.double()).sum(-1)
+    return shift.square().sum().item() / 2
 
 
 def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[Calibration, float]:
@@ -207,8 +296,8 @@ def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[C
     pairs = list(product(range(len(BITS)), repeat=2))
     candidates = []
     for size, values in found.values.items():
-        unit = 1 / (2 * size)  # every cost below is a whole number of these
-        bits_of_pairs = [bits_with_scales(BITS[a], BLOCK) + bits_with_scales(BITS[b], size) for a, b in pairs]
+        unit = 1 / math.lcm(2 * BLOCK, size)  # every cost below is a whole number of these
+        bits_of_pairs = [key_bits_with_scales(BITS[a]) + value_bits_with_scales(BITS[b], size) for a, b in pairs]
         costs = [round(bits / unit) for bits in [*bits_of_pairs, 2 * EXACT_BITS]]
         errors = [[*((found.keys[i, a] + values[i, b]).item() for a, b in pairs), 0.0] for i in range(len(found.keys))]
         chosen = _knapsack(costs, errors, math.floor(2 * budget * len(errors) / unit + 1e-6))
@@ -218,7 +307,10 @@ def choose(model: PreTrainedModel, found: Sensitivity, budget: float) -> tuple[C
         skipped = tuple(i for i, choice in enumerate(chosen) if choice == len(pairs))
         bits = [(8, 8) if i in skipped else tuple(BITS[j] for j in pairs[choice]) for i, choice in enumerate(chosen)]
         key_bits, value_bits = zip(*bits, strict=True)
-        made = Calibration(decoder.model_type, len(errors), heads, dim, size, key_bits, value_bits, skipped)
+        tables = tuple(
+            found.tables[b][i] if b in found.tables and i not in skipped else None for i, b in enumerate(key_bits)
+        )
+        made = Calibration(decoder.model_type, len(errors), heads, dim, size, key_bits, value_bits, skipped, tables)
         candidates.append((made, total))
     return min(candidates, key=lambda candidate: candidate[1])
 
@@ -300,4 +392,5 @@ def save(calibration: Calibration, path: str | Path) -> None:
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise ValueError(f"{path} exists already: move it away or choose another output")
-    replace_text(path, json.dumps(calibration.as_json(), indent=1) + "\n")
+    fields = (f" {json.dumps(name)}: {json.dumps(value)}" for name, value in calibration.as_json().items())
+    replace_text(path, "{\n" + ",\n".join(fields) + "\n}\n")

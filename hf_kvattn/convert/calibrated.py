@@ -19,6 +19,7 @@ from hf_kvattn.evaluation.common import drawing, report
 from hf_kvattn.evaluation.common.measurement import Measurement
 from hf_kvattn.evaluation.common.variants import BASELINE, MakeCache, Variant
 from hf_kvattn.quant.calibration import Calibration, default_group_size, file_name
+from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.tools import inputs
 from hf_kvattn.tools.command_line import Command, positive_int
 from hf_kvattn.tools.conditions import conditions, source_name
@@ -43,7 +44,8 @@ def compare(
         window: tokens of a window; its first half is one prefill.
         schedule: what else `perplexity.measure` takes.
     """
-    sizes = list(dict.fromkeys([default_group_size(calibration.head_dim), calibration.group_size]))
+    usual = default_group_size(calibration.head_dim, codec_for(bits))
+    sizes = list(dict.fromkeys([usual, calibration.group_size]))
     caches: dict[str, tuple[MakeCache, float]] = {  # and the bits of their codes
         f"int{bits}, groups of {size}": (_make(bits=bits, group_size=size), calibrate.budget_of(bits, size))
         for size in sizes
@@ -84,7 +86,7 @@ COLUMNS: list[Column] = [
 def _tables(results: dict[str, Any]) -> str:
     settings = results["settings"]
     notes = (
-        f"Bits of each layer's keys and values, chosen on {settings['calibration_tokens']} tokens of "
+        f"Bits of each layer's keys and values, and key widths, chosen on {settings['calibration_tokens']} tokens of "
         f"{results['conditions']['calibration_text']}; groups of {settings['group_size']}. Measured on other text: "
         f"{settings['windows']} windows of {settings['window']} tokens, {perplexity.how(settings)} Bits of codes count "
         "their scales; bits a number count exact tokens too, with what this length leaves of them.\n"
@@ -161,7 +163,7 @@ QuantizedKVCache(config, calibration=FILE). --report measures the cache beside u
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=inputs.SMOLLM2, help=f"hub id, folder, .gguf file or {inputs.SMOLLM2}")
     parser.add_argument("--output", metavar="FILE", help="the file to write; None means the model's own folder")
-    parser.add_argument("--bits", type=int, choices=(8, 4, 2), default=4, help="of the cache it stands in for")
+    parser.add_argument("--bits", type=int, choices=(8, 4, 3, 2), default=4, help="of the cache it stands in for")
     parser.add_argument("--budget", type=float, help="bits a number, scales included; None means what --bits take")
     parser.add_argument("--group-size", type=positive_int, help="of values; None means the best")
     parser.add_argument("--calibration-text", default="pydoc", help="a file, wikitext or pydoc")
@@ -209,7 +211,9 @@ def _main(args: argparse.Namespace) -> int:
         if not sizes or args.group_size not in (None, *sizes):
             raise ValueError(f"the group size of a head_dim of {head_dim} is one of {sizes}, not {args.group_size}")
         sizes = [args.group_size] if args.group_size else sizes
-        uncalibrated = calibrate.budget_of(args.bits, args.group_size or default_group_size(head_dim))
+        uncalibrated = calibrate.budget_of(
+            args.bits, args.group_size or default_group_size(head_dim, codec_for(args.bits))
+        )
         budget = uncalibrated if args.budget is None else args.budget
         calibrate.check_budget(budget, sizes)
         heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window) if args.report else None

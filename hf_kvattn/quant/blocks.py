@@ -18,7 +18,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         k, v: `(B, Hkv, n * 32, D)`.
-        into: its arrays of blocks are written to (`packed.OF_BLOCKS`); its fields `start`, `tokens` and `slot` are ignored.
+        into: its arrays of blocks are written to (`packed.OF_BLOCKS`); `start`, `tokens` and `slot` are ignored.
         slot: of the first block in them. The others follow.
     """
 
@@ -51,7 +51,7 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> No
     if into.k_codec.by_channel:
         order, *table = into.by_stored_channel()
         codes, *sides = few_bits.quantize_keys(blocks.gather(-1, order.expand_as(blocks)), *table)
-        into.k_codes[:, :, slots] = pack_by_width(codes, into.k_widths)
+        into.k_codes[:, :, slots] = pack_by_width(codes, into.k_widths)  # type: ignore[arg-type]  # by channel
         into.k_scale[:, :, slots] = few_bits.pack_sides(*sides)
     else:
         codes, scale = symmetric.quantize(blocks, -2, into.k_codec.dtype)

@@ -10,8 +10,8 @@ The offset is the middle of the block's range. Of the multipliers the one with t
 is taken: large errors are what attention notices.
 
 Values. They are rotated (`rotation.py`) and have no offset. A token's group of channels has a scale `t` in one byte:
-`v = t * (c - (2**b - 1) / 2)`. Rounding to few levels shrinks a vector, so `t` is what gives the codes the length of the
-numbers along them, <x, x> / <x, c>, not the step that they were rounded with.
+`v = t * (c - (2**b - 1) / 2)`. Rounding to few levels shrinks a vector. So `t` is not the step that its numbers were
+rounded with, but what gives the codes their length along them, <x, x> / <x, c>.
 
 Every quantizer writes the same bits: all is float32, nothing is fused, and sums are those of `tree_sum`.
 """

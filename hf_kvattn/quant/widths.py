@@ -1,7 +1,7 @@
 """How many bits each channel of a key gets: the more, the more its rounding error changes scores.
 
-An error `e` of a key's channel shifts a query's score by `q * e`, so a channel matters by E[q**2] * var(k), the variance
-being that within blocks, since each block has an offset of its own. Bits are given one by one to the channels that gain
+An error `e` of a key's channel shifts a query's score by `q * e`, so a channel matters by E[q**2] * var(k). That is the
+variance within blocks, since each block has an offset of its own. Bits are given one by one to the channels that gain
 most by them, in groups of 16 that lie side by side in the codes.
 """
 
@@ -92,7 +92,7 @@ def check(table: KeyTable, bits: int) -> None:
 
 
 def share_bits(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares out `bits` for each channel by their `weight` `(..., D)`: order and widths of a `KeyTable`, int64, on the CPU."""
+    """Shares out `bits` a channel by `weight` `(..., D)`: order and widths of a `KeyTable`, int64, on the CPU."""
     weight = weight.double().cpu().clamp(min=0) ** _EXPONENT  # one rounding for all devices: files move between them
     order = weight.argsort(dim=-1, descending=True, stable=True)
     groups = weight.gather(-1, order).unflatten(-1, (-1, GROUP)).sum(-1)
@@ -117,11 +117,8 @@ def _reach(middle: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """
     at = (middle[..., 0, :] + mean[..., None, :]).abs().amax(-2)
     half, neighbour = at.roll(at.shape[-1] // 2, -1), at.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    turned = torch.hypot(at, half if PAIR == "half" else torch.maximum(half, neighbour)) + mean.abs()
+    turned = torch.hypot(at, torch.maximum(half, neighbour)) + mean.abs()
     return torch.maximum(turned, middle[..., 0, :].abs().amax(-2) * _DRIFT)
-
-
-PAIR = "both"
 
 
 def _with_least(importance: torch.Tensor) -> torch.Tensor:

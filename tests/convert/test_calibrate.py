@@ -21,14 +21,25 @@ from transformers import PreTrainedTokenizerFast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache
+from hf_kvattn.attention import Rules
 from hf_kvattn.caches.static_layer import KVStaticLayer
 from hf_kvattn.convert import calibrate
 from hf_kvattn.evaluation import cards
 from hf_kvattn.kernels import dispatch
+from hf_kvattn.quant import widths
 from hf_kvattn.quant.calibration import MAX_FILE_BYTES, Calibration, file_name
 from hf_kvattn.quant.codecs import codec_for
+from hf_kvattn.quant.packed import OF_BLOCKS
+
+
+def table(bits: int, seed: int = 0, heads: int = 2, dim: int = 16) -> widths.KeyTable:
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(heads, 64, dim, generator=generator) * torch.rand(heads, 1, dim, generator=generator)
+    return widths.choose(keys, torch.rand(heads, dim, generator=generator), bits)
+
 
 GIVEN = Calibration("llama", 3, 2, 16, 16, (8, 4, 2), (2, 3, 8))
+WITH_TABLES = replace(GIVEN, tables=(None, table(4), table(2, 1)))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,11 +52,27 @@ def windows(count: int = 2, length: int = 100) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------- the object and its file
 
 
+def wide() -> Calibration:
+    """Numbers as small and as large as there are, and more channels than a byte counts."""
+    made = widths.choose(torch.zeros(1, 64, 512), None, 3)
+    mean = torch.linspace(-1.5e38, 1.5e38, 512)[None]
+    mean[0, :3] = torch.tensor([1e-45, 0.0, 1 / 3])
+    step = made.step.clone()
+    step[0, 0], step[0, 1] = 1e18, 1 / 3
+    return Calibration("llama", 1, 1, 512, 16, (3,), (4,), (), (made._replace(mean=mean, step=step),))
+
+
 def test_a_file_gives_back_what_was_saved_and_replaces_nothing(tmp_path):
     path = tmp_path / "calibration.json"
-    made = replace(GIVEN, skip_layers=(1,))
-    calibrate.save(made, path)
-    assert Calibration.load(path) == made and list(tmp_path.iterdir()) == [path]
+    for i, made in enumerate((replace(GIVEN, skip_layers=(1,)), wide(), WITH_TABLES)):
+        path = tmp_path / f"calibration{i}.json"
+        calibrate.save(made, path)
+        loaded = Calibration.load(path)
+        assert loaded.as_json() == made.as_json() and len(list(tmp_path.iterdir())) == i + 1
+        for ours, theirs in zip(loaded.tables, made.tables, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None and theirs is not None:
+                assert all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(ours, theirs, strict=True))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="exists already"):
         calibrate.save(GIVEN, path)
@@ -55,7 +82,9 @@ def test_a_file_gives_back_what_was_saved_and_replaces_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "no calibration of version 1"),
+        ({"version": 3}, "no calibration of version 1 or 2"),
+        ({"version": True}, "no calibration of version 1 or 2"),
+        ({"version": 1}, "tables must be a list, and came with version 2, got version 1"),
         ({"key_bits": [4, 4]}, r"key_bits must be 3 numbers, one a layer, got \(4, 4\)"),
         ({"key_bits": [4, 5, 4]}, "bits must be one of .* got 5"),
         ({"value_bits": [4, True, 4]}, "value_bits must be ints, got True"),
@@ -69,14 +98,82 @@ def test_a_file_gives_back_what_was_saved_and_replaces_nothing(tmp_path):
         ({"skip_layers": [3]}, r"skip_layers must be from 0 to 2, got \(3,\)"),
         ({"model_type": None}, "model_type must be a string, got None"),
         ({"rotation": 1}, "rotation"),
+        ({"tables": [None]}, "tables must be 3, one a layer, or none"),
+        ({"tables": {"0": None}}, "tables must be a list"),
+        ({"key_bits": [8, 8, 2]}, "the table of layer 1: keys of 8 bits have none"),
+        ({"key_bits": [8, 3, 2]}, "the table of layer 1: widths of keys must fall from 7 at most, with 3 bits"),
+        ({"head_dim": 32}, r"the table of layer 1: mean must be \(2, 32\) torch.float32, got \(2, 16\)"),
+        ({"kv_heads": 1}, r"the table of layer 1: mean must be \(1, 16\) torch.float32, got \(2, 16\)"),
     ],
 )
 def test_broken_files_are_named_with_what_is_wrong(tmp_path, change, message):
     path = tmp_path / "calibration.json"
-    calibrate.save(GIVEN, path)
+    calibrate.save(WITH_TABLES, path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"calibration.json is not a calibration file: .*{message}"):
         Calibration.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "value", "message"),
+    [
+        ("mean", (0, 0), float("nan"), "mean of a table holds nan"),
+        ("mean", (1, 3), float("inf"), "mean of a table holds inf"),
+        ("mean", (1, 3), 10**400, "mean of a table holds 1000"),
+        ("mean", (0, 0), "1", "mean of a table holds '1'"),
+        ("mean", (0, 0), True, "mean of a table holds True"),
+        ("mean", (0, 0), None, "mean of a table holds None"),
+        ("mean", (0, 0), [1.0], r"mean of a table holds \[1.0\]"),
+        ("mean", (0,), [0.0], "mean of a table must be lists of one length"),
+        ("mean", (0,), 0.0, "mean of a table must be a list for each KV head"),
+        ("mean", (), [], "mean of a table must be a list for each KV head"),
+        ("mean", (), [[], []], r"mean must be \(2, 16\) torch.float32, got \(2, 0\)"),
+        ("mean", (), {"0": 1}, "mean of a table must be a list for each KV head"),
+        ("step", (0, 0), 0, "steps of keys must be from"),
+        ("step", (0, 0), -1.0, "steps of keys must be from"),
+        ("step", (1, 15), 1e20, "steps of keys must be from"),
+        ("unit", (0, 0), 0.0, "units of keys must be from"),
+        ("unit", (0, 0), 1e-30, "units of keys must be from"),
+        ("order", (0, 0), 16, "an order of keys' channels is none of 16"),
+        ("order", (0, 0), -1, "order of a table holds -1"),
+        ("order", (0, 0), 1 << 16, "order of a table holds 65536"),
+        ("order", (0, 0), 1.0, "order of a table holds 1.0"),
+        ("order", (0,), [0] * 16, "an order of keys' channels is none of 16"),
+        ("widths", (0, 0), 5, "widths of keys must fall"),
+        ("widths", (0, 0), 256, "widths of a table holds 256"),
+        ("widths", (), [[4]], r"widths must be \(2, 1\) torch.uint8, got \(1, 1\)"),
+    ],
+    ids=str,
+)
+def test_broken_tables_are_named_with_what_is_wrong(name, at, value, message):
+    found = json.loads(json.dumps(WITH_TABLES.as_json()))
+    place = found["tables"][1]
+    for key in (name, *at)[:-1]:
+        place = place[key]
+    place[(name, *at)[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        Calibration.of_json(found)
+    del found["tables"][1]["unit"]
+    with pytest.raises(ValueError, match="a table must have mean, step, unit, order, widths"):
+        Calibration.of_json(found)
+
+
+def test_widths_of_a_table_fall():
+    good = widths.choose(torch.randn(1, 64, 32) * torch.linspace(1, 50, 32), None, 4)
+    assert good.widths.tolist() == [[5, 3]] or good.widths[0, 0] > good.widths[0, 1]
+    made = Calibration("llama", 1, 1, 32, 16, (4,), (4,), (), (good,))
+    with pytest.raises(ValueError, match="layer 0: widths of keys must fall"):
+        replace(made, tables=(good._replace(widths=good.widths.flip(-1)),))
+    with pytest.raises(ValueError, match="layer 0: step must be .* torch.bfloat16, got .* torch.float32"):
+        replace(made, tables=(good._replace(step=good.step.float()),))
+
+
+def test_a_file_of_version_1_has_bits_and_no_tables(tmp_path):
+    path = tmp_path / "calibration.json"
+    old = {name: x for name, x in GIVEN.as_json().items() if name != "tables"} | {"version": 1}
+    path.write_text(json.dumps(old))
+    assert Calibration.load(path).as_json() == GIVEN.as_json() == WITH_TABLES.without_tables().as_json()
+    assert GIVEN.tables == (None, None, None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"version": 1}'])
@@ -92,22 +189,22 @@ def test_files_are_not_read_without_end(tmp_path):
     calibrate.save(GIVEN, path)
     with path.open("a") as file:
         file.write(" " * (MAX_FILE_BYTES - path.stat().st_size))
-    assert Calibration.load(path) == GIVEN
+    assert Calibration.load(path).as_json() == GIVEN.as_json()
     os.truncate(path, 1 << 40)  # of which nothing is on the disk
     for endless in (path, "/dev/zero"):
-        with pytest.raises(ValueError, match=f"{endless} is not a calibration file: it is larger than 1048576 bytes"):
+        with pytest.raises(ValueError, match=f"{endless} is not a calibration file: it is larger than 16777216 bytes"):
             QuantizedKVCache(tiny_config(), calibration=endless)
     with pytest.raises(ValueError, match="7 is not a calibration file"):  # nor a descriptor
         QuantizedKVCache(tiny_config(), calibration=7)
 
 
 def test_bits_count_codes_scales_and_exact_layers():
-    """Against what a full cache allocates, less its exact tokens and its means."""
+    """Against what a full cache allocates, less its exact tokens and what serves all blocks."""
     for made in (GIVEN, replace(GIVEN, key_bits=(3, 3, 3), value_bits=(4, 8, 2))):
         cache = QuantizedKVCache(tiny_config(), calibration=made, sinks=0)
         for i in range(3):
             cache.update(*torch.randn(2, 1, 2, 320, 16).bfloat16(), i)
-        codes = [t for x in cache.layers for name, t in x._packed.items() if name != "k_mean"]
+        codes = [t for x in cache.layers for name, t in x._packed.items() if name in OF_BLOCKS]
         numbers = sum(2 * 2 * 16 * 32 * x._packed["k_codes"].shape[2] for x in cache.layers)
         assert made.bits_per_element == 8 * sum(t.numel() * t.element_size() for t in codes) / numbers
     assert replace(GIVEN, skip_layers=(0, 1, 2)).bits_per_element == 16
@@ -255,7 +352,8 @@ def sensitivity(layers: int = 3, sensitive: int = 1) -> calibrate.Sensitivity:
     part = torch.tensor([[1.6e-2, 4e-3, 1e-3, 1e-5]], dtype=torch.float64).repeat(layers, 1)
     keys = part.clone()
     keys[sensitive] *= 1000
-    return calibrate.Sensitivity(keys, {16: part}, torch.ones(layers, 2), torch.ones(layers, 2), 100)
+    tables = {bits: [table(bits)] * layers for bits in (2, 3, 4)}
+    return calibrate.Sensitivity(keys, {16: part}, tables, torch.ones(layers, 2), torch.ones(layers, 2), 100)
 
 
 def test_bits_go_where_errors_cost_most_and_the_budget_is_kept():
@@ -270,9 +368,9 @@ def test_bits_go_where_errors_cost_most_and_the_budget_is_kept():
     assert made.skip_layers == (0, 1, 2) and cost == 0
 
 
-@pytest.mark.parametrize("budget", [0.0, 3.49, 16.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("budget", [0.0, 2.34, 16.1, float("nan"), float("inf")])
 def test_an_impossible_budget_is_named_with_the_least_and_the_most(budget):
-    with pytest.raises(ValueError, match=rf"{budget:g} bits .* from 3.5 \(2 bits everywhere\) to 16"):
+    with pytest.raises(ValueError, match=rf"{budget:g} bits .* from 2.34375 \(2 bits everywhere\) to 16"):
         calibrate.choose(tiny_model("llama"), sensitivity(), budget)
 
 
@@ -325,6 +423,40 @@ def test_measuring_leaves_the_model_as_it_was(family):
     assert torch.equal(found.keys, calibrate.measure(model, windows(1, 70), [16]).keys)
 
 
+@pytest.mark.parametrize(("softcap", "sinks", "window"), [(None, False, None), (2.0, False, 40), (None, True, 50)])
+def test_importance_is_what_autograd_says_of_scores(softcap, sinks, window):
+    """The sum over queries and tokens of (gradient of score * q)**2, in float64."""
+    tokens, heads, group, dim = 132, 2, 3, 16
+    q, k, v = (torch.randn(1, n, tokens, dim, dtype=torch.float64) for n in (heads * group, heads, heads))
+    gradient = torch.randn(1, tokens, heads * group, dim, dtype=torch.float64)
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    mask = torch.zeros(tokens, tokens).masked_fill_((distance < 0) | (distance >= (window or tokens)), -torch.inf)
+    s_aux = torch.randn(heads * group) if sinks else None
+    scores = (q.unflatten(1, (heads, group)) @ k[:, :, None].mT * 0.3).requires_grad_()
+    capped = scores if softcap is None else softcap * (scores / softcap).tanh()
+    wide = capped + mask
+    if s_aux is not None:
+        wide = torch.cat([wide, s_aux.double().view(1, heads, group, 1, 1).expand(1, -1, -1, tokens, 1)], -1)
+    out = (wide.softmax(-1)[..., :tokens] @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
+    out.backward(gradient)
+    at, far = slice(36, None, calibrate.EVERY), (distance >= 32) & (torch.arange(tokens) >= 4)
+    of_keys = (scores.grad * far)[..., at, :, None] * q.unflatten(1, (heads, group))[..., at, None, :]
+    rules = Rules(mask[None, None], 0.3, True, None, softcap, s_aux)
+    found = calibrate._importance(q, k, v, out.detach(), rules, gradient)
+    torch.testing.assert_close(found.double(), of_keys.square().sum((0, 2, 3, 4)), rtol=1e-4, atol=0)
+
+
+def test_channels_that_queries_use_get_the_bits():
+    """Keys vary alike in all channels; queries meet half of them, most layers' others hardly."""
+    model = tiny_model("llama", head_dim=32, initializer_range=0.1)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.unflatten(0, (-1, 2, 8, 2))[..., 0, :] *= 1e-2
+    found = calibrate.measure(model, windows(2, 132), [16])
+    used = torch.arange(32) % 2 == 1
+    for each in found.tables[2]:
+        assert used[each.order[:, :16].long()].float().mean() > 0.9 and (each.widths[:, 0] > each.widths[:, 1]).all()
+
+
 def test_nan_keys_are_named():
     model = tiny_model("llama")
     model.model.layers[1].self_attn.v_proj.weight.data[3] = torch.nan
@@ -374,8 +506,8 @@ def test_the_command_line_writes_what_enable_uses_and_reports_it(saved, tmp_path
 
 def refusals(tmp_path: Path, saved: Path):
     yield ["--window", 400], "the calibration text has 700 tokens: too short for 2 windows of 400"
-    yield ["--window", 30], "windows of 30 tokens hold no block to quantize: 36 at least"
-    yield ["--budget", 3.4], r"a budget of 3.4 bits a number is impossible: from 3.5 (2 bits everywhere) to 16"
+    yield ["--window", 67], "windows of 67 tokens hold no block that queries meet: 68 at least"
+    yield ["--budget", 2.3], r"a budget of 2.3 bits a number is impossible: from 2.34375 (2 bits everywhere) to 16"
     yield ["--budget", 99], "a budget of 99 bits"
     yield ["--group-size", 32], "the group size of a head_dim of 16 is one of [16], not 32"
     yield ["--report", tmp_path / "r", "--windows", 9], "the text has 700 tokens, and 900 are needed"
