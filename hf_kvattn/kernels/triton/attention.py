@@ -35,7 +35,6 @@ def _assembly(bits: int, dtype: torch.dtype) -> str:
     the code. Subtracting it again is exact, so that products are rounded once.
     """
     fma, magic = ("fma.rn.bf16x2", 128) if dtype == torch.bfloat16 else ("fma.rn.f16x2", 1024)
-    top = _twice(magic, dtype) >> 24
     start = f"{{.reg .b32 a, b, m, n, s, none; mov.b32 none, {0x80008000};"
     if bits == 8:  # $1, $2: a word each; $3: their scales; $4: which byte of each. Codes stand for themselves less 128.
         start += ".reg .b32 one, off;"
@@ -61,24 +60,25 @@ def _assembly(bits: int, dtype: torch.dtype) -> str:
             f"{fma} ${to}, a, ${scale}, none;" for to, pick, scale in ((0, 0x1100, 3), (1, 0x3322, 4))
         ) + "}"  # fmt: skip
     # A code is put together in a byte, and that with a byte of the magic number.
-    pick = "shr.u32 n, ${0}, 4; lop3.b32 n, n, ${0}, " + str(0x0F000F00) + ", 0xe4;"  # words of 4 bits, two in a byte
+    pick = "shr.u32 n, ${0}, 4; lop3.b32 n, n, ${0}, 0x0f000f00, 0xe4;"  # words of 4 bits, two in a byte
     if bits == 3:  # $2: four words' low bits, a byte each; $3: the third ones'; $4, $5: their scales; $6: a token
-        part = "shl.b32 s, $6, 1; sub.u32 s, 1, s; shf.l.wrap.b32 a, $2, $2, s;" + pick.format(3)
-        part += f"sub.u32 s, 3, $6; shf.l.wrap.b32 n, n, n, s; and.b32 n, n, {0x08080808};"
-        part += f"lop3.b32 n, a, {0x06060606}, n, 0xea;"
+        part = f"shl.b32 s, $6, 1; sub.u32 s, 1, s; shf.l.wrap.b32 a, $2, $2, s; {pick.format(3)}"
+        part += "sub.u32 s, 3, $6; shf.l.wrap.b32 n, n, n, s; and.b32 n, n, 0x08080808;"
+        part += "lop3.b32 n, a, 0x06060606, n, 0xea;"
         ends = (0, 0x4140, "$4, none"), (1, 0x4342, "$5, none")
     else:
-        # $2, $3: words of 4 bits of four channels; $4: of 2, a byte each; $5: of 1; $6: `place_of` their width;
-        # $7: half the number of their codes; $8, $9: scales; $10, $11: zeros; $12: a token
-        part = "shr.u32 s, $6, 3; mov.b32 m, 0x03030303; shf.l.wrap.b32 m, m, m, s; shf.l.wrap.b32 b, $4, $4, s;"
-        part += "shl.b32 s, $12, 1; shf.r.wrap.b32 b, b, b, s;" + pick.format(5)
-        part += "shf.l.wrap.b32 n, n, n, $6; shf.r.wrap.b32 n, n, n, $12; mov.b32 a, 0x01010101;"
-        part += "shf.l.wrap.b32 a, a, a, $6; and.b32 n, n, a; lop3.b32 n, b, m, n, 0xea;"
-        part += "shr.u32 s, $12, 1; mad.lo.u32 s, s, 0x1111, 0x6420; prmt.b32 a, $2, $3, s;"
-        part += "and.b32 s, $12, 1; shl.b32 s, s, 2; shr.u32 a, a, s; lop3.b32 n, a, 0x0f0f0f0f, n, 0xea;"
-        part += f"mov.b32 m, {_twice(-magic, dtype) >> 24}; prmt.b32 off, $7, m, 0x4040;"
-        ends = (0, 0x4140, "$8, $10"), (1, 0x4342, "$9, $11")
-    part += f"mov.b32 m, {top};"
+        # $2, $3: words of 4 bits of four channels; $4: of 2, a byte each; $5: of 1; $6: their width, in each byte;
+        # $7, $8: scales; $9, $10: zeros; $11: a token. Half the number of codes is subtracted with the magic number.
+        part = "and.b32 s, $6, 4; mov.b32 m, 0x03030303; shf.l.wrap.b32 m, m, m, s; shf.l.wrap.b32 b, $4, $4, s;"
+        part += f"shl.b32 s, $11, 1; shf.r.wrap.b32 b, b, b, s; {pick.format(5)} and.b32 s, $6, 6;"
+        part += "shf.l.wrap.b32 n, n, n, s; shf.r.wrap.b32 n, n, n, $11; mov.b32 a, 0x01010101;"
+        part += "shf.l.wrap.b32 a, a, a, s; and.b32 n, n, a; lop3.b32 n, b, m, n, 0xea;"
+        part += "shr.u32 s, $11, 1; mad.lo.u32 s, s, 0x1111, 0x6420; prmt.b32 a, $2, $3, s;"
+        part += "and.b32 s, $11, 1; shl.b32 s, s, 2; shr.u32 a, a, s; lop3.b32 n, a, 0x0f0f0f0f, n, 0xea;"
+        part += "and.b32 s, $6, 7; mov.b32 a, 1; shl.b32 a, a, s; shr.u32 a, a, 1;"
+        part += f"mov.b32 m, {_twice(-magic, dtype) >> 24}; prmt.b32 off, a, m, 0x4040;"
+        ends = (0, 0x4140, "$7, $9"), (1, 0x4342, "$8, $10")
+    part += f"mov.b32 m, {_twice(magic, dtype) >> 24};"
     return start + part + "".join(
         f"prmt.b32 a, n, m, {pick}; {fma} a, a, one, off; {fma} ${to}, a, {last};" for to, pick, last in ends
     ) + "}"  # fmt: skip

@@ -83,8 +83,8 @@ def load_planes(
 def load_sides(
     sides_ptr, slot, valid, step, unit, width, D: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr
 ):  # fmt: skip
-    """What codes of keys by channel are multiplied with, and what is added, `(BLOCKS, PADDED)` each, in the dtype of the
-    keys that are made: `few_bits.py` says how. `step` is of that dtype, `unit` and what is made of it float32."""
+    """What codes of keys by channel are multiplied with, and what is added, `(BLOCKS, PADDED)` each, in the dtype of
+    the keys that are made: `few_bits.py` says how. `step` is of that dtype, `unit` and what is made of it float32."""
     words = sides_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + slot[:, None] * (3 * D // 16)
     index = tl.arange(0, PADDED // 8)[None, :]
     offset = tl.load(words + index, mask=valid[:, None] & (index < D // 8), other=0)
@@ -102,29 +102,17 @@ def load_sides(
 
 
 @triton.jit
-def half_of(width):
-    """Half the number of codes of `width` bits, 0 without any."""
-    return (1 << width) >> 1
-
-
-@triton.jit
-def place_of(width):
-    """Where the plane of 1 bit has its place in a code; times 8, where that of 2 bits has it."""
-    return width & 6 | (width & 4) << 3
-
-
-@triton.jit
-def dequantize_key(planes, width, half, scale, zero, TOKEN: tl.constexpr, ASM: tl.constexpr):
-    """The keys by channel of token TOKEN of each word, in the dtype of `scale`: `(code - half) * scale + zero`, rounded
-    once. `half` is `half_of(width)`; with ASM it is uint8, and so is `place_of(width)` in the place of that."""
+def dequantize_key(planes, width, scale, zero, TOKEN: tl.constexpr, ASM: tl.constexpr):
+    """The keys by channel of token TOKEN of each word, in the dtype of `scale`: of codes less half their number
+    `code * scale + zero`, rounded once. With ASM `width` is uint8."""
     four, two, one = planes
     if ASM == "":
         x = ((four >> (4 * TOKEN)) & 15).to(tl.int32) | (((two >> (2 * TOKEN)) & 3).to(tl.int32) << (width & 4))
-        x = (x | (((one >> TOKEN) & 1).to(tl.int32) << (width & 6))) - half
+        x = (x | (((one >> TOKEN) & 1).to(tl.int32) << (width & 6))) - ((1 << width) >> 1)
         x = (x.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(scale.dtype)
     else:
         x = tl.inline_asm_elementwise(
-            ASM, "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [four, two, one, width, half, scale, zero, TOKEN],
+            ASM, "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r", [four, two, one, width, scale, zero, TOKEN],
             dtype=scale.dtype, is_pure=True, pack=4,
         )  # fmt: skip
     return x
@@ -170,14 +158,14 @@ def scales_of(bytes):
 
 @triton.jit
 def _scores(
-    q, words, scale, zero, width, half, mean_score, from_first, span, factor, softcap,
+    q, words, scale, zero, width, mean_score, from_first, span, factor, softcap,
     TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of token TOKEN of each word of keys, `(rows, words)`, in units of `factor`; -inf where it is not seen."""
     if BITS == 8:
         k = dequantize(words, scale, TOKEN, BITS, FLOATS, ASM)
     else:
-        k = dequantize_key(words, width, half, scale, zero, TOKEN, ASM)
+        k = dequantize_key(words, width, scale, zero, TOKEN, ASM)
     scores = tl.dot(q, tl.trans(k))
     if SOFTCAP:
         scores = (scores + mean_score[:, None]) * factor
@@ -350,17 +338,13 @@ def decode_attention_kernel(
         else:
             factor, in_powers = 1.0, scale * 1.4426950408889634
             added = tl.where(split < packed_splits, mean_score * in_powers, 0.0)
-        of_width, half = d, d
+        bits = d
         if BY_CHANNEL:
             step = tl.load(k_step + kv * D + d, mask=d < D, other=0).to(q.dtype)
             unit = tl.load(k_unit + kv * D + d, mask=d < D, other=0).to(tl.float32)
             width, begins = places(k_widths, kv, d // 16, D, PADDED, 16)
             pair_width, pair_begins = places(k_widths, kv, tl.arange(0, PADDED // 2) // 8, D, PADDED, 8)
-            of_width, half = width, half_of(width)
-            if K_ASM != "":
-                of_width, half = place_of(width).to(tl.uint8), half.to(tl.uint8)
-            of_width = tl.broadcast_to(of_width[None, :], (WORDS, PADDED))
-            half = tl.broadcast_to(half[None, :], (WORDS, PADDED))
+            bits = tl.broadcast_to((width if K_ASM == "" else width.to(tl.uint8))[None, :], (WORDS, PADDED))
         sums = tl.zeros((ROWS, WORDS), tl.float32)
         index = tl.arange(0, WORDS)
         for at in tl.range(begin, end, BLOCKS):
@@ -389,76 +373,16 @@ def decode_attention_kernel(
                 k = load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, K_ASM, D, WORDS, PADDED)
             seen = (at * 32 + index * 4)[None, :] - first[:, None]
             s0 = _scores(
-                q,
-                k,
-                ks,
-                kz,
-                of_width,
-                half,
-                mean_score,
-                seen,
-                span,
-                factor,
-                softcap,
-                0,
-                K_BITS,
-                K_FLOATS,
-                K_ASM,
-                SOFTCAP,
+                q, k, ks, kz, bits, mean_score, seen, span, factor, softcap, 0, K_BITS, K_FLOATS, K_ASM, SOFTCAP
             )
             s1 = _scores(
-                q,
-                k,
-                ks,
-                kz,
-                of_width,
-                half,
-                mean_score,
-                seen,
-                span,
-                factor,
-                softcap,
-                1,
-                K_BITS,
-                K_FLOATS,
-                K_ASM,
-                SOFTCAP,
+                q, k, ks, kz, bits, mean_score, seen, span, factor, softcap, 1, K_BITS, K_FLOATS, K_ASM, SOFTCAP
             )
             s2 = _scores(
-                q,
-                k,
-                ks,
-                kz,
-                of_width,
-                half,
-                mean_score,
-                seen,
-                span,
-                factor,
-                softcap,
-                2,
-                K_BITS,
-                K_FLOATS,
-                K_ASM,
-                SOFTCAP,
+                q, k, ks, kz, bits, mean_score, seen, span, factor, softcap, 2, K_BITS, K_FLOATS, K_ASM, SOFTCAP
             )
             s3 = _scores(
-                q,
-                k,
-                ks,
-                kz,
-                of_width,
-                half,
-                mean_score,
-                seen,
-                span,
-                factor,
-                softcap,
-                3,
-                K_BITS,
-                K_FLOATS,
-                K_ASM,
-                SOFTCAP,
+                q, k, ks, kz, bits, mean_score, seen, span, factor, softcap, 3, K_BITS, K_FLOATS, K_ASM, SOFTCAP
             )
 
             new_max = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1) * in_powers

@@ -19,7 +19,6 @@ from .attention import strides
 from .attention_kernels import (
     dequantize,
     dequantize_key,
-    half_of,
     load_planes,
     load_sides,
     load_words,
@@ -72,7 +71,7 @@ def dequantize_kernel(
             if K_BITS == 8:
                 x = dequantize(k, ks, token, K_BITS, K_FLOATS, "")
             else:
-                x = dequantize_key(k, width[None, :], half_of(width)[None, :], ks, kz, token, "")
+                x = dequantize_key(k, width[None, :], ks, kz, token, "")
             tl.store(k_out + to + stored[None, :], (x + mean).to(k_out.dtype.element_ty), mask=inside)
             vs = tl.load(v_scale + at + token, mask=inside, other=0)
             vs = vs.to(tl.float32) if V_BITS == 8 else scales_of(vs)

@@ -149,7 +149,7 @@ def _store_planes(to_ptr, codes, width, begin, pair_width, pair_begin, PADDED: t
 
 @triton.jit
 def _store_side(to_ptr, x, BITS: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Packs `(1, PADDED)` numbers of BITS into bytes, the first ones in the low bits, and stores those of D channels."""
+    """Packs `(1, PADDED)` numbers of BITS into bytes, the first in the low bits, and stores those of D channels."""
     EACH: tl.constexpr = 8 // BITS
     packed = tl.sum(tl.reshape(x, (PADDED // EACH, EACH)) << (BITS * tl.arange(0, EACH))[None, :], 1)
     at = tl.arange(0, PADDED // EACH)
