@@ -33,6 +33,7 @@ from ..kernels.triton import quantize as triton_quantize
 from ..quant.blocks import Blocks
 from ..quant.codecs import codec_for
 from ..quant.layout import BLOCK
+from ..quant.packed import ARRAYS, OF_BLOCKS, shapes_of
 from ..tools.tables import Column, digits, table_of
 
 # Each GPU, and the bytes of shared memory that a block may ask for, and that a multiprocessor has.
@@ -274,17 +275,15 @@ def fake_call(
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="cuda")
 
-    def coded(bits: Bits, *scales: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes, scales and zeros."""
-        codec, lead = codec_for(bits), (1, kv_heads, tokens // BLOCK)
-        zero = None if codec.symmetric else make(*lead, *scales)
-        return make(*lead, 4 * codec.bits * dim, dtype=codec.dtype), make(*lead, *scales), zero
-
     packed = None
     if k_bits:
-        keys, values = coded(k_bits, dim), coded(v_bits, dim // (16 if dim % 32 else 32), BLOCK)
-        mean = make(1, kv_heads, dim, dtype=torch.float32)
-        packed = PackedKV(4, tokens, codec_for(k_bits), codec_for(v_bits), *keys, mean, *values)
+        codecs, lead = (codec_for(k_bits), codec_for(v_bits)), (1, kv_heads)
+        shapes = shapes_of(*codecs, dim, 16 if dim % 32 else 32)
+        arrays = dict.fromkeys(ARRAYS) | {
+            name: make(*lead, *((tokens // BLOCK,) if name in OF_BLOCKS else ()), *shape, dtype=dtype)
+            for name, (shape, dtype) in shapes.items()
+        }
+        packed = PackedKV(4, tokens, *codecs, **arrays)  # type: ignore[arg-type]  # of ARRAYS, some None
     k, v = make(1, kv_heads, 40, dim), make(1, kv_heads, 40, dim)
     leftpad = make(1, dtype=torch.int32) if padded else None
     return AttendCall(make(1, 1, query_heads, dim).transpose(1, 2), k, v, dim**-0.5, leftpad=leftpad, packed=packed)
@@ -304,20 +303,20 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     at_once = tile.blocks if bits else tile.exact_blocks
     splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, at_once)
     packed, exact = call.packed, call.kv_len
-    of_blocks = of_mean = 0
+    of_blocks = of_head = 0
     if packed is not None:
         exact -= packed.tokens
-        scale, zero = packed.v_scale.shape[3] * BLOCK * 2, (packed.k_zero is not None, packed.v_zero is not None)
-        block = 4 * (packed.k_codec.bits + packed.v_codec.bits) * dim + (1 + zero[0]) * dim * 2 + (1 + zero[1]) * scale
-        of_blocks, of_mean = (packed.tokens // BLOCK - splits.block_begin) * block, dim * 4
+        sizes = {n: t[0, 0].nbytes for n, t in zip(ARRAYS, packed.arrays(), strict=True) if t is not None}
+        block = sum(sizes.pop(name) for name in OF_BLOCKS) // packed.k_codes.shape[2]
+        of_blocks, of_head = (packed.tokens // BLOCK - splits.block_begin) * block, sum(sizes.values())
     keys = of_blocks + (exact - splits.exact_begin) * 2 * dim * item
     queries, n_splits = rows * dim * item, max(1, splits.packed + splits.exact)
     leftpad = 0 if call.leftpad is None else 4
     result = rows * (dim * item + 4)
     merging = n_splits * rows * (2 * dim * 4 + 3 * 4)  # stored, and loaded again: the log-sum-exps twice
-    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_mean + leftpad)) + merging + result
+    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_head + leftpad)) + merging + result
     heads = batch * kv_heads
-    return heads * moved, heads * (keys + queries + of_mean + result) + (0 if call.leftpad is None else 4 * batch)
+    return heads * moved, heads * (keys + queries + of_head + result) + (0 if call.leftpad is None else 4 * batch)
 
 
 TRAFFIC = (  # query heads, KV heads, head_dim, packed tokens, bits

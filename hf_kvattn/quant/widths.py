@@ -117,11 +117,8 @@ def _reach(middle: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """
     at = (middle[..., 0, :] + mean[..., None, :]).abs().amax(-2)
     half, neighbour = at.roll(at.shape[-1] // 2, -1), at.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    turned = torch.hypot(at, half if PAIR == "half" else torch.maximum(half, neighbour)) + mean.abs()
+    turned = torch.hypot(at, torch.maximum(half, neighbour)) + mean.abs()
     return torch.maximum(turned, middle[..., 0, :].abs().amax(-2) * _DRIFT)
-
-
-PAIR = "both"
 
 
 def _with_least(importance: torch.Tensor) -> torch.Tensor:

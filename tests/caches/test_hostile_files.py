@@ -75,6 +75,16 @@ def test_the_test_knows_the_format(files, tmp_path):
         assert_same(load_cache(tmp_path / "cache", tiny_config()), append(KINDS[kind](tiny_config()), 75))
 
 
+@pytest.mark.parametrize("kind", ["static", "int8"])
+def test_what_version_4_wrote_alike_is_read(files, kind, tmp_path):
+    def older(header, said, data):
+        said["version"] = 4
+        said["settings"].pop("skip_below", None)
+
+    (tmp_path / "cache").write_bytes(edited(files[kind], older))
+    assert_same(load_cache(tmp_path / "cache", tiny_config()), append(KINDS[kind](tiny_config()), 75))
+
+
 def write_numbers(name: str, value: float, dtype=torch.bfloat16):
     """A change that puts `value` into the middle of a tensor."""
 
@@ -132,7 +142,8 @@ def rename(old: str, new: str):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("static", say("version", 1), "version 1 of the format, and 4 is read here"),
+        ("static", say("version", 1), "version 1 of the format, and 5 is read here"),
+        ("int4-skips", say("version", 4), "written otherwise until version 5"),
         ("static", say("version", "1"), "version '1'"),
         ("static", say("cache", "os.system"), "class 'os.system', known are"),
         ("static", say("cache", ["StaticKVCache"]), "class \\['StaticKVCache'\\]"),
@@ -218,7 +229,10 @@ def rename(old: str, new: str):
         ("int8", write_numbers("layers.0.k_mean", torch.nan, torch.float32), "layer 0: k_mean holds NaN"),
         ("sliding-sinks", write_numbers("layers.1.first", -1, torch.int32), "rows of 75 tokens begin at .*-1"),
         ("sliding-sinks", write_numbers("layers.1.first", 76, torch.int32), "rows of 75 tokens begin at .*76"),
-        ("int4-skips", write_numbers("layers.1.k_zero", -torch.inf), "layer 1: k_zero holds NaN or infinite"),
+        ("int4-skips", write_numbers("layers.1.k_step", -torch.inf), "layer 1: k_step holds NaN or infinite"),
+        ("int4-skips", write_numbers("layers.1.k_unit", 0.0), "layer 1: units of keys must be from"),
+        ("int4-skips", write_numbers("layers.1.k_order", 3, torch.int16), "layer 1: an order of keys' channels"),
+        ("int4-skips", write_numbers("layers.1.k_widths", 9, torch.uint8), "layer 1: widths of keys must fall"),
     ],
     ids=lambda value: value.__qualname__.split(".")[0] if callable(value) else value,
 )

@@ -14,6 +14,7 @@ from hf_kvattn.kernels import dispatch, native, reference
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.packed import OF_BLOCKS
 
 FP8 = "fp8"
 BITS = [8, 4, 3, 2]
@@ -76,9 +77,9 @@ def test_blocks_are_quantized_once_and_first_and_newest_tokens_are_exact(sinks, 
     for kept, stored in zip(layer.dense(), (k, v), strict=True):
         for exact in (slice(0, sinks), slice(sinks + packed, None)):
             assert torch.equal(kept[:, :, exact], stored[:, :, exact])
-        assert (kept - stored).abs().max() < 0.5
+        assert (kept - stored).abs().max() < 1 and (kept - stored).square().mean() < 0.013  # of a variance of 1
         assert (kept != stored)[:, :, sinks : sinks + packed].float().mean() > 0.9
-    before = {name: t[:, :, : packed // BLOCK].clone() for name, t in layer._packed.items() if name != "k_mean"}
+    before = {name: layer._packed[name][:, :, : packed // BLOCK].clone() for name in OF_BLOCKS}
     fill(cache, 700, chunk, seed=1)
     for name, tensor in before.items():
         assert torch.equal(layer._packed[name][:, :, : packed // BLOCK], tensor), (
@@ -94,10 +95,13 @@ def test_bytes_and_bits_are_those_allocated(bits):
     tensors = [t for x in cache.layers for t in (x._exact_k, x._exact_v, *x._packed.values())]
     assert cache.nbytes == sum(t.untyped_storage().nbytes() for t in tensors)
     numbers = 9 * BLOCK * 16 * 2 * 2  # 4 exact tokens first, so 9 whole blocks
-    per_group = 2 if bits in (8, FP8) else 4  # a scale, and a zero
-    codes, scales = 2 * numbers * (8 if bits == FP8 else bits) // 8, (numbers // BLOCK + numbers // 16) * per_group
-    exact, mean = 2 * 2 * 2 * (4 + BLOCK) * 16 * 4, 2 * 2 * 16 * 4
-    assert cache.nbytes == 3 * (codes + scales + exact + mean) and codec_for(bits).symmetric == (bits in (8, FP8))
+    codes = 2 * numbers * (8 if bits == FP8 else bits) // 8
+    if bits in (8, FP8):  # two bytes of scale
+        sides, table = 2 * (numbers // BLOCK + numbers // 16), 4
+    else:  # 6 bits of each channel of a block, a byte of each group; a mean, a step, a unit, a place, and 1/16 of a width
+        sides, table = numbers // BLOCK * 6 // 8 + numbers // 16, 4 + 2 + 2 + 2 + 1 / 16
+    exact = 2 * 2 * 2 * (4 + BLOCK) * 16 * 4
+    assert cache.nbytes == 3 * (codes + sides + exact + 2 * 2 * 16 * table)
     assert cache.bits_per_element == 8 * cache.nbytes / (3 * 2 * 2 * 2 * 320 * 16)
 
 

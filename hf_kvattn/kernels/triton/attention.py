@@ -14,7 +14,7 @@ import triton
 
 from ...quant import rotation
 from ...quant.layout import BLOCK
-from ...quant.packed import PackedKV, check_tensor
+from ...quant.packed import ARRAYS, PackedKV, check_tensor
 from ..call import AttendCall
 from .attention_kernels import decode_attention_kernel, merge_splits_kernel
 
@@ -28,39 +28,73 @@ _SMALLEST_SCALE = 1e-30  # for 0: no product of it and -inf is NaN
 
 
 def _assembly(bits: int, dtype: torch.dtype) -> str:
-    """PTX of `attention_kernels.dequantize` for NVIDIA's GPUs, which makes two numbers at a time (of 2 bits, four).
+    """PTX of `attention_kernels.dequantize`, or `dequantize_key` for 0 bits, for NVIDIA's GPUs: of two numbers at a
+    time, or of four where codes are read byte by byte.
 
     No integer is converted: a code among the low bits of the mantissa of 128 (float16: 1,024) makes that number plus
-    the code. Subtracting it again is exact, so that `code * scale + zero` is rounded once.
+    the code. Subtracting it again is exact, so that products are rounded once.
     """
-    bfloat = dtype == torch.bfloat16
-    fma = "fma.rn.bf16x2" if bfloat else "fma.rn.f16x2"
-    magic, one, minus_magic = (0x43004300, 0x3F803F80, 0xC300C300) if bfloat else (0x64006400, 0x3C003C00, 0xE400E400)
-    start = f"{{.reg .b32 a, b, one, off; mov.b32 one, {one}; mov.b32 off, {minus_magic};"
-    if bits == 2:  # $2: the words of four channels, a byte each; $3 to $6: their scales and zeros; $7: a shift
-        parts = [(0, "a", 0x1100, 3, 5), (1, "b", 0x3322, 4, 6)]
+    fma, magic = ("fma.rn.bf16x2", 128) if dtype == torch.bfloat16 else ("fma.rn.f16x2", 1024)
+    top = _twice(magic, dtype) >> 24
+    start = f"{{.reg .b32 a, b, m, n, s, none; mov.b32 none, {0x80008000};"
+    if bits == 8:  # $1, $2: a word each; $3: their scales; $4: which byte of each. Codes stand for themselves less 128.
+        start += ".reg .b32 one, off;"
+        if dtype == torch.float16:
+            part = f"mov.b32 one, {_twice(1, dtype)}; mov.b32 off, {_twice(-1152, dtype)}; prmt.b32 a, $1, $2, $4;"
+            part += f"lop3.b32 a, a, {0x00FF00FF}, {_twice(magic, dtype)}, 0xea; {fma} a, a, one, off;"
+        else:  # seven bits fit: the eighth decides whether 128 or 256 is subtracted
+            part = f"mov.b32 one, {_twice(-1, dtype)}; prmt.b32 a, $1, $2, $4;"
+            part += f"lop3.b32 b, a, {0x00800080}, {_twice(magic, dtype)}, 0xae;"
+            part += f"lop3.b32 a, a, {0x007F007F}, {_twice(magic, dtype)}, 0xea; {fma} a, b, one, a;"
+        return start + part + f"{fma} $0, a, $3, none;}}"
+    # Values' codes are put in doubled: half of that, less half of the largest, is exact.
+    half, off = (0.5, -(magic + 2**bits - 1) / 2) if bits else (1, 0)
+    start += f".reg .b32 one, off; mov.b32 one, {_twice(half, dtype)}; mov.b32 off, {_twice(off, dtype)};"
+    in_words = f"{_twice(magic, dtype)}, 0xea; {fma} a, a, one, off;"
+    if bits == 4:  # $1: two words; $2: their scales; $3: a token
+        turn = "shl.b32 s, $3, 2; sub.u32 s, 1, s; shf.l.wrap.b32 a, $1, $1, s;"
+        return start + turn + f"lop3.b32 a, a, {0x001E001E}, {in_words} {fma} $0, a, $2, none;}}"
+    if bits == 2:  # $2: four words, a byte each; $3, $4: their scales; $5: a token
+        start += "shl.b32 s, $5, 1; sub.u32 s, 1, s;"
         return start + "".join(
-            f"prmt.b32 {x}, $2, $2, {pick}; shr.u32 {x}, {x}, $7; lop3.b32 {x}, {x}, {0x00030003}, {magic}, 0xea;"
-            f"{fma} {x}, {x}, one, off; {fma} ${to}, {x}, ${scale}, ${zero};" for to, x, pick, scale, zero in parts
+            f"prmt.b32 a, $2, $2, {pick}; shf.l.wrap.b32 a, a, a, s; lop3.b32 a, a, {0x00060006}, {in_words}"
+            f"{fma} ${to}, a, ${scale}, none;" for to, pick, scale in ((0, 0x1100, 3), (1, 0x3322, 4))
         ) + "}"  # fmt: skip
-    if bits in (3, 4):  # $1: two words; $2, $3: their scales and zeros; $4: a shift
-        return (
-            start
-            + f"shr.u32 a, $1, $4; lop3.b32 a, a, {0x000F000F}, {magic}, 0xea;"
-            + (f"{fma} a, a, one, off; {fma} $0, a, $2, $3;}}")
-        )
-    # $1, $2: a word each; $3: their scales; $4: which byte of each. Codes stand for themselves less 128.
-    if not bfloat:
-        start = start.replace(str(minus_magic), str(0xE480E480))  # -1,152
-        part = f"prmt.b32 a, $1, $2, $4; lop3.b32 a, a, {0x00FF00FF}, {magic}, 0xea; {fma} a, a, one, off;"
-    else:  # seven bits fit: the eighth decides whether 128 or 256 is subtracted
-        start = start.replace(str(one), str(0xBF80BF80))  # -1
-        part = f"prmt.b32 a, $1, $2, $4; lop3.b32 b, a, {0x00800080}, {magic}, 0xae;"
-        part += f"lop3.b32 a, a, {0x007F007F}, {magic}, 0xea; {fma} a, b, one, a;"
-    return start + part + f"mov.b32 off, {0x80008000}; {fma} $0, a, $3, off;}}"
+    # A code is put together in a byte, and that with a byte of the magic number.
+    pick = "shr.u32 n, ${0}, 4; lop3.b32 n, n, ${0}, " + str(0x0F000F00) + ", 0xe4;"  # words of 4 bits, two in a byte
+    if bits == 3:  # $2: four words' low bits, a byte each; $3: the third ones'; $4, $5: their scales; $6: a token
+        part = "shl.b32 s, $6, 1; sub.u32 s, 1, s; shf.l.wrap.b32 a, $2, $2, s;" + pick.format(3)
+        part += f"sub.u32 s, 3, $6; shf.l.wrap.b32 n, n, n, s; and.b32 n, n, {0x08080808};"
+        part += f"lop3.b32 n, a, {0x06060606}, n, 0xea;"
+        ends = (0, 0x4140, "$4, none"), (1, 0x4342, "$5, none")
+    else:
+        # $2, $3: words of 4 bits of four channels; $4: of 2, a byte each; $5: of 1; $6: `place_of` their width;
+        # $7: half the number of their codes; $8, $9: scales; $10, $11: zeros; $12: a token
+        part = "shr.u32 s, $6, 3; mov.b32 m, 0x03030303; shf.l.wrap.b32 m, m, m, s; shf.l.wrap.b32 b, $4, $4, s;"
+        part += "shl.b32 s, $12, 1; shf.r.wrap.b32 b, b, b, s;" + pick.format(5)
+        part += "shf.l.wrap.b32 n, n, n, $6; shf.r.wrap.b32 n, n, n, $12; mov.b32 a, 0x01010101;"
+        part += "shf.l.wrap.b32 a, a, a, $6; and.b32 n, n, a; lop3.b32 n, b, m, n, 0xea;"
+        part += "shr.u32 s, $12, 1; mad.lo.u32 s, s, 0x1111, 0x6420; prmt.b32 a, $2, $3, s;"
+        part += "and.b32 s, $12, 1; shl.b32 s, s, 2; shr.u32 a, a, s; lop3.b32 n, a, 0x0f0f0f0f, n, 0xea;"
+        part += f"mov.b32 m, {_twice(-magic, dtype) >> 24}; prmt.b32 off, $7, m, 0x4040;"
+        ends = (0, 0x4140, "$8, $10"), (1, 0x4342, "$9, $11")
+    part += f"mov.b32 m, {top};"
+    return start + part + "".join(
+        f"prmt.b32 a, n, m, {pick}; {fma} a, a, one, off; {fma} ${to}, a, {last};" for to, pick, last in ends
+    ) + "}"  # fmt: skip
 
 
-ASSEMBLY = {(bits, dtype): _assembly(bits, dtype) for bits in (8, 4, 3, 2) for dtype in (torch.float16, torch.bfloat16)}
+def _twice(x: float, dtype: torch.dtype) -> int:
+    """The bits of two numbers `x` of 16 bits."""
+    return (int(torch.tensor(x, dtype=dtype).view(torch.int16)) & 0xFFFF) * 0x10001
+
+
+BY_CHANNEL = 0  # bits
+ASSEMBLY = {
+    (bits, dtype): _assembly(bits, dtype)
+    for bits in (8, 4, 3, 2, BY_CHANNEL)
+    for dtype in (torch.float16, torch.bfloat16)
+}
 
 
 @dataclass(frozen=True)
@@ -218,20 +252,19 @@ def _queue_decode(
     )  # fmt: skip
 
 
-_ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
-
-
 def _packed_arguments(packed: PackedKV | None, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """What `decode_attention_kernel` is told of the quantized tokens of heads of `dim`."""
     if packed is None:
         numbers = dict.fromkeys(("start", "packed_tokens", "blocks", "slot", "slots", "K_BITS", "V_BITS"), 0)
-        return {**dict.fromkeys(_ARRAYS), **numbers, "GROUP": dim, "SPAN": dim & -dim, "K_ASM": "", "V_ASM": ""}
+        return {**dict.fromkeys(ARRAYS), **numbers, "GROUP": dim, "SPAN": dim & -dim, "K_ASM": "", "V_ASM": ""}
     group, slots = dim // packed.v_scale.shape[3], packed.k_codes.shape[2]
-    arrays = {name: getattr(packed, name) for name in _ARRAYS}
+    arrays = dict(zip(ARRAYS, packed.arrays(), strict=True))
     lengths = {"start": packed.start, "packed_tokens": packed.tokens, "blocks": packed.tokens // BLOCK}
     widths = {"K_BITS": packed.k_codec.bits, "V_BITS": packed.v_codec.bits, "GROUP": group, "SPAN": group & -group}
     fast = torch.version.hip is None and isinstance(decode_attention_kernel, triton.JITFunction)  # not the interpreter
-    assembly = {f"{x}_ASM": ASSEMBLY.get((widths[f"{x}_BITS"], dtype), "") if fast else "" for x in "KV"}
+    of_keys = BY_CHANNEL if packed.k_codec.by_channel else packed.k_codec.bits
+    made = {"K_ASM": of_keys, "V_ASM": packed.v_codec.bits}
+    assembly = {name: ASSEMBLY.get((bits, dtype), "") if fast else "" for name, bits in made.items()}
     return {**arrays, **lengths, "slot": packed.slot, "slots": slots, **widths, **assembly}
 
 

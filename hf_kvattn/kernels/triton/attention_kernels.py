@@ -15,32 +15,27 @@ import triton.language as tl
 @triton.jit
 def load_words(
     codes_ptr, slot, word, channel, valid,
-    KEYS: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
+    KEYS: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The words of `quant/layout.py`, `(WORDS, PADDED)`, each the codes of four tokens; 0 beyond D. Those of 3 bits are
-    put together to words of 4 bits."""
+    """The words of `quant/layout.py`, `(WORDS, PADDED)`, each the codes of four tokens; 0 beyond D. Of values of 3 bits
+    a pair: those of the low two bits, and those of the third (with ASM the byte of the two words that share one)."""
     inside = valid[:, None] & (channel < D)[None, :]
     if KEYS:
         at = word[:, None] * D + channel[None, :]
     else:
         at = channel[None, :] * 8 + word[:, None]
     if BITS == 3:
-        at += slot[:, None] * (12 * D)
-        low = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.uint16)
-        if KEYS:  # a byte of the third bits holds those of two neighbouring words
-            pair = tl.arange(0, PADDED // 2)[None, :]
-            at = slot[:, None] * (12 * D) + 8 * D + word[:, None] * (D // 2) + pair
-            both = tl.load(codes_ptr + at, mask=valid[:, None] & (pair < D // 2), other=0).to(tl.uint16)
-            third = tl.reshape(tl.join(both & 15, both >> 4), (WORDS, PADDED))
-        else:
-            at = slot[:, None] * (12 * D) + 8 * D + channel[None, :] * 4 + word[:, None] // 2
-            at, _ = tl.split(tl.permute(tl.reshape(at, (WORDS // 2, 2, PADDED)), (0, 2, 1)))
-            in_pair = tl.permute(tl.reshape(inside.to(tl.int32), (WORDS // 2, 2, PADDED)), (0, 2, 1))
-            inside, _ = tl.split(in_pair)
-            both = tl.load(codes_ptr + at, mask=inside > 0, other=0).to(tl.uint16)
-            third = tl.reshape(tl.permute(tl.join(both & 15, both >> 4), (0, 2, 1)), (WORDS, PADDED))
-        words = (low & 3) | ((low & 12) << 2) | ((low & 48) << 4) | ((low & 192) << 6)
-        words = words | ((third & 1) << 2) | ((third & 2) << 5) | ((third & 4) << 8) | ((third & 8) << 11)
+        low = tl.load(codes_ptr + slot[:, None] * (12 * D) + at, mask=inside, other=0)
+        at = slot[:, None] * (12 * D) + 8 * D + channel[None, :] * 4 + word[:, None] // 2
+        at, _ = tl.split(tl.permute(tl.reshape(at, (WORDS // 2, 2, PADDED)), (0, 2, 1)))
+        in_pair = tl.permute(tl.reshape(inside.to(tl.int32), (WORDS // 2, 2, PADDED)), (0, 2, 1))
+        inside, _ = tl.split(in_pair)
+        third = tl.load(codes_ptr + at, mask=inside > 0, other=0)
+        third = tl.reshape(tl.permute(tl.join(third, third), (0, 2, 1)), (WORDS, PADDED))
+        if ASM == "":
+            third = (third >> (word % 2 * 4).to(tl.uint8)[:, None]) & 15
+        words = low, third
     else:
         if BITS == 8:
             codes_ptr = codes_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
@@ -51,43 +46,138 @@ def load_words(
 
 
 @triton.jit
-def dequantize(
-    words, scale, zero, TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr
+def places(k_widths, kv, group, D: tl.constexpr, PADDED: tl.constexpr, SAME: tl.constexpr):
+    """Of the groups of channels of keys the widths, 0 beyond D, and at which byte of a block each begins. So many
+    neighbours are the SAME: loads of many bytes need to know."""
+    k_widths += kv * (D // 16)
+    width = tl.load(k_widths + group, mask=group < D // 16, other=0).to(tl.int32)
+    index = tl.arange(0, PADDED // 16)[None, :]
+    before = tl.load(k_widths + index, mask=index < D // 16, other=0).to(tl.int32)
+    begin = 64 * tl.sum(tl.where(index < group[:, None], before, 0), 1)
+    return width, tl.max_constancy(tl.multiple_of(begin, 64), SAME)
+
+
+@triton.jit
+def load_planes(
+    codes_ptr, slot, word, width, begin, pair_width, pair_begin, valid,
+    BITS: tl.constexpr, ASM: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """The numbers of token TOKEN of each word, in the dtype of `scale`: `code * scale + zero`, rounded once."""
+    """The words of keys by channel, `(WORDS, PADDED)` each: of the plane of 4 bits, of 2 and of 1 (with ASM the byte of
+    the two channels that share one); 0 where a channel has no such plane. `places` says where they are."""
+    channel, pair = tl.arange(0, PADDED) % 16, tl.arange(0, PADDED // 2) % 8
+    fours = codes_ptr.to(tl.pointer_type(tl.uint16), bitcast=True) + slot[:, None] * (2 * BITS * D)
+    at = (begin // 2 + channel)[None, :] + (word * 16)[:, None]
+    four = tl.load(fours + at, mask=valid[:, None] & (width & 4 > 0)[None, :], other=0)
+    codes_ptr += slot[:, None] * (4 * BITS * D)
+    at = (begin + (width & 4) * 64 + channel)[None, :] + (word * 16)[:, None]
+    two = tl.load(codes_ptr + at, mask=valid[:, None] & (width & 2 > 0)[None, :], other=0)
+    at = (pair_begin + (pair_width & 6) * 64 + pair)[None, :] + (word * 8)[:, None]
+    one = tl.load(codes_ptr + at, mask=valid[:, None] & (pair_width & 1 > 0)[None, :], other=0)
+    one = tl.reshape(tl.join(one, one), (WORDS, PADDED))
+    if ASM == "":
+        one = (one >> (channel % 2 * 4).to(tl.uint8)[None, :]) & 15
+    return four, two, one
+
+
+@triton.jit
+def load_sides(
+    sides_ptr, slot, valid, step, unit, width, D: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr
+):  # fmt: skip
+    """What codes of keys by channel are multiplied with, and what is added, `(BLOCKS, PADDED)` each, in the dtype of the
+    keys that are made: `few_bits.py` says how. `step` is of that dtype, `unit` and what is made of it float32."""
+    words = sides_ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + slot[:, None] * (3 * D // 16)
+    index = tl.arange(0, PADDED // 8)[None, :]
+    offset = tl.load(words + index, mask=valid[:, None] & (index < D // 8), other=0)
+    offset = (offset[:, :, None] >> (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]) & 15
+    offset = tl.reshape(offset, (BLOCKS, PADDED)).to(tl.int32).to(tl.float32) - 8
+    index = tl.arange(0, PADDED // 16)[None, :]
+    which = tl.load(words + D // 8 + index, mask=valid[:, None] & (index < D // 16), other=0)
+    which = (which[:, :, None] >> (tl.arange(0, 16) * 2).to(tl.uint32)[None, None, :]) & 3
+    which = tl.reshape(which, (BLOCKS, PADDED))
+    scale = tl.where(which == 0, 0.55, tl.where(which == 1, 0.8, tl.where(which == 2, 1.1, 1.5)))
+    scale = (scale * step.to(tl.float32)[None, :]).to(step.dtype)
+    # Codes are taken less half their number, which is small and whole, and half a step too much.
+    half = tl.where(width > 0, 0.5, 0.0)[None, :] * scale.to(tl.float32)
+    return scale, (offset * unit[None, :] + half).to(step.dtype)
+
+
+@triton.jit
+def half_of(width):
+    """Half the number of codes of `width` bits, 0 without any."""
+    return (1 << width) >> 1
+
+
+@triton.jit
+def place_of(width):
+    """Where the plane of 1 bit has its place in a code; times 8, where that of 2 bits has it."""
+    return width & 6 | (width & 4) << 3
+
+
+@triton.jit
+def dequantize_key(planes, width, half, scale, zero, TOKEN: tl.constexpr, ASM: tl.constexpr):
+    """The keys by channel of token TOKEN of each word, in the dtype of `scale`: `(code - half) * scale + zero`, rounded
+    once. `half` is `half_of(width)`; with ASM it is uint8, and so is `place_of(width)` in the place of that."""
+    four, two, one = planes
+    if ASM == "":
+        x = ((four >> (4 * TOKEN)) & 15).to(tl.int32) | (((two >> (2 * TOKEN)) & 3).to(tl.int32) << (width & 4))
+        x = (x | (((one >> TOKEN) & 1).to(tl.int32) << (width & 6))) - half
+        x = (x.to(tl.float32) * scale.to(tl.float32) + zero.to(tl.float32)).to(scale.dtype)
+    else:
+        x = tl.inline_asm_elementwise(
+            ASM, "=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [four, two, one, width, half, scale, zero, TOKEN],
+            dtype=scale.dtype, is_pure=True, pack=4,
+        )  # fmt: skip
+    return x
+
+
+@triton.jit
+def dequantize(words, scale, TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr):
+    """The numbers of token TOKEN of each word, in the dtype of `scale`, of codes that lie around 0; rounded once."""
     if FLOATS:
         x = ((words >> (8 * TOKEN)) & 255).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
         x = (x.to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
     elif ASM == "":
-        WIDTH: tl.constexpr = 4 if BITS == 3 else BITS
-        x = ((words >> (WIDTH * TOKEN)) & (2**WIDTH - 1)).to(tl.int32).to(tl.float32)
-        if BITS == 8:
-            x = (x - 128) * scale.to(tl.float32)
+        if BITS == 3:
+            low, third = words
+            x = ((low >> (2 * TOKEN)) & 3) | (((third >> TOKEN) & 1) << 2)
         else:
-            x = x * scale.to(tl.float32) + zero.to(tl.float32)
-        x = x.to(scale.dtype)
+            x = (words >> (BITS * TOKEN)) & (2**BITS - 1)
+        ZERO: tl.constexpr = 128 if BITS == 8 else (2**BITS - 1) / 2
+        x = ((x.to(tl.int32).to(tl.float32) - ZERO) * scale.to(tl.float32)).to(scale.dtype)
     elif BITS == 8:
         x = tl.inline_asm_elementwise(
             ASM, "=r,r,r,r,r,r", [words, scale, 0x4400 + 0x1111 * TOKEN], dtype=scale.dtype, is_pure=True, pack=2
         )
-    elif BITS == 2:
+    elif BITS == 4:
+        x = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", [words, scale, TOKEN], dtype=scale.dtype, is_pure=True, pack=2)
+    elif BITS == 3:
+        low, third = words
         x = tl.inline_asm_elementwise(
-            ASM, "=r,=r,r,r,r,r,r,r,r,r,r", [words, scale, zero, 2 * TOKEN], dtype=scale.dtype, is_pure=True, pack=4
+            ASM, "=r,=r,r,r,r,r,r,r,r,r", [low, third, scale, TOKEN], dtype=scale.dtype, is_pure=True, pack=4
         )
     else:
         x = tl.inline_asm_elementwise(
-            ASM, "=r,r,r,r,r,r", [words, scale, zero, 4 * TOKEN], dtype=scale.dtype, is_pure=True, pack=2
+            ASM, "=r,=r,r,r,r,r,r,r,r", [words, scale, TOKEN], dtype=scale.dtype, is_pure=True, pack=4
         )
     return x
 
 
 @triton.jit
+def scales_of(bytes):
+    """`few_bits.scales_of`, of numbers below 256."""
+    return (bytes.to(tl.int32) << 20).to(tl.float32, bitcast=True) * 1298074214633706907132624082305024.0  # 2**110
+
+
+@triton.jit
 def _scores(
-    q, words, scale, zero, mean_score, from_first, span, factor, softcap,
+    q, words, scale, zero, width, half, mean_score, from_first, span, factor, softcap,
     TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Scores of token TOKEN of each word of keys, `(rows, words)`, in units of `factor`; -inf where it is not seen."""
-    k = dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    if BITS == 8:
+        k = dequantize(words, scale, TOKEN, BITS, FLOATS, ASM)
+    else:
+        k = dequantize_key(words, width, half, scale, zero, TOKEN, ASM)
     scores = tl.dot(q, tl.trans(k))
     if SOFTCAP:
         scores = (scores + mean_score[:, None]) * factor
@@ -97,19 +187,29 @@ def _scores(
 
 @triton.jit
 def _spread(
-    words, TOKEN: tl.constexpr, ASM: tl.constexpr,
+    words, TOKEN: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr,
     WORDS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """The scales of token TOKEN of each word of four, `(WORDS, RUNS, WARPS)` int64, for all channels."""
-    if ASM == "":
-        x = (words >> (16 * TOKEN)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
+    """The scales of token TOKEN of each word of four, `(WORDS, RUNS, WARPS)`, for all channels. With codes of 8 bits a
+    word is int64, else uint32."""
+    if BITS == 8:
+        if ASM == "":
+            x = (words >> (16 * TOKEN)).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        else:
+            x = tl.inline_asm_elementwise(
+                "{.reg .b32 a, b, c, d; mov.b64 {a, b}, $1; mov.b64 {c, d}, $2;"
+                " .reg .pred high; setp.ne.u32 high, $3, 0; selp.b32 a, b, a, high; selp.b32 c, d, c, high;"
+                " prmt.b32 $0, a, c, $5;}",
+                "=r,l,l,r,r,r,r", [words, TOKEN // 2, 0x5410 + TOKEN % 2 * 0x2222],
+                dtype=tl.bfloat16, is_pure=True, pack=2,
+            )  # fmt: skip
+    elif ASM == "":
+        x = scales_of((words >> (8 * TOKEN)) & 255).to(tl.bfloat16)
+    else:  # bfloat16 has a byte's bits 4 to 11; times 2**110
         x = tl.inline_asm_elementwise(
-            "{.reg .b32 a, b, c, d; mov.b64 {a, b}, $1; mov.b64 {c, d}, $2;"
-            " .reg .pred high; setp.ne.u32 high, $3, 0; selp.b32 a, b, a, high; selp.b32 c, d, c, high;"
-            " prmt.b32 $0, a, c, $5;}",
-            "=r,l,l,r,r,r,r", [words, TOKEN // 2, 0x5410 + TOKEN % 2 * 0x2222],
-            dtype=tl.bfloat16, is_pure=True, pack=2,
+            "{.reg .b32 a, b, c; prmt.b32 a, $1, $2, $3; shr.u32 a, a, 4; and.b32 a, a, 0x0ff00ff0;"
+            " mov.b32 b, 0x76807680; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, a, b, c;}",
+            "=r,r,r,r,r", [words, 0x4400 + TOKEN * 0x1111], dtype=tl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
     INNER: tl.constexpr = PADDED // (RUNS * REPEATS * WARPS)
     x = tl.broadcast_to(x[:, :, None, :, None], (WORDS, RUNS, REPEATS, WARPS, INNER))
@@ -118,15 +218,13 @@ def _spread(
 
 @triton.jit
 def _add_values(
-    acc, weights, words, scale, zero,
+    acc, weights, words, scale,
     TOKEN: tl.constexpr, BITS: tl.constexpr, FLOATS: tl.constexpr, ASM: tl.constexpr,
     WORDS: tl.constexpr, PADDED: tl.constexpr, RUNS: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """`acc` and the values of token TOKEN of each word by their `weights` `(rows, words)`."""
-    scale = _spread(scale, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
-    if BITS != 8:
-        zero = _spread(zero, TOKEN, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
-    v = dequantize(words, scale, zero, TOKEN, BITS, FLOATS, ASM)
+    scale = _spread(scale, TOKEN, BITS, ASM, WORDS, PADDED, RUNS, REPEATS, WARPS).to(weights.dtype)
+    v = dequantize(words, scale, TOKEN, BITS, FLOATS, ASM)
     return tl.dot(weights, v, acc)
 
 
@@ -169,7 +267,7 @@ def _share(first, end, split, splits, UNIT: tl.constexpr):
 def decode_attention_kernel(
     q_ptr, k_ptr, v_ptr, leftpad_ptr,
     lengths_ptr,  # (2,) int32, numbers of packed and exact tokens that replace the host's; or None
-    k_codes, k_scale, k_zero, k_mean, v_codes, v_scale, v_zero,
+    k_codes, k_scale, k_mean, k_step, k_unit, k_order, k_widths, v_codes, v_scale,
     partial_ptr,  # (B, Hkv, splits, G * Tq, D) float32
     lse_ptr,  # (B, Hkv, splits, G * Tq) float32, of base 2
     scale, softcap,
@@ -191,7 +289,12 @@ def decode_attention_kernel(
     d = tl.arange(0, PADDED)
     row_at = (head * HEADS_PER_KV + rows // q_len).to(tl.int64) * stride_qh + (rows % q_len) * stride_qt
     row_mask = (rows < row_count)[:, None] & (d < D)[None, :]
-    q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + d[None, :], mask=row_mask, other=0)
+    BY_CHANNEL: tl.constexpr = K_BITS != 0 and K_BITS != 8
+    stored = d  # the channel whose codes lie there
+    if BY_CHANNEL:
+        stored = tl.load(k_order + kv * D + d, mask=(d < D) & (split < packed_splits), other=0).to(tl.int32)
+        stored = tl.where(split < packed_splits, stored, d)
+    q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + stored[None, :], mask=row_mask, other=0)
     leftpad = 0
     if leftpad_ptr is not None:
         leftpad = tl.load(leftpad_ptr + batch)
@@ -216,6 +319,7 @@ def decode_attention_kernel(
     if K_BITS:
         K_FLOATS: tl.constexpr = k_codes.dtype.element_ty == tl.float8e4nv
         V_FLOATS: tl.constexpr = v_codes.dtype.element_ty == tl.float8e4nv
+        V_SCALES: tl.constexpr = tl.int64 if V_BITS == 8 else tl.uint32  # of four tokens
         WORDS: tl.constexpr = BLOCKS * 8
         # Each warp multiplies 8 columns of values in turn. They are loaded in an order in which all columns of a warp
         # are neighbouring channels: so it needs the scales of its own channels only.
@@ -233,7 +337,7 @@ def decode_attention_kernel(
         begin = tl.maximum(begin, first)
         if lengths_ptr is not None:  # what there is, not what there is room for, is shared out
             begin, end = _share(first, tl.where(split < packed_splits, blocks, 0), split, packed_splits, BLOCKS)
-        mean = tl.load(k_mean + kv * D + d, mask=d < D, other=0)
+        mean = tl.load(k_mean + kv * D + stored, mask=d < D, other=0)
         mean_score = tl.sum(q.to(tl.float32) * mean[None, :], 1)
         # Row i sees `span[i]` tokens from `first[i]` on, counted from `start`; no difference of these overflows.
         first = tl.maximum(tl.maximum(tl.maximum(position, 0) - window + 1, leftpad), start) - start
@@ -242,10 +346,21 @@ def decode_attention_kernel(
         )
         span = tl.maximum(tl.maximum(last - start, -1) - first + 1, 0).to(tl.uint32)
         if SOFTCAP:
-            factor, unit = scale / softcap, 1.0
+            factor, in_powers = scale / softcap, 1.0
         else:
-            factor, unit = 1.0, scale * 1.4426950408889634
-            added = tl.where(split < packed_splits, mean_score * unit, 0.0)
+            factor, in_powers = 1.0, scale * 1.4426950408889634
+            added = tl.where(split < packed_splits, mean_score * in_powers, 0.0)
+        of_width, half = d, d
+        if BY_CHANNEL:
+            step = tl.load(k_step + kv * D + d, mask=d < D, other=0).to(q.dtype)
+            unit = tl.load(k_unit + kv * D + d, mask=d < D, other=0).to(tl.float32)
+            width, begins = places(k_widths, kv, d // 16, D, PADDED, 16)
+            pair_width, pair_begins = places(k_widths, kv, tl.arange(0, PADDED // 2) // 8, D, PADDED, 8)
+            of_width, half = width, half_of(width)
+            if K_ASM != "":
+                of_width, half = place_of(width).to(tl.uint8), half.to(tl.uint8)
+            of_width = tl.broadcast_to(of_width[None, :], (WORDS, PADDED))
+            half = tl.broadcast_to(half[None, :], (WORDS, PADDED))
         sums = tl.zeros((ROWS, WORDS), tl.float32)
         index = tl.arange(0, WORDS)
         for at in tl.range(begin, end, BLOCKS):
@@ -254,55 +369,127 @@ def decode_attention_kernel(
             at_slot = slot + block
             at_slot = kv * slots + tl.where(at_slot >= slots, at_slot - slots, at_slot)
             k_block = at + tl.arange(0, BLOCKS)
-            k_valid = (k_block < end)[:, None] & (d < D)[None, :]
+            k_valid = k_block < end
             k_slot = slot + k_block
             k_slot = kv * slots + tl.where(k_slot >= slots, k_slot - slots, k_slot)
-            k_at = k_slot[:, None] * D + d[None, :]
-            ks = tl.load(k_scale + k_at, mask=k_valid, other=0).to(q.dtype)
-            ks = tl.reshape(tl.broadcast_to(ks[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
-            kz = ks
-            if K_BITS != 8:
-                kz = tl.load(k_zero + k_at, mask=k_valid, other=0).to(q.dtype)
-                kz = tl.reshape(tl.broadcast_to(kz[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
-            k = load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, D, WORDS, PADDED)
+            if BY_CHANNEL:
+                ks, kz = load_sides(k_scale, k_slot, k_valid, step, unit, width, D, BLOCKS, PADDED)
+                # Side by side, since their layouts change: without that each warp would compute all scales anew.
+                sides = tl.broadcast_to(tl.join(ks, kz)[:, None, :, :], (BLOCKS, 8, PADDED, 2))
+                ks, kz = tl.split(tl.reshape(sides, (WORDS, PADDED, 2)))
+                k = load_planes(
+                    k_codes, at_slot, index % 8, width, begins, pair_width, pair_begins, valid,
+                    K_BITS, K_ASM, D, WORDS, PADDED,
+                )  # fmt: skip
+            else:
+                k_at = k_slot[:, None] * D + d[None, :]
+                ks = tl.load(k_scale + k_at, mask=k_valid[:, None] & (d < D)[None, :], other=0).to(q.dtype)
+                ks = tl.reshape(tl.broadcast_to(ks[:, None, :], (BLOCKS, 8, PADDED)), (WORDS, PADDED))
+                kz = ks
+                k = load_words(k_codes, at_slot, index % 8, d, valid, True, K_BITS, K_ASM, D, WORDS, PADDED)
             seen = (at * 32 + index * 4)[None, :] - first[:, None]
-            s0 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 0, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
-            s1 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 1, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
-            s2 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 2, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
-            s3 = _scores(q, k, ks, kz, mean_score, seen, span, factor, softcap, 3, K_BITS, K_FLOATS, K_ASM, SOFTCAP)
+            s0 = _scores(
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                0,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
+            )
+            s1 = _scores(
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                1,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
+            )
+            s2 = _scores(
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                2,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
+            )
+            s3 = _scores(
+                q,
+                k,
+                ks,
+                kz,
+                of_width,
+                half,
+                mean_score,
+                seen,
+                span,
+                factor,
+                softcap,
+                3,
+                K_BITS,
+                K_FLOATS,
+                K_ASM,
+                SOFTCAP,
+            )
 
-            new_max = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1) * unit
+            new_max = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)), 1) * in_powers
             new_max = tl.maximum(row_max, new_max)
             finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)  # nothing visible yet: avoids inf - inf
             rescale = tl.exp2(row_max - finite_max)
             row_max = new_max
-            s0 = tl.exp2(s0 * unit - finite_max[:, None])
-            s1 = tl.exp2(s1 * unit - finite_max[:, None])
-            s2 = tl.exp2(s2 * unit - finite_max[:, None])
-            s3 = tl.exp2(s3 * unit - finite_max[:, None])
+            s0 = tl.exp2(s0 * in_powers - finite_max[:, None])
+            s1 = tl.exp2(s1 * in_powers - finite_max[:, None])
+            s2 = tl.exp2(s2 * in_powers - finite_max[:, None])
+            s3 = tl.exp2(s3 * in_powers - finite_max[:, None])
             sums = sums * rescale[:, None] + ((s0 + s1) + (s2 + s3))  # of each row: once, after the loop
             acc = acc * rescale[:, None]
 
-            v = load_words(v_codes, at_slot, index % 8, channel, valid, False, V_BITS, D, WORDS, PADDED)
+            v = load_words(v_codes, at_slot, index % 8, channel, valid, False, V_BITS, V_ASM, D, WORDS, PADDED)
             v_at = (
                 at_slot[:, None, None] * (D // GROUP * 8) + (index % 8)[:, None, None] + (run // GROUP * 8)[None, :, :]
             )
             v_valid = valid[:, None, None] & (run < D)[None, :, :]
-            vs = tl.load(v_scale.to(tl.pointer_type(tl.int64), bitcast=True) + v_at, mask=v_valid, other=0)
-            vz = vs
-            if V_BITS != 8:
-                vz = tl.load(v_zero.to(tl.pointer_type(tl.int64), bitcast=True) + v_at, mask=v_valid, other=0)
+            vs = tl.load(v_scale.to(tl.pointer_type(V_SCALES), bitcast=True) + v_at, mask=v_valid, other=0)
             acc = _add_values(
-                acc, s0.to(q.dtype), v, vs, vz, 0, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+                acc, s0.to(q.dtype), v, vs, 0, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
             )
             acc = _add_values(
-                acc, s1.to(q.dtype), v, vs, vz, 1, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+                acc, s1.to(q.dtype), v, vs, 1, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
             )
             acc = _add_values(
-                acc, s2.to(q.dtype), v, vs, vz, 2, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+                acc, s2.to(q.dtype), v, vs, 2, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
             )
             acc = _add_values(
-                acc, s3.to(q.dtype), v, vs, vz, 3, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
+                acc, s3.to(q.dtype), v, vs, 3, V_BITS, V_FLOATS, V_ASM, WORDS, PADDED, RUNS, REPEATS, OF_SCALE
             )
         row_sum = tl.sum(sums, 1)
         column = tl.where(split < packed_splits, channel, d)

@@ -23,7 +23,7 @@ from ..call import PIECES, QUANTIZED, RULES, AttendCall
 
 SERVED = RULES | PIECES | QUANTIZED
 READ_CODECS = ("int8", "fp8", "int4", "int3", "int2")
-WRITTEN_CODECS = ("int8", "int4")
+WRITTEN_CODECS = ("int8", "int4", "int3", "int2")
 # Each tile of 32 query rows reads all codes again, mostly from the L2 cache: at 4 bits about 160 bytes a token and KV
 # head of 128. Dequantized once, a token takes 512 bytes to write and as many to read: as much as seven tiles, which are
 # 56 query tokens in a group of 4. Those are read in one launch, while any other backend takes many a layer.
@@ -121,7 +121,9 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     if reason := _too_old(k.device):
         return reason
     if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
-        return f"triton quantizes to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
+        return (
+            f"triton quantizes to {', '.join(WRITTEN_CODECS)}, not keys to {k_codec.name} and values to {v_codec.name}"
+        )
     if k.shape[-1] > 256:
         return f"triton quantizes heads of up to 256, not {k.shape[-1]}"
     return None

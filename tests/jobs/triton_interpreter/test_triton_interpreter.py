@@ -36,11 +36,11 @@ from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.kernels.triton import dequantize as triton_dequantize
 from hf_kvattn.kernels.triton import quantize as triton_quantize
 from hf_kvattn.quant import layout
-from hf_kvattn.quant.blocks import Blocks
+from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.layout import BLOCK, pack_keys, pack_values
-from hf_kvattn.quant.packed import PackedKV
-from hf_kvattn.quant.rotation import rotate
+from hf_kvattn.quant.layout import BLOCK
+from hf_kvattn.quant.packed import ARRAYS, OF_BLOCKS, PackedKV, shapes_of
+from hf_kvattn.quant.widths import choose
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: without it Triton compiles"
 
@@ -216,9 +216,8 @@ def packed_ring(bits, slot, window, monkeypatch) -> AttendCall:
     call = packed_problem("ring", *bits, torch.float16, split=0.98, start=4)
     packed, straight = call.packed, reference.attend(call)
     assert packed.tokens == 6 * BLOCK and packed.k_codes.shape[2] == 9
-    for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"):
-        if (tensor := getattr(packed, name)) is not None:
-            setattr(packed, name, tensor[:, :, :8].roll(slot, 2).contiguous())
+    for name in OF_BLOCKS:
+        setattr(packed, name, getattr(packed, name)[:, :, :8].roll(slot, 2).contiguous())
     packed.slot = slot
     torch.testing.assert_close(reference.attend(call), straight)
     return call
@@ -283,7 +282,7 @@ def test_offsets_beyond_32_bits(monkeypatch):
     blocks = packed.tokens // BLOCK
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
-        for name in ("k_codes", "k_scale", "v_codes", "v_scale"):
+        for name in OF_BLOCKS:
             small = getattr(packed, name)
             large = torch.empty(1, 1, slots, *small.shape[3:], dtype=small.dtype)
             large[:, :, -blocks:] = small[:, :, :blocks]
@@ -441,11 +440,10 @@ def to_lengths(full: AttendCall, packed: int, exact: int) -> tuple[AttendCall, A
     host.k, host.v = every.k[:, :, :exact], every.v[:, :, :exact]
     if full.packed is not None:
         every.packed = replace(full.packed)
-        for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero"):
-            if (tensor := getattr(full.packed, name)) is not None:
-                tensor = tensor[:, :, : capacity // BLOCK].clone()
-                tensor[:, :, packed // BLOCK :] = 255 if name.endswith("codes") else 1e30
-                setattr(every.packed, name, tensor)
+        for name in OF_BLOCKS:
+            tensor = getattr(full.packed, name)[:, :, : capacity // BLOCK].clone()
+            tensor[:, :, packed // BLOCK :] = 255 if tensor.dtype == torch.uint8 else 1e30
+            setattr(every.packed, name, tensor)
         host.packed = replace(every.packed, tokens=packed) if packed else None
     return host, every, torch.tensor([packed, exact], dtype=torch.int32)
 
@@ -661,7 +659,7 @@ def one_head(call: AttendCall, rows: int = 1) -> AttendCall:
     group = call.q.shape[1] // call.k.shape[1]
     call.q, call.k, call.v = call.q[:rows, :group], call.k[:rows, :1], call.v[:rows, :1]
     call.leftpad = None if call.leftpad is None else call.leftpad[:rows]
-    for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero") if call.packed else ():
+    for name in ARRAYS if call.packed else ():
         if (tensor := getattr(call.packed, name)) is not None:
             setattr(call.packed, name, tensor[:rows, :1].contiguous())
     return call
@@ -691,37 +689,34 @@ def arrays_of(packed: PackedKV) -> list[str]:
     return [field.name for field in fields(packed) if isinstance(getattr(packed, field.name), torch.Tensor)]
 
 
-def empty_arrays(shape, bits, group) -> dict[str, torch.Tensor | None]:
-    batch, heads, slots, dim = shape
+def empty(k: torch.Tensor, bits: tuple, group: int, slots: int) -> PackedKV:
+    """Room for `slots` blocks of tokens such as `k`, and its table; every byte that a quantizer writes is 255."""
+    codecs, (batch, heads, _, dim) = list(map(codec_for, bits)), k.shape
+    arrays = dict.fromkeys(ARRAYS)
+    for name, (shape, dtype) in shapes_of(*codecs, dim, group).items():
+        blocks = (slots,) if name in OF_BLOCKS else ()
+        arrays[name] = (
+            torch.full((batch, heads, *blocks, *shape), -1, dtype=dtype).view(torch.uint8).fill_(255).view(dtype)
+        )
+    arrays["k_mean"] = k.float().mean(2)
+    if codecs[0].by_channel:
+        importance = torch.linspace(-12, 12, dim).exp2()[torch.randperm(dim)]
+        table = choose(k[:, :, : k.shape[2] // BLOCK * BLOCK], importance.expand(batch, heads, dim), codecs[0].bits)
+        arrays |= {f"k_{name}": array for name, array in table._asdict().items()}
+    return PackedKV(0, 0, *codecs, **arrays)
 
-    def scales(of_bits, *shape):
-        return torch.full(shape, 9.0, dtype=torch.bfloat16)
 
-    k_bits, v_bits = bits
-    k_shape, v_shape = (batch, heads, slots, dim), (batch, heads, slots, dim // group, BLOCK)
-    return {
-        "k_codes": torch.full((batch, heads, slots, 4 * k_bits * dim), 255, dtype=torch.uint8),
-        "k_scale": scales(k_bits, *k_shape),
-        "k_zero": scales(k_bits, *k_shape) if not codec_for(k_bits).symmetric else None,
-        "v_codes": torch.full((batch, heads, slots, 4 * v_bits * dim), 255, dtype=torch.uint8),
-        "v_scale": scales(v_bits, *v_shape),
-        "v_zero": scales(v_bits, *v_shape) if not codec_for(v_bits).symmetric else None,
-    }
+def also_by_torch(k, v, into: PackedKV, slot: int) -> PackedKV:
+    """Another `into`, to which PyTorch's operations wrote."""
+    expected = replace(into, **{name: getattr(into, name).clone() for name in OF_BLOCKS})
+    quantize_blocks([Blocks(k, v, expected, slot)])
+    return expected
 
 
-def quantized_by_torch(k, v, mean, arrays, bits, group, slots) -> None:
-    k_codec, v_codec = map(codec_for, bits)
-    blocks = (k.float() - mean[:, :, None]).unflatten(2, (-1, BLOCK))
-    k_made = k_codec.quantize(blocks, -2, k_codec.key_shares)
-    groups = rotate(v).unflatten(2, (-1, BLOCK)).unflatten(-1, (-1, group))
-    v_made = v_codec.quantize(groups, -1, v_codec.value_shares)
-    arrays["k_codes"][:, :, slots] = pack_keys(k_made[0], k_codec.planes)
-    arrays["v_codes"][:, :, slots] = pack_values(v_made[0].flatten(-2), v_codec.planes)
-    for name, k_part, v_part in (("scale", k_made[1], v_made[1]), ("zero", k_made[2], v_made[2])):
-        if k_part is not None:
-            arrays[f"k_{name}"][:, :, slots] = k_part[..., 0, :].bfloat16()
-        if v_part is not None:
-            arrays[f"v_{name}"][:, :, slots] = v_part[..., 0].transpose(-1, -2).bfloat16()
+def check_same(ours: PackedKV, expected: PackedKV) -> None:
+    for name in OF_BLOCKS:
+        mine, theirs = (getattr(each, name).view(torch.uint8) for each in (ours, expected))
+        assert torch.equal(mine, theirs), name
 
 
 @pytest.mark.parametrize(
@@ -736,12 +731,10 @@ def quantized_by_torch(k, v, mean, arrays, bits, group, slots) -> None:
 )
 def test_blocks_are_quantized_bit_for_bit_as_quant_does(dim, group, bits, kind):
     k, v = made_of(kind, dim)
-    mean = k.float().mean(2)
-    expected, arrays = (empty_arrays((3, 2, 5, dim), bits, group) for _ in range(2))
-    quantized_by_torch(k, v, mean, expected, bits, group, [4, 0])
-    triton_quantize.launch([Blocks(k, v, PackedKV(0, 0, *map(codec_for, bits), **arrays, k_mean=mean), 4)])
-    for name, tensor in expected.items():
-        assert tensor is None or torch.equal(arrays[name], tensor), name
+    into = empty(k, bits, group, 5)
+    expected = also_by_torch(k, v, into, 3)
+    triton_quantize.launch([Blocks(k, v, into, 3)])
+    check_same(into, expected)
 
 
 def made_of(kind: str, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -795,45 +788,38 @@ def test_one_launch_quantizes_the_blocks_of_many_layers_and_says_which_are_not_f
     )
     bits, layers = [(4, 8), (8, 4), (4, 8), (4, 8)], [made_of("normal", 32) for _ in range(4)]
     layers[2][0][1, 1, 40, 7], layers[3][1][0, 1, 63, 0] = torch.nan, -torch.inf
-    arrays, expected, jobs = [], [], []
-    for (k, v), widths in zip(layers, bits, strict=True):
-        ours, theirs = (empty_arrays((3, 2, 4, 32), widths, 16) for _ in "ab")
-        quantized_by_torch(k, v, mean := k[:, :, :8].float().mean(2), theirs, widths, 16, [2, 3])
-        arrays.append(ours), expected.append(theirs)
-        jobs.append(Blocks(k, v, PackedKV(0, 0, *map(codec_for, widths), **ours, k_mean=mean), 2))
+    jobs = [Blocks(k, v, empty(k[:, :, :32], widths, 16, 4), 2) for (k, v), widths in zip(layers, bits, strict=True)]
+    expected = [also_by_torch(*job) for job in jobs]
     finite = triton_quantize.launch(jobs)
     assert finite.tolist() == [[1, 1], [1, 1], [0, 1], [1, 0]]
     assert [len(tensors) for tensors in queued] == [3, 1]
-    for i, (ours, theirs) in enumerate(zip(arrays, expected, strict=True)):
-        for name, tensor in theirs.items() if i < 2 else ():
-            assert tensor is None or torch.equal(ours[name][:, :, 2:], tensor[:, :, 2:]), (i, name)
+    for job, theirs in zip(jobs[:2], expected, strict=False):
+        check_same(job.into, theirs)
 
 
 def test_keys_and_values_of_any_strides_are_quantized():
     k, v = made_of("normal", 32)
-    arrays, expected = (empty_arrays((3, 2, 3, 32), (4, 4), 32) for _ in "ab")
-    mean = k.float().mean(2)
-    quantized_by_torch(k, v, mean, expected, (4, 4), 32, [0, 1])
+    into = empty(k, (4, 4), 32, 3)
+    expected = also_by_torch(k, v, into, 0)
     apart = [torch.stack((t, torch.full_like(t, 7)), -1)[..., 0] for t in (k, v)]
     assert apart[0].stride(-1) == 2
-    triton_quantize.launch([Blocks(*apart, PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean), 0)])
-    assert all(torch.equal(arrays[name], tensor) for name, tensor in expected.items())
+    triton_quantize.launch([Blocks(*apart, into, 0)])
+    check_same(into, expected)
 
 
 @pytest.mark.every_triton
 def test_append_quantize_and_attend():
     """Blocks quantized by one kernel are read by the other, step by step, as a cache does it."""
     k, v, q = (torch.randn(1, heads, 100, 64).bfloat16() for heads in (2, 2, 6))
-    arrays, mean = empty_arrays((1, 2, 3, 64), (4, 4), 32), k[:, :, :32].float().mean(2)
+    into = empty(k, (4, 4), 32, 3)
     for step in (40, 64, 70, 99):
         packed = step // BLOCK * BLOCK
         for block in range(packed // BLOCK):
             part = slice(block * BLOCK, (block + 1) * BLOCK)
-            into = PackedKV(0, 0, codec_for(4), codec_for(4), **arrays, k_mean=mean)
             triton_quantize.launch([Blocks(k[:, :, part], v[:, :, part], into, block)])
         tail = slice(packed, step)
         call = AttendCall(q[:, :, step : step + 1], k[:, :, tail], v[:, :, tail], 0.125)
-        call.packed = PackedKV(0, packed, codec_for(4), codec_for(4), **arrays, k_mean=mean)
+        call.packed = replace(into, tokens=packed)
         check(call)
 
 
