@@ -109,7 +109,7 @@ class Tile:
 
 
 def tile_for(rows: int, padded: int, bits: Sequence[int], amd: bool) -> Tile:
-    """The tile for `rows` query rows a KV head, heads of `padded` numbers, and codes of these `bits` of keys and values.
+    """The tile for `rows` query rows a KV head, heads of `padded` numbers, and `bits` of keys and values.
 
     Four blocks are eight words (`quant/layout.py`) for each warp, a whole tile of the tensor cores. On NVIDIA's GPUs no
     kernel spills registers in its loops; heads of 256 take fewer blocks at once for that, and keys by channel fewer
