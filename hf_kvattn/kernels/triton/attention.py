@@ -121,7 +121,7 @@ def tile_for(rows: int, padded: int, bits: Sequence[int], amd: bool) -> Tile:
     rows = min(max_rows, max(16, triton.next_power_of_2(rows)))
     if amd:
         return Tile(rows, 2, 2 if padded <= 64 else 1, 2 if rows * padded <= 16 * 128 else 1)
-    return Tile(rows, 2 if padded > 128 and bits else 4, 2 if padded <= 64 else 1, 3 if padded <= 128 else 2)
+    return Tile(rows, 2 if padded > 128 and 8 in bits else 4, 2 if padded <= 64 else 1, 3 if padded <= 128 else 2)
 
 
 @dataclass(frozen=True)
