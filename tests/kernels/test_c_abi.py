@@ -95,7 +95,7 @@ HUGE, HUGEST = 2**62, 2**63 - 1
 ANY = (-1, 0, HUGE, HUGEST, -HUGEST - 1)
 NOT_PACKED = {name: ANY for name in ("packed_start", "v_group", "v_rotation")}
 NOT_PACKED |= {name: (-1, 0, 2**31 - 1, -(2**31)) for name in ("k_bits", "v_bits")}
-NOT_PACKED |= {"skip_below": (-1.0, math.inf, -math.inf)}
+NOT_PACKED |= {"skip_below": (-1.0, math.inf, -math.inf, math.nan)}
 NO_SINKS = {"sink_evicted": ANY, "sink_q_stride": ANY, "sink_kv_stride": ANY}
 OFF = {"window": (0, HUGE, HUGEST), "scale": (0.0, -1.0)} | dict.fromkeys(("causal", "softcap", "leftpad", "lse"), (0,))
 OFF |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), (0,))  # the same numbers for all
@@ -174,7 +174,7 @@ class Problem:
         return [-1, 0, 2**31 - 1, -(2**31)] if kind is I32 else list(ANY)
 
     def harmless(self, field: str, value: int | float) -> bool:
-        if field in ("k_codes", "v_codes") and value == self.value(field, None) + 1:
+        if field in ("k_codes", "k_scale", "v_codes") and value == self.value(field, None) + 1:
             return True  # bytes lie anywhere
         return value in HARMLESS[self.name].get(field, ())
 
