@@ -291,7 +291,9 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     if k.device.type != "cpu":
         return f"native kernels quantize on the CPU, the tensors are on {k.device}"
     if {k_codec.name, v_codec.name} - set(CODECS):
-        return f"native kernels quantize to {', '.join(CODECS)}, not keys to {k_codec.name} and values to {v_codec.name}"
+        return (
+            f"native kernels quantize to {', '.join(CODECS)}, not keys to {k_codec.name} and values to {v_codec.name}"
+        )
     if k.dtype not in _DTYPES or k.shape[-1] > 512:
         return f"native kernels quantize heads of up to 512 in 16 or 32-bit floats, not {k.shape[-1]} {k.dtype}"
     return None

@@ -190,7 +190,8 @@ bool valid_shapes(const kvattn_attend_args &a) {
 
 bool valid_packed(const kvattn_attend_args &a) {
   if (a.packed_len == 0) return in(a.packed_blocks, 0, kMaxSteps) && in(a.packed_slot, 0, kMaxSteps);
-  return in(a.packed_len, 1, a.kv_len) && std::isfinite(a.skip_below) && a.skip_below >= 0 && a.packed_len % kPackedTokens == 0 &&
+  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 && std::isfinite(a.skip_below) &&
+         a.skip_below >= 0 &&
          in(a.packed_start, 0, std::min(kPackedTokens, a.kv_len - a.packed_len)) && valid_blocks(a) &&
          a.packed_len / kPackedTokens <= a.packed_blocks && in(a.packed_slot, 0, a.packed_blocks - 1) &&
          a.packed_slot % 2 == 0 && (a.packed_slot == 0 || a.packed_blocks % 2 == 0);

@@ -1,10 +1,10 @@
 // Attention over blocks of 32 quantized tokens, read as packed (the layout is that of quant/layout.py).
 //
 // Codes are never dequantized. A key's channel scales are multiplied into the query once a block, and a value's token
-// scales into the weights. The offsets of key channels add one number a row. Queries and weights are quantized too, each
-// row with a scale of its own, which serves one tile of values, kScaleBlocks blocks of 8-bit keys, or all blocks of
-// other keys: the queries include the steps of those, and are in the order of their codes. What remains are dot products
-// of small integers: of bytes where the CPU has them (packed_vnni.h), else of 16-bit words (packed_words.h).
+// scales into the weights. The offsets of key channels add one number a row. Queries and weights are quantized too,
+// each row with a scale of its own, which serves one tile of values, kScaleBlocks blocks of 8-bit keys, or all blocks
+// of other keys: the queries include the steps of those, and are in the order of their codes. What remains are dot
+// products of small integers: of bytes where the CPU has them (packed_vnni.h), else of 16-bit words (packed_words.h).
 #pragma once
 #include "scalar.h"
 
@@ -148,19 +148,31 @@ void quantize_queries(PackedKeys keys, int blocks, const QueryRows &rows, Querie
 struct Codes {
   Simd::Words even, odd;  // codes 0 and 2 of each lane, 1 and 3
 };
-inline Codes join(const Codes &a, const Codes &b) { return {Simd::join(a.even, b.even), Simd::join(a.odd, b.odd)}; }
 
-// Unit i of 16 channels of a block. Their codes of unit 0 start at p. The planes from bit Low on.
+// Unit i of 16 channels of a block, four codes a lane, each in a byte. Their codes of unit 0 start at p. The planes
+// from bit Low on.
 template <int Bits, int Low = 0>
-__attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
-  constexpr int kPlane = first_plane(Bits), kShared = 8 / kPlane;
-  const uint8_t *at = p + Low * kUnit + i / kShared * kUnit;
-  const int shift = i % kShared * kPlane;
-  const Codes plane{Simd::codes(at, shift, kPlane, Low), Simd::codes(at, 8 + shift, kPlane, Low)};
+__attribute__((always_inline)) inline Simd::Words load_bytes(const uint8_t *p, int i) {
+  constexpr int kPlane = first_plane(Bits), kShared = 8 / kPlane, kMask = ((1 << kPlane) - 1) << Low;
+  const Simd::Words plane =
+      Simd::codes(p + (Low + i / kShared) * kUnit, i % kShared * kPlane - Low, kMask << 8 | kMask);
   if constexpr (Bits == kPlane)
     return plane;
   else
-    return join(plane, load_codes<Bits - kPlane, Low + kPlane>(p, i));
+    return Simd::join(plane, load_bytes<Bits - kPlane, Low + kPlane>(p, i));
+}
+
+template <int Bits>
+__attribute__((always_inline)) inline Codes load_codes(const uint8_t *p, int i) {
+  if constexpr (Bits == first_plane(Bits)) {
+    constexpr int kShared = 8 / Bits, kMask = (1 << Bits) - 1;
+    const uint8_t *at = p + i / kShared * kUnit;
+    const int shift = i % kShared * Bits;
+    return {Simd::codes(at, shift, kMask), Simd::codes(at, 8 + shift, kMask)};
+  } else {
+    const Simd::Words bytes = load_bytes<Bits>(p, i);
+    return {Simd::low_bytes(bytes), Simd::high_bytes(bytes)};
+  }
 }
 
 // Calls f(Rows<bits>) for all widths of keys' codes, the largest first.

@@ -32,21 +32,6 @@ inline __m512 join_limbs(const __m512i *limbs) {
   return Limbs == 1 ? low : _mm512_fmadd_ps(_mm512_cvtepi32_ps(limbs[Limbs - 1]), _mm512_set1_ps(256.f), low);
 }
 
-// Unit i of 16 channels of a block. Their codes start at p. The planes from bit Low on.
-template <int Bits, int Low = 0>
-__attribute__((always_inline)) inline __m512i load_unit(const uint8_t *p, int i) {
-  constexpr int kPlane = first_plane(Bits), kShared = 8 / kPlane;
-  const int shift = i % kShared * kPlane;
-  __m512i bytes = _mm512_loadu_si512(p + (Low + i / kShared) * kUnit);
-  if (Bits == 8) return bytes;
-  bytes = shift < Low ? _mm512_slli_epi16(bytes, Low - shift) : _mm512_srli_epi16(bytes, shift - Low);
-  bytes = _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(((1 << kPlane) - 1) << Low)));
-  if constexpr (Bits == kPlane)
-    return bytes;
-  else
-    return _mm512_or_si512(bytes, load_unit<Bits - kPlane, Low + kPlane>(p, i));
-}
-
 template <int R>
 struct FoldedQueries {
   int8_t bytes[R][2 * kMaxDim];  // for each quad of channels 4 low limbs, then 4 high ones
@@ -120,7 +105,7 @@ __attribute__((always_inline)) inline void add_products(const uint8_t *&codes, i
     if (ahead_bytes) prefetch(codes + ahead_bytes, kUnit * Bits);
 #pragma GCC unroll 4
     for (int quad = 0; quad < 4; ++quad) {
-      __m512i unit[2] = {load_unit<Bits>(codes, 2 * quad), load_unit<Bits>(codes, 2 * quad + 1)};
+      __m512i unit[2] = {load_bytes<Bits>(codes, 2 * quad), load_bytes<Bits>(codes, 2 * quad + 1)};
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const int8_t *row = bytes + r * 2 * kMaxDim + quad * kQuadStride;
@@ -240,7 +225,7 @@ void add_columns(PackedValues values, const FoldedWeights<R, Limbs> &weights, in
       __m512i unit[Vectors];
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
-        unit[v] = load_unit<Bits>(codes + v * 64 * Bits, t);
+        unit[v] = load_bytes<Bits>(codes + v * 64 * Bits, t);
         if (Bits == 8) unit[v] = _mm512_xor_si512(unit[v], _mm512_set1_epi8(static_cast<char>(0x80)));  // signed
       }
 #pragma GCC unroll 4

@@ -25,14 +25,10 @@ constexpr float kMaxWeight = kQueryMax;  // the high limb is at most 127
 // Bytes of 8 bits are centred as they are multiplied.
 constexpr bool centred(int bits) { return bits == 8; }
 
-template <int Bits, int Low = 0>
+template <int Bits>
 __attribute__((always_inline)) inline Unit load_unit(const uint8_t *p, int i) {
-  constexpr int kPlane = first_plane(Bits), kShared = 8 / kPlane;
-  const Unit plane = Simd::byte_codes(p + (Low + i / kShared) * kUnit, i % kShared * kPlane, kPlane, Low);
-  if constexpr (Bits == kPlane)
-    return plane;
-  else
-    return Simd::join(plane, load_unit<Bits - kPlane, Low + kPlane>(p, i));
+  const Unit bytes = Simd::to_bytes(load_bytes<Bits>(p, i));
+  return centred(Bits) ? Simd::minus_128(bytes) : bytes;
 }
 inline UnitSums start_at(int x) { return Simd::start_bytes(x); }
 inline void store(int16_t *to, Simd::Words words) { Simd::store_limbs(to, words); }
@@ -113,7 +109,7 @@ inline void fold_words(PackedKeys keys, const Queries<R> &query, FoldedQueries<R
       scale[i] = ByChannel ? Simd::multipliers(keys.scale + keys.d / 2 + at / 4) : Simd::widen(keys.scales(at));
       if (ByChannel) offset[i] = Simd::offsets(keys.scale + at / 2);
     }
-    const Simd::Words centre = Simd::codes(query.centre + c, 0, 16, 0);
+    const Simd::Words centre = Simd::codes(query.centre + c, 0, 0xffff);
 #pragma GCC unroll kUnroll
     for (int r = 0; r < R; ++r) {
       const Simd::Vec a = Simd::load(query.x[r] + c), b = Simd::load(query.x[r] + c + Simd::kLanes);

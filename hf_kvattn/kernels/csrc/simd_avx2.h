@@ -86,13 +86,15 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm256_set1_epi32(both);
   }
-  // The `width` bits from bit `shift` on of each word at p, moved to bit `to`.
-  static Words codes(const void *p, int shift, int width, int to) {
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
     Words a = _mm256_loadu_si256(static_cast<const __m256i *>(p));
-    a = shift < to ? _mm256_slli_epi16(a, to - shift) : _mm256_srli_epi16(a, shift - to);
-    if (shift + width == 16 && to == 0) return a;
-    return _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>(((1 << width) - 1) << to)));
+    a = shift < 0 ? _mm256_slli_epi16(a, -shift) : _mm256_srli_epi16(a, shift);
+    if (shift >= 0 && mask == 0xffff >> shift) return a;
+    return _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>(mask)));
   }
+  static Words low_bytes(Words a) { return _mm256_and_si256(a, _mm256_set1_epi16(0xff)); }
+  static Words high_bytes(Words a) { return _mm256_srli_epi16(a, 8); }
   static Words join(Words a, Words b) { return _mm256_or_si256(a, b); }
   static Ints set_int(int x) { return _mm256_set1_epi32(x); }
   static Ints dot(Words a, Words b, Ints c) {
@@ -109,7 +111,7 @@ struct Simd {
     return _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words, 0xd8), order);
   }
   static void store_words(int16_t *p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
-  // The multipliers and the offsets, from 0 on, of kLanes channels (quant/few_bits.py), and the scales of as many bytes.
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
   static Vec multipliers(const uint8_t *p) {
     const __m256i index = _mm256_srlv_epi32(from_memory<int16_t>(p), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
     return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128 *>(kMultipliers)), index);

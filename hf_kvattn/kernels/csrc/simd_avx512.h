@@ -64,13 +64,15 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm512_set1_epi32(both);
   }
-  // The `width` bits from bit `shift` on of each word at p, moved to bit `to`.
-  static Words codes(const void *p, int shift, int width, int to) {
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
     Words a = _mm512_loadu_si512(p);
-    a = shift < to ? _mm512_slli_epi16(a, to - shift) : _mm512_srli_epi16(a, shift - to);
-    if (shift + width == 16 && to == 0) return a;
-    return _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>(((1 << width) - 1) << to)));
+    a = shift < 0 ? _mm512_slli_epi16(a, -shift) : _mm512_srli_epi16(a, shift);
+    if (shift >= 0 && mask == 0xffff >> shift) return a;
+    return _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>(mask)));
   }
+  static Words low_bytes(Words a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
+  static Words high_bytes(Words a) { return _mm512_srli_epi16(a, 8); }
   static Words join(Words a, Words b) { return _mm512_or_si512(a, b); }
   static Ints set_int(int x) { return _mm512_set1_epi32(x); }
   static Ints dot(Words a, Words b, Ints c) {
@@ -86,7 +88,7 @@ struct Simd {
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), words), order);
   }
   static void store_words(int16_t *p, Words a) { _mm512_storeu_si512(p, a); }
-  // The multipliers and the offsets, from 0 on, of kLanes channels (quant/few_bits.py), and the scales of as many bytes.
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
   static Vec multipliers(const uint8_t *p) {
     int32_t bits;
     memcpy(&bits, p, 4);
