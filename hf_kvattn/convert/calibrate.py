@@ -106,13 +106,14 @@ def _noting(model: PreTrainedModel, noted: dict[int, _Noted]) -> Iterator[None]:
     def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
         out, _ = kvattn_attention(module, query, key, value, mask, **kwargs)
         i = int(module.layer_idx)
-        if needs[i].lender is None:
+        lender = needs[i].lender
+        if lender is None:
             if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
                 raise ValueError(f"layer {i} has keys or values that are NaN or infinite on the calibration text")
             k, v = key.detach(), value.detach()
             noted[i] = _Noted(k, v, torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(k[0, :, 0]))
         rules = Rules(mask, kwargs.get("scaling"), True, None, kwargs.get("softcap"), kwargs.get("s_aux"))
-        layer = noted[i if needs[i].lender is None else needs[i].lender]
+        layer = noted[i if lender is None else lender]
         out.register_hook(partial(_note, layer, query.detach(), out.detach(), rules))
         return out, None
 
