@@ -104,7 +104,7 @@ def _append_attend_packed(
     call = AttendCall(q, k_exact, v_exact, scale, softcap=softcap, s_aux=s_aux, leftpad=begin)
     k_codec, v_codec = (CODECS[name] for name in codecs)
     start, tokens = layout
-    call.packed = PackedKV(start, tokens, k_codec, v_codec, *packed)  # type: ignore[arg-type]  # zero points may be None
+    call.packed = PackedKV(start, tokens, k_codec, v_codec, *packed)  # type: ignore[arg-type]  # some may be None
     with dispatch.backend(backend):
         serving = dispatch.serving(call, step=True)
         k_exact.index_copy_(2, slot, k)

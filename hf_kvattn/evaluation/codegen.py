@@ -219,7 +219,7 @@ def all_cases() -> list[Case]:
                 cases.append(Case("decode", target, dim, most, *mix, lengths=True))
             if mix == (0, 0):
                 cases.append(Case("decode", target, dim, most, sinks=True))
-        cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES if not {2, 3} & set(mix)]
+        cases += [Case("quantize", target, dim, 0, *mix) for mix in MIXES]
         cases += [Case("merge", target, dim), Case("dequantize", target, dim, 0, 8, 4)]
     for target in TARGETS:
         uneven = UNEVEN if target in GRID else ()
@@ -303,18 +303,19 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     at_once = tile.blocks if bits else tile.exact_blocks
     splits = triton_attention.splits_for(call, batch * kv_heads * row_tiles, multiprocessors, at_once)
     packed, exact = call.packed, call.kv_len
-    of_blocks = of_head = 0
+    of_blocks = of_head = again = 0
     if packed is not None:
         exact -= packed.tokens
         sizes = {n: t[0, 0].nbytes for n, t in zip(ARRAYS, packed.arrays(), strict=True) if t is not None}
         block = sum(sizes.pop(name) for name in OF_BLOCKS) // packed.k_codes.shape[2]
+        again = 0 if packed.k_widths is None else dim + dim // 2 + dim // 16  # of widths: by channel, pair and group
         of_blocks, of_head = (packed.tokens // BLOCK - splits.block_begin) * block, sum(sizes.values())
     keys = of_blocks + (exact - splits.exact_begin) * 2 * dim * item
     queries, n_splits = rows * dim * item, max(1, splits.packed + splits.exact)
     leftpad = 0 if call.leftpad is None else 4
     result = rows * (dim * item + 4)
     merging = n_splits * rows * (2 * dim * 4 + 3 * 4)  # stored, and loaded again: the log-sum-exps twice
-    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_head + leftpad)) + merging + result
+    moved = row_tiles * keys + n_splits * (queries + row_tiles * (of_head + again + leftpad)) + merging + result
     heads = batch * kv_heads
     return heads * moved, heads * (keys + queries + of_head + result) + (0 if call.leftpad is None else 4 * batch)
 
@@ -413,7 +414,7 @@ cores the kernels spill.
 ## Bytes of a decode step
 
 What the loads and stores of one layer's step move, batch 1, counted number by number (the tests hold this count against
-every load and store that the interpreter makes), against the least possible: visible codes, scales, zeros and exact
+every load and store that the interpreter makes), against the least possible: visible codes, scales and exact
 tokens, queries and the result, once each. The rest is the splits' partial results.
 
 {table_of(columns, traffic)}"""

@@ -102,7 +102,7 @@ def long(call, softcap: float | None = None) -> None:
         (lambda c: setattr(c, "q", c.q[..., :40]), "16 to 256 in steps of 16, not 40"),
         (lambda c: long(c, 2.0), "beyond 128 query tokens blocks are dequantized for flash-attn or SDPA; "),
         (lambda c: setattr(c.packed, "v_codec", CODECS["int3"]), None),
-        (lambda c: setattr(c.packed, "v_codec", Codec("int6", (4, 2))), "read int8, fp8, int4, int3, int2, not int6"),
+        (lambda c: setattr(c.packed, "v_codec", Codec("int6", 6)), "read int8, fp8, int4, int3, int2, not int6"),
         (lambda c: setattr(c, "mask", torch.ones(1)), "dense mask"),
         (lambda c: setattr(c, "sinks", SinkKV(c.k, c.v, c.q, 0)), None),
         (lambda c: setattr(c, "dropout", 0.5), "no dropout"),

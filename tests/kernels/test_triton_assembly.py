@@ -125,7 +125,7 @@ def pair(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
 
 
 def wrong(text: str, bits: int, dtype: torch.dtype) -> list[tuple]:
-    """Where a text gives another number than `(code - middle) * scale`, rounded once: token, code, its number, the right.
+    """Where a text gives another number than `(code - middle) * scale`, rounded once: token, code, its number, right.
 
     Each code stands in each lane, with each scale, among other codes of other tokens.
     """

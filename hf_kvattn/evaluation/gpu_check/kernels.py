@@ -32,7 +32,8 @@ from hf_kvattn.kernels.call import AttendCall, SinkKV
 from hf_kvattn.quant import blocks
 from hf_kvattn.quant.blocks import Blocks
 from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.layout import BLOCK, keys_to, values_to
+from hf_kvattn.quant.layout import BLOCK, by_width_to, keys_to, planes_of, values_to
+from hf_kvattn.quant.packed import ARRAYS, OF_BLOCKS
 
 BITS: tuple[int | str, ...] = ("exact", 8, 4, 3, 2, "fp8")
 DIMS, GROUPS = (128, 64, 80, 256), (4, 1, 8)
@@ -134,32 +135,32 @@ def _checked(case: Case, machine: Machine) -> Found:
 
 
 def _quantizes(machine: Machine, bits: int | str, dim: int) -> Found:
-    """Whether codes mean, bit for bit, what those of PyTorch on a CPU mean; two layers' blocks in one launch.
-
-    Fewer bits are searched for, with sums whose order differs by device: these are held against the device's own.
-    """
-    place = torch.device("cpu") if bits in (8, 4) else machine.device
+    """Whether codes mean, bit for bit, what those of PyTorch on a CPU (fp8: on the device itself) mean; two layers'
+    blocks in one launch."""
+    place = machine.device if bits == "fp8" else torch.device("cpu")
     torch.manual_seed(1)
     cache = QuantizedKVCache(one_layer(KV_HEADS, KV_HEADS, dim), bits, max_cache_len=256)
-    fill(machine, cache, (BATCH, KV_HEADS, 36, dim))  # room for blocks, and the mean of the keys
+    fill(machine, cache, (BATCH, KV_HEADS, 140, dim))  # room for blocks, and what all of them share
     packed = cache.kv_layers[0].stored_kv().packed
     assert packed is not None
     k, v = machine.randn(2, BATCH, KV_HEADS, 4 * BLOCK, dim)
     k[..., 0] += 100  # a channel apart
     k[:, :, :BLOCK, 1] = 0  # and a scale of zero
-    names = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
-    arrays: dict[str, Any] = {name: getattr(packed, name) for name in names}
-    copies: dict[str, Any] = {name: None if array is None else array.clone() for name, array in arrays.items()}
+    arrays: dict[str, Any] = dict(zip(ARRAYS, packed.arrays(), strict=True))
+    copies: dict[str, Any] = {name: arrays[name].clone() for name in OF_BLOCKS}
     twin = replace(packed, **copies)
     finite = dispatch.quantize_blocks([Blocks(k, v, packed, 0), Blocks(k, v, twin, 0)])
-    pairs = ((a[:, :, :4], getattr(twin, name)[:, :, :4]) for name, a in arrays.items() if a is not None)
+    pairs = ((arrays[name][:, :, :4], copies[name][:, :, :4]) for name in OF_BLOCKS)
     alike = all(torch.equal(*pair) for pair in pairs)
     if finite is not None:  # a GPU says so itself
         flagged = dispatch.quantize_blocks([Blocks(k, v * float("nan"), twin, 0)])
         alike &= flagged is not None and bool(finite.all()) and flagged.cpu().bool().tolist() == [[True, False]]
     here: dict[str, Any] = {name: None if array is None else array.to(place) for name, array in arrays.items()}
-    here["k_codes"] = keys_to(packed.k_codes, packed.k_codec.planes, place)
-    here["v_codes"] = values_to(packed.v_codes, packed.v_codec.planes, place)
+    if packed.k_widths is None:
+        here["k_codes"] = keys_to(packed.k_codes, planes_of(packed.k_codec.bits), place)
+    else:
+        here["k_codes"] = by_width_to(packed.k_codes, packed.k_widths, place)
+    here["v_codes"] = values_to(packed.v_codes, planes_of(packed.v_codec.bits), place)
     made, expected = (replace(packed, tokens=4 * BLOCK, **copy.deepcopy(here)) for _ in range(2))
     blocks.quantize_blocks([Blocks(k.to(place), v.to(place), expected, 0)])
     both = zip(made.dense(0, 4), expected.dense(0, 4), strict=True)

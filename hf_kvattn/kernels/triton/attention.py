@@ -5,7 +5,7 @@ both kernels (`attention_kernels.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +108,20 @@ class Tile:
     stages: int
 
 
-def tile_for(rows: int, padded: int, bits: Collection[int], amd: bool) -> Tile:
-    """The tile for `rows` query rows a KV head, heads of `padded` numbers, and codes of these `bits`.
+def tile_for(rows: int, padded: int, bits: Sequence[int], amd: bool) -> Tile:
+    """The tile for `rows` query rows a KV head, heads of `padded` numbers, and `bits` of keys and values.
 
     Four blocks are eight words (`quant/layout.py`) for each warp, a whole tile of the tensor cores. On NVIDIA's GPUs no
-    kernel spills registers; heads of 256 take fewer blocks at once for that, and fewer rows with codes of 3 bits. On
-    AMD's, loads wait in registers: more than two blocks would leave room for one program.
+    kernel spills registers in its loops; heads of 256 take fewer blocks at once for that, and keys by channel fewer
+    rows. On AMD's, loads wait in registers: more than two blocks would leave room for one program.
     """
-    max_rows = 32 if padded <= 64 or (padded <= 128 and 3 not in bits) else 16
+    by_channel = bool(bits) and bits[0] < 8
+    max_rows = 32 if padded <= 64 or (padded <= 128 and not by_channel) else 16
     # More query rows take several tiles, which read the same keys and values.
     rows = min(max_rows, max(16, triton.next_power_of_2(rows)))
     if amd:
         return Tile(rows, 2, 2 if padded <= 64 else 1, 2 if rows * padded <= 16 * 128 else 1)
-    blocks = 2 if padded > 128 and {8, 3} & set(bits) else 4
-    return Tile(rows, blocks, 2 if padded <= 64 else 1, 3 if padded <= 128 else 2)
+    return Tile(rows, 2 if padded > 128 and 8 in bits else 4, 2 if padded <= 64 else 1, 3 if padded <= 128 else 2)
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def decode_attention_kernel(
     BY_CHANNEL: tl.constexpr = K_BITS != 0 and K_BITS != 8
     stored = d  # the channel whose codes lie there
     if BY_CHANNEL:
-        stored = tl.load(k_order + kv * D + d, mask=(d < D) & (split < packed_splits), other=0).to(tl.int32)
+        stored = tl.load(k_order + kv * D + d, mask=d < D, other=0).to(tl.int32)
         stored = tl.where(split < packed_splits, stored, d)
     q = tl.load(q_ptr + batch * stride_qb + row_at[:, None] + stored[None, :], mask=row_mask, other=0)
     leftpad = 0
