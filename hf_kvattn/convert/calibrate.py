@@ -106,13 +106,14 @@ def _noting(model: PreTrainedModel, noted: dict[int, _Noted]) -> Iterator[None]:
     def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any):
         out, _ = kvattn_attention(module, query, key, value, mask, **kwargs)
         i = int(module.layer_idx)
-        if needs[i].lender is None:
+        lender = needs[i].lender
+        if lender is None:
             if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
                 raise ValueError(f"layer {i} has keys or values that are NaN or infinite on the calibration text")
             k, v = key.detach(), value.detach()
             noted[i] = _Noted(k, v, torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(k[0, :, 0]))
         rules = Rules(mask, kwargs.get("scaling"), True, None, kwargs.get("softcap"), kwargs.get("s_aux"))
-        layer = noted[i if needs[i].lender is None else needs[i].lender]
+        layer = noted[i if lender is None else lender]
         out.register_hook(partial(_note, layer, query.detach(), out.detach(), rules))
         return out, None
 
@@ -152,10 +153,12 @@ def _note(layer: _Noted, query: torch.Tensor, out: torch.Tensor, rules: Rules, g
     # How often a token is a code by then: a block of the newest tokens fills up, and all of it becomes codes.
     share = (at[:, None] - tokens).clamp(0, BLOCK) / BLOCK * (tokens >= SINKS)
     meets = share.sqrt().to(q)
-    of_scores = weights * (g @ v.mT - (g * o).sum(-1, keepdim=True)) * slope * scale * meets
-    layer.of_k += (of_scores.mT @ q).sum(1)
+    of_scores = weights * (g @ v.mT - (g * o).sum(-1, keepdim=True)) * slope * scale
+    layer.of_k += ((of_scores * meets).mT @ q).sum(1)
     layer.of_v += ((weights * meets).mT @ g).sum(1)
-    layer.importance += (of_scores.square().sum(-1, keepdim=True) * q.square()).sum((1, 2))
+    # Widths by tokens that always are codes keep more than by all: KLD 0.0217 against 0.0228 at 2 bits, SmolLM2-135M.
+    weight = (of_scores * (share == 1)).square().sum(-1, keepdim=True)
+    layer.importance += (weight * q.square()).sum((1, 2))
 
 
 def group_sizes(head_dim: int) -> list[int]:
@@ -247,7 +250,8 @@ def measure(
         for column, bits in enumerate(BITS):
             table = None
             if bits in tables:
-                table = KeyTable(*(t.cpu() for t in widths.choose(sample, importance, bits)))
+                seen = importance if importance.any() else None  # a window may be too short for tokens so far away
+                table = KeyTable(*(t.cpu() for t in widths.choose(sample, seen, bits)))
                 tables[bits].append(table)
             for each, size in product(noted, sizes):
                 key_cost, value_cost = _costs(each, bits, size, table)

@@ -458,7 +458,8 @@ def test_what_is_noted_is_what_autograd_says_of_scores(softcap, sinks, window):
     rules = Rules(mask[None, None].double(), 0.3, True, None, softcap, s_aux)
     layer = calibrate._Noted(k, v, torch.zeros_like(k), torch.zeros_like(v), torch.zeros(heads, dim).double())
     calibrate._note(layer, q, out.detach(), rules, gradient)
-    importance = (of_scores[..., None] * q_grouped[..., None, :]).square().sum((0, 2, 3, 4)) * 0.3**2
+    always = scores.grad * (share == 1) * chosen
+    importance = (always[..., None] * q_grouped[..., None, :]).square().sum((0, 2, 3, 4)) * 0.3**2
     torch.testing.assert_close(layer.importance, importance)
     torch.testing.assert_close(layer.of_k, (of_scores.mT @ q_grouped).sum(2) * 0.3)
     of_out = gradient.transpose(1, 2).unflatten(1, (heads, group))

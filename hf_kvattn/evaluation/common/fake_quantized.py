@@ -78,6 +78,7 @@ class _Layer(DynamicLayer):
         end = (self.get_seq_length() - RESIDUAL) // TILE * TILE
         if end > self.rounded:
             part, self.rounded = slice(self.rounded, end), end
+            assert self.keys is not None and self.values is not None
             for x, to_codes in zip((self.keys, self.values), self.rounds, strict=True):
                 x[:, :, part] = to_codes(x[:, :, part].float(), self.bits).to(x.dtype)
         return super().update(key_states, value_states, *args, **kwargs)
@@ -97,19 +98,24 @@ class FakeQuantizedCache(DynamicCache):
             raise ValueError(
                 f"{scheme} stands for full attention alone, with a head_dim a multiple of {GROUP}, got {dim}"
             )
-        *rounds, beside = SCHEMES[scheme]
-        self.layers = [_Layer((rounds[0], rounds[1]), bits) for _ in self.layers]
+        keys, values, beside = SCHEMES[scheme]
+        self.layers: list[_Layer] = [_Layer((keys, values), bits) for _ in self.layers]  # type: ignore[assignment]
         self._code_bits = bits + beside(dim)
 
     @property
     def nbytes(self) -> int:
-        return sum(round(2 * layer.keys[:, :, 0].numel() * (layer.rounded * self._code_bits
-                   + (layer.get_seq_length() - layer.rounded) * 16) / 8) for layer in self._filled())  # fmt: skip
+        return round(self._numbers_times(self._code_bits, 16) / 8)
 
     @property
     def bits_per_element(self) -> float | None:
-        numbers = sum(2 * layer.keys.numel() for layer in self._filled())
+        numbers = self._numbers_times(1, 1)
         return 8 * self.nbytes / numbers if numbers else None
 
-    def _filled(self) -> list[_Layer]:
-        return [layer for layer in self.layers if layer.is_initialized]
+    def _numbers_times(self, rounded: float, exact: float) -> float:
+        """How many numbers there are, those that are rounded times `rounded`, the others times `exact`."""
+        total = 0.0
+        for layer in self.layers:
+            if layer.is_initialized and layer.keys is not None:
+                tokens = layer.rounded * rounded + (layer.get_seq_length() - layer.rounded) * exact
+                total += 2 * layer.keys[:, :, 0].numel() * tokens
+        return total

@@ -115,10 +115,8 @@ VARIANTS: dict[str, Variant] = {
         _kvattn("int4", "int4"),
         _kvattn("int4-compiled", "int4", compiled=True),
         _kvattn("k8v4", "k8v4"),
-        _kvattn("int4-g64", "int4", group_size=64),
-        _kvattn("int3-g64", "int3", group_size=64),
+        _kvattn("int3", "int3"),
         _kvattn("int2", "int2"),
-        _kvattn("int2-g64", "int2", group_size=64),
         *map(_calibrated, (4, 3, 2)),
         *(_fake(scheme, bits) for scheme in SCHEMES for bits in (4, 3, 2)),
     )
