@@ -61,7 +61,7 @@ def value_bits_with_scales(bits: int, group: int) -> float:
 
 
 def file_name(cache: str) -> str:
-    """The file in a model's folder with the calibration of its cache `"int8"`, `"int4"` or `"int2"`."""
+    """The file in a model's folder with the calibration of its cache `"int8"`, `"int4"`, `"int3"` or `"int2"`."""
     return f"kvattn_calibration_{cache}.json"
 
 

@@ -58,17 +58,15 @@ def choose(k: torch.Tensor, importance: torch.Tensor | None, bits: int) -> KeyTa
     middle = (blocks.amax(-2, keepdim=True) + blocks.amin(-2, keepdim=True)) / 2
     centred = blocks - blocks.mean(-2, keepdim=True)
     variance = centred.square().mean((-3, -2))
-    # Offsets must reach all blocks, those of later tokens too. Where four bits of steps do not reach so far, their unit
-    # is greater, and what they leave is for the codes.
+    # Offsets must reach all blocks, those of later tokens too. What their rounding leaves is for the codes: it lies
+    # anywhere in a unit, even where the sample's middles lie near the mean.
     unit = _reach(middle, mean) / few_bits.LARGEST_OFFSET
-    coarse = unit > variance.sqrt()
-    left = torch.where(coarse, unit.square() / 12, 0.0)
-    weight = variance + left
+    weight = variance + unit.square() / 12
     order, widths = share_bits(weight if importance is None else weight * _with_least(importance.float()), bits)
     order, widths = order.to(k.device), widths.to(k.device).repeat_interleave(GROUP, -1)
-    at = unit[..., None, None, :].clamp(min=_RANGE[0])
-    sample = torch.where(coarse[..., None, None, :], blocks - (middle / at).round() * at, blocks - middle)
-    sample = sample[..., :_SAMPLE_BLOCKS, :, :].flatten(-3, -2)
+    sample = (blocks - middle)[..., :_SAMPLE_BLOCKS, :, :]
+    left = torch.linspace(-0.5, 0.5, sample.shape[-3], device=k.device)[:, None, None]
+    sample = (sample + left * unit[..., None, None, :]).flatten(-3, -2)
     sample = sample.gather(-1, order[..., None, :].expand_as(sample))
     step = _steps(sample, weight.sqrt().gather(-1, order), widths)
     unit = torch.maximum(unit.gather(-1, order), step * torch.exp2(widths) / 8).clamp(*_RANGE)
