@@ -91,7 +91,7 @@ ROOMS = {  # file or folder of the package: the others that it may import from
     "evaluation": {"caches", "compiling", "kernels", "modules", "planning", "quant", "tools"},
     "integrations": {"attention", "caches", "evaluation", "generation", "kernels", "models", "planning", "plugin"}
     | {"tools"},
-    "convert": {"caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
+    "convert": {"attention", "caches", "evaluation", "kernels", "models", "plugin", "quant", "tools"},
 }
 
 

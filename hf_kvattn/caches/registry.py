@@ -41,7 +41,7 @@ CACHES: dict[str, CacheKind] = {
     "fp8": CacheKind(QuantizedKVCache, {"bits": "fp8"}),
     "k8v4": CacheKind(QuantizedKVCache, {"key_bits": 8, "value_bits": 4}),
     "int4": CacheKind(QuantizedKVCache, {"bits": 4}, calibrated=True),
-    "int3": CacheKind(QuantizedKVCache, {"bits": 3}),
+    "int3": CacheKind(QuantizedKVCache, {"bits": 3}, calibrated=True),
     "int2": CacheKind(QuantizedKVCache, {"bits": 2}, calibrated=True),
     "sliding": CacheKind(SlidingWindowKVCache, required=("window",)),
 }
