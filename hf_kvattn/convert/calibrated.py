@@ -147,7 +147,7 @@ MEASUREMENT = Measurement(
     "calibration", "Calibration", _tables, "calibrated_bits.png", _draw, perplexity.limits, perplexity.figures
 )
 
-HELP = """Choose how many bits each layer's keys and values get in a quantized cache, on text.
+HELP = """Choose how many bits each layer's keys and values get in a quantized cache, and each key channel, on text.
 
     hf-kvattn calibrate --model ./my-model
     hf-kvattn calibrate --output smollm2-int4.json --report results
@@ -165,9 +165,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="the file to write; None means the model's own folder")
     parser.add_argument("--bits", type=int, choices=(8, 4, 3, 2), default=4, help="of the cache it stands in for")
     parser.add_argument("--budget", type=float, help="bits a number, scales included; None means what --bits take")
-    parser.add_argument("--group-size", type=positive_int, help="of values; None means the best")
+    parser.add_argument("--group-size", type=positive_int, help="of values; None means the usual one")
     parser.add_argument("--calibration-text", default="pydoc", help="a file, wikitext or pydoc")
-    parser.add_argument("--calibration-windows", type=positive_int, default=8, help="of it, evenly spread")
+    parser.add_argument("--calibration-windows", type=positive_int, default=4, help="of it, evenly spread")
     parser.add_argument("--window", type=positive_int, default=1024, help="tokens of a window")
     parser.add_argument("--report", metavar="DIR", help="measure, and write results.json, report.md and a plot there")
     parser.add_argument("--text", default="wikitext", help="other text for --report: a file, wikitext or pydoc")
@@ -210,10 +210,8 @@ def _main(args: argparse.Namespace) -> int:
         sizes = calibrate.group_sizes(head_dim)
         if not sizes or args.group_size not in (None, *sizes):
             raise ValueError(f"the group size of a head_dim of {head_dim} is one of {sizes}, not {args.group_size}")
-        sizes = [args.group_size] if args.group_size else sizes
-        uncalibrated = calibrate.budget_of(
-            args.bits, args.group_size or default_group_size(head_dim, codec_for(args.bits))
-        )
+        group_size = args.group_size or default_group_size(head_dim, codec_for(args.bits))
+        sizes, uncalibrated = [group_size], calibrate.budget_of(args.bits, group_size)
         budget = uncalibrated if args.budget is None else args.budget
         calibrate.check_budget(budget, sizes)
         heldout = inputs.load_tokens(tokenizer, text, args.windows * args.window) if args.report else None

@@ -95,6 +95,21 @@ def _run_window(
     return torch.cat(scores, dim=1), torch.cat(kept) if stock is None else stock, sizes
 
 
+def _greedy(model: PreTrainedModel, prompt: torch.Tensor, variant: Variant, tokens: int) -> list[int]:
+    """The most likely `tokens` after `prompt` `(1, T)`, one after the other, through a fresh cache."""
+    cache, chosen, ids = variant.make(model.config, prompt.shape[1] + tokens), [], prompt
+    with caches.running(model, variant):
+        for _ in range(tokens):
+            ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)[:, None]
+            chosen.append(int(ids))
+    return chosen
+
+
+def _agreed(ours: list[int], stock: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    return next((i for i, pair in enumerate(zip(ours, stock, strict=True)) if pair[0] != pair[1]), len(stock))
+
+
 def _finished(
     model: PreTrainedModel, ids: torch.Tensor, out: str | None, chosen: Sequence[Variant], settings: dict[str, Any]
 ) -> FinishedWindows:
@@ -122,6 +137,7 @@ def measure(
     prefill: int = 1024,
     stride: int = 32,
     windows: int = 4,
+    greedy: int = 0,
     progress: bool = False,
     backend: str = "auto",
     out: str | None = None,
@@ -137,6 +153,8 @@ def measure(
         prefill: tokens processed at once at its start, unscored.
         stride: tokens processed at once after that; 1 is exact decoding.
         windows: how many pieces.
+        greedy: tokens generated after each prefill, to count how many are those of the stock cache before the first
+            other one; 0 generates none.
         progress: show a bar on stderr.
         backend: the attention backend in force, for `resume` to compare.
         out: a folder in which each finished window is kept, until `FinishedWindows.remove`; None keeps nothing.
@@ -153,7 +171,7 @@ def measure(
             chosen.append(variant)
         else:
             skipped.append({"variant": variant.name, "context": window, "batch": 1, "reason": reason})
-    settings = {"window": window, "prefill": prefill, "stride": stride, "windows": windows}
+    settings = {"window": window, "prefill": prefill, "stride": stride, "windows": windows, "greedy": greedy}
     pieces, ids = schedule(window, prefill, stride), token_ids[: windows * window].view(windows, window)
     finished = _finished(model, ids, out, chosen, settings | {"backend": backend})
     found = finished.load(windows) if resume else {}
@@ -167,11 +185,18 @@ def measure(
         with tqdm(total=len(mine) * len(chosen), unit="run", disable=not progress) as bar:
             for i in mine:
                 new[i], stock = Scored({}, {}), None  # one window at a time, so that only its stock logits are held
+                stock_tokens: list[int] = []
                 for variant in chosen:
                     bar.set_description(f"window {i + 1} of {windows}, {variant.name}")
                     one = ids[i : i + 1].to(model.device)
                     score, stock, sizes = _run_window(model, one, variant, pieces, i, stock)
-                    new[i].scores[variant.name], new[i].sizes[variant.name] = score, sizes
+                    agreed = None
+                    if greedy and sizes["bits_per_element"] is not None:  # else there is no cache
+                        found_tokens = _greedy(model, one[:, :prefill], variant, greedy)
+                        stock_tokens = stock_tokens or found_tokens
+                        agreed = _agreed(found_tokens, stock_tokens)
+                    new[i].scores[variant.name] = score
+                    new[i].sizes[variant.name] = sizes | {"greedy_agreed": agreed}
                     bar.update()
                 finished.keep(i, new[i])
     if state is not None:
@@ -183,14 +208,15 @@ def measure(
     return {
         "kind": "perplexity",
         "settings": settings | {"scored_tokens": windows * (window - prefill)},
-        "rows": [_row(variant, scores, found[windows - 1].sizes[variant.name]) for variant in chosen],
+        "rows": [_row(variant, scores, [found[i].sizes[variant.name] for i in range(windows)]) for variant in chosen],
         "skipped": skipped,
     }
 
 
-def _row(variant: Variant, scores: dict[str, list[torch.Tensor]], sizes: dict[str, Any]) -> dict[str, Any]:
+def _row(variant: Variant, scores: dict[str, list[torch.Tensor]], sizes: list[dict[str, Any]]) -> dict[str, Any]:
     nll, kld, same_top = torch.cat(scores[variant.name], dim=1).double()
     loss, stock_loss = nll.mean().item(), torch.cat(scores[BASELINE], dim=1)[0].double().mean().item()
+    agreed = [each["greedy_agreed"] for each in sizes]
     return {
         "variant": variant.name,
         "hooked": variant.hooked,
@@ -199,7 +225,8 @@ def _row(variant: Variant, scores: dict[str, list[torch.Tensor]], sizes: dict[st
         "kld_mean": kld.mean().item(),
         "kld_p99": torch.quantile(kld, 0.99).item(),
         "same_top1_pct": 100 * same_top.mean().item(),
-        **sizes,
+        **sizes[-1],
+        "greedy_agreed": None if None in agreed else sum(agreed) / len(agreed),
     }
 
 
@@ -212,6 +239,7 @@ AGAINST_STOCK: list[Column] = [
 ]
 WORST: list[Column] = [("KLD p99", "kld_p99", digits(".4f")), ("same top-1 %", "same_top1_pct", digits(".2f"))]
 COLUMNS: list[Column] = [CACHE_COLUMN, *AGAINST_STOCK, *WORST, BITS_COLUMN, ("cache MiB", "cache_bytes", mib)]
+GREEDY_COLUMN: Column = ("same greedy tokens", "greedy_agreed", digits(".0f"))
 
 
 def how(settings: dict[str, Any]) -> str:
@@ -228,7 +256,16 @@ def _tables(results: Results) -> str:
         f"{settings['windows']} windows of {settings['window']} tokens: {how(settings)} `none` is one forward "
         "pass without a cache: what it differs by is noise of the arithmetic, not of a cache.\n"
     )
-    return joined(notes, table_of(COLUMNS, results["rows"]), skipped_list(results))
+    columns = COLUMNS
+    if settings.get("greedy"):
+        notes += (
+            f"\nAfter each prefill {settings['greedy']} tokens were generated: so many of the first ones are those of "
+            f"{BASELINE}, on average.\n"
+        )
+        columns = [*COLUMNS, GREEDY_COLUMN]
+    if any(row["variant"].startswith("fake-") for row in results["rows"]):
+        notes += "\n`fake-` rows have the rounding errors of a published scheme, and the bytes that it would take.\n"
+    return joined(notes, table_of(columns, results["rows"]), skipped_list(results))
 
 
 def _draw(results: Results) -> Any:
@@ -290,6 +327,7 @@ HELP = """Compare what caches do to the predictions of your model: perplexity, K
     hf-kvattn perplexity --out results --windows 2 --stride 128
     hf-kvattn perplexity --model ./my-model --text book.txt --stride 1 --variants none kvattn-static
     hf-kvattn perplexity --out results --windows 100 --resume
+    hf-kvattn perplexity --out results --prefill 64 --greedy 256
     torchrun --nproc-per-node 2 scripts/perplexity.py --out results
     hf-kvattn perplexity --stream 65536 --text book.txt --out results
 
@@ -305,6 +343,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefill", type=positive_int, default=1024, help="its first tokens, not scored")
     parser.add_argument("--stride", type=positive_int, default=32, help="tokens at once; 1 is exact decoding")
     parser.add_argument("--windows", type=positive_int, default=4, help="how many pieces of text")
+    help = "tokens to generate after each prefill, and to compare"
+    parser.add_argument("--greedy", type=positive_int, default=0, metavar="TOKENS", help=help)
     help = "go on from the windows that an earlier run with the same --out and settings finished"
     parser.add_argument("--resume", action="store_true", help=help)
     help = "measure a stream of this length"
@@ -313,7 +353,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 _OF_WINDOWS = model_command(
-    HELP, caches.default_names(), _add_options, measure, lambda args: args.windows * args.window
+    HELP, caches.default_names(fakes=True), _add_options, measure, lambda args: args.windows * args.window
 )
 
 

@@ -26,9 +26,8 @@ from ..quant.packed import PackedKV
 from .call import BATCHES, PIECES, QUANTIZED, RULES, AttendCall, Requests, SinkKV
 
 SERVED = RULES | PIECES | QUANTIZED | BATCHES
-READ_CODECS = ("int8", "int4", "int3", "int2")
-WRITTEN_CODECS = ("int8", "int4")
-_ABI_VERSION = 8
+CODECS = ("int8", "int4", "int3", "int2")  # read and written
+_ABI_VERSION = 9
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _INT8 = 3  # of weights alone
 _ERRORS = {1: "bad argument", 2: "out of memory"}
@@ -39,13 +38,13 @@ _ARGS = struct.Struct("@4i7q2f10P9q4q4P6q3P")
 _ADDRESSES = struct.Struct("@8P")  # those of its fields from `q` to `v_slot`, which differ from layer to layer
 _ADDRESSES_BEGIN = struct.calcsize("@4i7q2f")
 _NOTHING_NEW = (0,) * 4
-_PACKED_ARGS = struct.Struct("@6q2i7P")
-_QUANTIZE_ARGS = struct.Struct("@4i8q2P6q7P")  # `kvattn_quantize_args`
+_PACKED_ARGS = struct.Struct("@6q2i9Pf4x")
+_QUANTIZE_ARGS = struct.Struct("@4i8q2P6q9P")  # `kvattn_quantize_args`
 MAX_ROWS, MAX_WEIGHTS = 32, 4  # of `linear`, as in `csrc/kvattn.h`
 _LINEAR_ARGS = struct.Struct("@4i3q2P" + "P2q" * MAX_WEIGHTS)  # `kvattn_linear_args`
 _NO_SINKS = (0,) * 12
 _NO_REQUESTS = (0,) * 3
-_NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 7)
+_NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 9, 0.0)
 
 
 def _candidates() -> list[Path]:
@@ -134,8 +133,8 @@ def unsupported(call: AttendCall) -> str | None:
         return f"native kernels take float32, float16 and bfloat16, not {call.q.dtype}"
     if (packed := call.packed) is not None:
         for codec in (packed.k_codec, packed.v_codec):
-            if codec.name not in READ_CODECS:
-                return f"native kernels read {', '.join(READ_CODECS)}, not {codec.name}"
+            if codec.name not in CODECS:
+                return f"native kernels read {', '.join(CODECS)}, not {codec.name}"
         if call.q.shape[-1] > 512:
             return f"native kernels read packed heads of up to 512, not {call.q.shape[-1]}"
     if beyond := call.beyond(SERVED):
@@ -274,11 +273,11 @@ def _request_args(requests: Requests) -> tuple[int, ...]:
 
 def _packed_args(packed: PackedKV) -> bytes:
     """The last fields of the struct, from `packed_start` on."""
-    dim = packed.k_scale.shape[-1]
+    dim = packed.k_mean.shape[-1]
     packed.as_arguments = _PACKED_ARGS.pack(
         packed.start, packed.tokens, packed.k_codes.shape[2], packed.slot,
         dim // packed.v_scale.shape[3], rotation.size_for(dim), packed.k_codec.bits, packed.v_codec.bits,
-        *_addresses(packed),
+        *_addresses(packed), packed.skip_below,
     )  # fmt: skip
     return packed.as_arguments
 
@@ -291,8 +290,10 @@ def cannot_quantize(k: torch.Tensor, k_codec: Codec, v_codec: Codec) -> str | No
     """Why `quantize_blocks` does not serve keys (and values) such as `k`, `(B, Hkv, T, D)`, or None."""
     if k.device.type != "cpu":
         return f"native kernels quantize on the CPU, the tensors are on {k.device}"
-    if {k_codec.name, v_codec.name} - set(WRITTEN_CODECS):
-        return f"native kernels quantize to 8 and 4 bits, not keys to {k_codec.name} and values to {v_codec.name}"
+    if {k_codec.name, v_codec.name} - set(CODECS):
+        return (
+            f"native kernels quantize to {', '.join(CODECS)}, not keys to {k_codec.name} and values to {v_codec.name}"
+        )
     if k.dtype not in _DTYPES or k.shape[-1] > 512:
         return f"native kernels quantize heads of up to 512 in 16 or 32-bit floats, not {k.shape[-1]} {k.dtype}"
     return None

@@ -206,7 +206,7 @@ def _table_of_json(found: Any) -> KeyTable:
         raise ValueError(f"a table must have {', '.join(_TABLE)}")
     tensors = []
     for name, (_, dtype, precision) in _TABLE.items():
-        rows, low, high = found[name], *((-LARGEST, LARGEST) if precision else (0, torch.iinfo(dtype).max))
+        rows, low, high = found[name], -LARGEST if precision else 0, LARGEST if precision else torch.iinfo(dtype).max
         if not isinstance(rows, list) or not rows or not all(isinstance(row, list) for row in rows):
             raise ValueError(f"{name} of a table must be a list for each KV head")
         if len({len(row) for row in rows}) > 1:

@@ -12,7 +12,6 @@ import hf_kvattn
 from hf_kvattn import QuantizedKVCache
 from hf_kvattn.kernels import dispatch, native, reference
 from hf_kvattn.kernels.call import AttendCall
-from hf_kvattn.quant.codecs import codec_for
 from hf_kvattn.quant.layout import BLOCK
 from hf_kvattn.quant.packed import OF_BLOCKS
 

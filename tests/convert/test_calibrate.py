@@ -360,7 +360,7 @@ def test_bits_go_where_errors_cost_most_and_the_budget_is_kept():
     model = tiny_model("llama")
     uniform = calibrate.budget_of(4, 16)
     made, predicted = calibrate.choose(model, sensitivity(), uniform)
-    assert made.key_bits[1] == 8 and made.bits_per_element <= uniform and predicted < 0.03  # uniform: 1.005
+    assert made.key_bits[1] == 8 and made.bits_per_element <= uniform and predicted < 0.04  # uniform: 1.005
     for budget in (calibrate.budget_of(2, 16), 4.0, 5.0, 7.0, 16.0):
         made, cost = calibrate.choose(model, sensitivity(), budget)
         assert made.bits_per_element <= budget + 1e-9
@@ -374,34 +374,41 @@ def test_an_impossible_budget_is_named_with_the_least_and_the_most(budget):
         calibrate.choose(tiny_model("llama"), sensitivity(), budget)
 
 
-def test_the_prediction_is_the_divergence_of_a_real_run():
+def test_the_prediction_is_the_divergence_of_a_real_run(monkeypatch):
     """One forward with a part of one layer quantized, all else exact; averaged over parts, as one draw is noisy."""
+    monkeypatch.setattr(calibrate, "EVERY", 1)
     torch.manual_seed(0)
     model = tiny_model("llama", initializer_range=0.1)
     ids = windows(12, 132)
     found = calibrate.measure(model, ids, [16])
 
-    class OnePart(calibrate._Recorder):
-        part = (0, 0, 8)
+    def attention(module, query, key, value, mask, scaling, **kwargs):
+        """As where tokens come one by one: the first and the newest are exact, others of one part are codes."""
+        q, (k, v) = query.unflatten(1, (2, -1)), (x[:, :, None] for x in (key, value))
+        both = [k, v]
+        if module.layer_idx == part[0]:
+            table = found.tables[part[2]][part[0]] if part[2] in found.tables else None
+            settings = calibrate.QuantSettings(*[codec_for(part[2])] * 2, 16, 0, calibrate.SINKS, table)
+            stored = calibrate.KVQuantizedLayer(settings, None, 0)
+            stored.append(key, value)
+            stored.finish_attention(dispatch.quantize_blocks)
+            both[part[1]] = stored.dense()[part[1]][:, :, None]
+        at = torch.arange(132)
+        far = at[:, None] - at > (at[:, None] - 4) % 32
+        weights = (torch.where(far, q @ both[0].mT, q @ k.mT) * scaling + mask[:, :, None]).softmax(-1)
+        out = (weights * far) @ both[1] + (weights * ~far) @ v
+        return out.flatten(1, 2).transpose(1, 2).contiguous(), None
 
-        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-            layer, which, bits = self.part
-            kv = [key_states, value_states]
-            if layer_idx == layer:
-                settings = calibrate.QuantSettings(codec_for(bits), codec_for(bits), 16, 0, calibrate.SINKS)
-                stored = calibrate.KVQuantizedLayer(settings, None, layer)
-                stored.append(*kv)
-                stored.finish_attention(dispatch.quantize_blocks)
-                kv[which] = stored.dense()[which]
-            return tuple(kv)
-
+    monkeypatch.setitem(calibrate.ALL_ATTENTION_FUNCTIONS, "one-part", attention)
+    calibrate.AttentionMaskInterface.register("one-part", calibrate.eager_mask)
+    model.config._attn_implementation = "one-part"
     measured, predicted = [], []
+    part = (3, 0, 8)  # none of the layers
     with torch.no_grad():
         exact = torch.log_softmax(model(ids, use_cache=False).logits, -1)
         for layer, which, column in itertools.product(range(3), range(2), (1, 2)):
-            cache = OnePart(model.config)
-            cache.part = (layer, which, calibrate.BITS[column])
-            own = torch.log_softmax(model(ids, past_key_values=cache).logits, -1)
+            part = layer, which, calibrate.BITS[column]
+            own = torch.log_softmax(model(ids, use_cache=False).logits, -1)
             measured.append((exact.exp() * (exact - own)).sum(-1).mean().item())
             predicted.append((found.keys, found.values[16])[which][layer, column].item())
     ratios = torch.tensor(predicted) / torch.tensor(measured)
@@ -424,26 +431,41 @@ def test_measuring_leaves_the_model_as_it_was(family):
 
 
 @pytest.mark.parametrize(("softcap", "sinks", "window"), [(None, False, None), (2.0, False, 40), (None, True, 50)])
-def test_importance_is_what_autograd_says_of_scores(softcap, sinks, window):
-    """The sum over queries and tokens of (gradient of score * q)**2, in float64."""
+def test_what_is_noted_is_what_autograd_says_of_scores(softcap, sinks, window):
+    """Gradients by scores, and the sum over queries and tokens of (gradient of score * q)**2, in float64."""
     tokens, heads, group, dim = 132, 2, 3, 16
     q, k, v = (torch.randn(1, n, tokens, dim, dtype=torch.float64) for n in (heads * group, heads, heads))
     gradient = torch.randn(1, tokens, heads * group, dim, dtype=torch.float64)
     distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
     mask = torch.zeros(tokens, tokens).masked_fill_((distance < 0) | (distance >= (window or tokens)), -torch.inf)
-    s_aux = torch.randn(heads * group) if sinks else None
+    s_aux = torch.randn(heads * group, dtype=torch.float64) if sinks else None
     scores = (q.unflatten(1, (heads, group)) @ k[:, :, None].mT * 0.3).requires_grad_()
     capped = scores if softcap is None else softcap * (scores / softcap).tanh()
     wide = capped + mask
     if s_aux is not None:
-        wide = torch.cat([wide, s_aux.double().view(1, heads, group, 1, 1).expand(1, -1, -1, tokens, 1)], -1)
+        wide = torch.cat([wide, s_aux.view(1, heads, group, 1, 1).expand(1, -1, -1, tokens, 1)], -1)
     out = (wide.softmax(-1)[..., :tokens] @ v[:, :, None]).flatten(1, 2).transpose(1, 2)
     out.backward(gradient)
-    at, far = slice(36, None, calibrate.EVERY), (distance >= 32) & (torch.arange(tokens) >= 4)
-    of_keys = (scores.grad * far)[..., at, :, None] * q.unflatten(1, (heads, group))[..., at, None, :]
-    rules = Rules(mask[None, None], 0.3, True, None, softcap, s_aux)
-    found = calibrate._importance(q, k, v, out.detach(), rules, gradient)
-    torch.testing.assert_close(found.double(), of_keys.square().sum((0, 2, 3, 4)), rtol=1e-4, atol=0)
+    at = slice(36, None, calibrate.EVERY)
+    share = torch.stack([distance > newest for newest in range(32)]).double().mean(0) * (torch.arange(tokens) >= 4)
+    chosen = torch.zeros(tokens, 1, dtype=torch.bool)
+    chosen[at] = True
+    of_scores, q_grouped, weights = (
+        scores.grad * share.sqrt() * chosen,
+        q.unflatten(1, (heads, group)),
+        wide.softmax(-1),
+    )
+    rules = Rules(mask[None, None].double(), 0.3, True, None, softcap, s_aux)
+    layer = calibrate._Noted(k, v, torch.zeros_like(k), torch.zeros_like(v), torch.zeros(heads, dim).double())
+    calibrate._note(layer, q, out.detach(), rules, gradient)
+    always = scores.grad * (share == 1) * chosen
+    importance = (always[..., None] * q_grouped[..., None, :]).square().sum((0, 2, 3, 4)) * 0.3**2
+    torch.testing.assert_close(layer.importance, importance)
+    torch.testing.assert_close(layer.of_k, (of_scores.mT @ q_grouped).sum(2) * 0.3)
+    of_out = gradient.transpose(1, 2).unflatten(1, (heads, group))
+    torch.testing.assert_close(
+        layer.of_v, ((weights[..., :tokens] * share.sqrt() * chosen).mT @ of_out).sum(2).detach()
+    )
 
 
 def test_channels_that_queries_use_get_the_bits():

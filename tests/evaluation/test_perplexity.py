@@ -140,3 +140,17 @@ def test_other_settings_are_refused_to_go_on(other, model, tokens, tmp_path, beg
 def test_nothing_goes_on_without_a_folder(model, tokens):
     with pytest.raises(ValueError, match="from the output folder, and none was given"):
         perplexity.measure(model, tokens, variants=[], resume=True, **SIZES)
+
+
+def test_greedy_tokens_are_counted_up_to_the_first_other_one(model, tokens):
+    assert perplexity._agreed([1, 2, 3], [1, 2, 3]) == 3 and perplexity._agreed([1, 9, 3], [1, 2, 3]) == 1
+    chosen = variants.select(["none", "stock-static", "kvattn-static"])
+    sizes = {"window": 40, "prefill": 20, "stride": 10, "windows": 2}
+    results = perplexity.measure(model, tokens, variants=chosen, greedy=12, **sizes)
+    assert [row["greedy_agreed"] for row in results["rows"]] == [12, None, 12, 12]
+    found = perplexity._greedy(model, tokens[None, :20], variants.VARIANTS["stock-dynamic"], 12)
+    whole = model.generate(tokens[None, :20], max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert found == whole[0, 20:].tolist()
+    assert "same greedy tokens" in perplexity._tables(results)
+    results = perplexity.measure(model, tokens, variants=chosen, **sizes)
+    assert "same greedy tokens" not in perplexity._tables(results) and results["rows"][0]["greedy_agreed"] is None

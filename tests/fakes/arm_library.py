@@ -52,9 +52,11 @@ def reach(stride, sizes, dim: int) -> int:
 def block_bytes(a, lead: int) -> dict[str, int]:
     """Bytes of the arrays that hold quantized blocks."""
     blocks, groups = lead * a.packed_blocks, a.head_dim // a.v_group
-    scales = {"k": 2 * blocks * a.head_dim, "v": 2 * blocks * groups * BLOCK}
     codes = {f"{x}_codes": blocks * 4 * getattr(a, f"{x}_bits") * a.head_dim for x in "kv"}
-    return codes | {f"{x}_{n}": scales[x] for x in "kv" for n in ("scale", "zero")} | {"k_mean": 4 * lead * a.head_dim}
+    k_scale = blocks * (2 * a.head_dim if a.k_bits == 8 else 3 * a.head_dim // 4)
+    scales = {"k_scale": k_scale, "v_scale": blocks * groups * BLOCK * (2 if a.v_bits == 8 else 1)}
+    table = {"k_mean": 4 * lead * a.head_dim, "k_widths": lead * a.head_dim // 16}
+    return codes | scales | table | dict.fromkeys(("k_step", "k_unit", "k_order"), 2 * lead * a.head_dim)
 
 
 def attend_bytes(a: Attend) -> dict[str, int]:
@@ -134,7 +136,7 @@ class ArmLibrary:
 
     def kvattn_quantize(self, arguments: bytes) -> int:
         a = Quantize.from_buffer_copy(arguments)
-        written = [f"{x}_{name}" for x in "kv" for name in ("codes", "scale", "zero")]
+        written = [f"{x}_{name}" for x in "kv" for name in ("codes", "scale")]
         return self.call(QUANTIZE, arguments, [*self.memory(a, quantize_bytes(a), written)])
 
     def kvattn_linear(self, arguments: bytes) -> int:

@@ -31,30 +31,39 @@ def packed_problem(
     change(call.k, call.v)
     batch, heads, length, dim = call.k.shape
     count = max(1, int((length - start) * split) // BLOCK)
-    done, spare, group = count * BLOCK, 3, 16 if dim % 32 else 32
+    done, group = count * BLOCK, 16 if dim % 32 else 32
     k, v = (t[:, :, start : start + done] for t in (call.k, call.v))
-    codecs = codec_for(k_bits), codec_for(v_bits)
-    arrays = dict.fromkeys(ARRAYS)
-    for name, (shape, dtype) in shapes_of(*codecs, dim, group).items():
-        blocks = (count + spare,) if name in OF_BLOCKS else ()
-        arrays[name] = torch.empty(batch, heads, *blocks, *shape, dtype=dtype)
-        if blocks:
-            poison = 1e30 if dtype == torch.bfloat16 else 255
-            arrays[name] = arrays[name].view(torch.uint8).fill_(255) if poison == 255 else arrays[name].fill_(poison)
-            arrays[name] = arrays[name].view(dtype)
-    if codecs[0].by_channel:
-        # Widths as unlike as they can be, so that all kinds of groups are met.
-        importance = torch.linspace(-12, 12, dim).exp2()[
-            torch.randperm(dim, generator=torch.Generator().manual_seed(dim))
-        ]
-        for name, array in choose(k, importance.expand(batch, heads, dim), codecs[0].bits)._asdict().items():
-            arrays[f"k_{name}"].copy_(array)
-    else:
-        arrays["k_mean"].copy_(k.float().mean(2))
-    call.packed = PackedKV(start, done, *codecs, **arrays)
+    packed = blank((batch, heads), count + 3, dim, (k_bits, v_bits), group, k)
+    call.packed = replace(packed, start=start, tokens=done)
     quantize_blocks([Blocks(k, v, call.packed, 0)])
     call.k, call.v = (torch.cat([t[:, :, :start], t[:, :, start + done :]], 2) for t in (call.k, call.v))
     return call
+
+
+def blank(
+    lead: tuple[int, int],
+    slots: int,
+    dim: int,
+    bits: tuple[int | str, int | str],
+    group: int,
+    k: torch.Tensor | None = None,
+) -> PackedKV:
+    """Poisoned arrays with room for `slots` blocks of keys such as `k` `(*lead, T, dim)`, or of random ones."""
+    k = torch.randn(*lead, 2 * BLOCK, dim) if k is None else k
+    codecs = codec_for(bits[0]), codec_for(bits[1])
+    arrays: dict[str, torch.Tensor | None] = dict.fromkeys(ARRAYS)
+    for name in OF_BLOCKS:
+        shape, dtype = shapes_of(*codecs, dim, group)[name]
+        made = torch.empty(*lead, slots, *shape, dtype=dtype)
+        arrays[name] = made.fill_(1e30) if dtype == torch.bfloat16 else made.view(torch.uint8).fill_(255).view(dtype)
+    arrays["k_mean"] = k.float().mean(2)
+    if codecs[0].by_channel:
+        # Widths as unlike as they can be, so that all kinds of groups are met.
+        shuffled = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))
+        importance = torch.linspace(-12, 12, dim).exp2()[shuffled]
+        table = choose(k, importance.expand(*lead, dim), codecs[0].bits)
+        arrays |= {f"k_{name}": array for name, array in table._asdict().items()}
+    return PackedKV(0, 0, *codecs, **arrays)
 
 
 def as_dense(call: AttendCall) -> AttendCall:

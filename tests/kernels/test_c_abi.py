@@ -15,11 +15,14 @@ from collections.abc import Iterator
 
 import torch  # whose OpenMP runtime the library shares
 
-I32, I64, F32, POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+U8, I16, I32, I64 = ctypes.c_uint8, ctypes.c_int16, ctypes.c_int32, ctypes.c_int64
+F32, POINTER = ctypes.c_float, ctypes.c_void_p
 THREE = I64 * 3
 
 
 NEW = ("k_new", "v_new", "k_slot", "v_slot")
+TABLE = ("k_step", "k_unit", "k_order", "k_widths")
+ARRAYS = ("k_codes", "k_scale", "k_mean", *TABLE, "v_codes", "v_scale")
 
 
 class Attend(ctypes.Structure):
@@ -37,7 +40,8 @@ class Attend(ctypes.Structure):
         + [(name, POINTER) for name in ("q_begin", "kv_begin", "kv_rows")]
         + [(name, I64) for name in ("packed_start", "packed_len", "packed_blocks", "packed_slot")]
         + [("v_group", I64), ("v_rotation", I64), ("k_bits", I32), ("v_bits", I32)]
-        + [(name, POINTER) for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")]
+        + [(name, POINTER) for name in ARRAYS]
+        + [("skip_below", F32)]
     )
 
 
@@ -49,7 +53,7 @@ class Quantize(ctypes.Structure):
         + [(name, I64) for name in ("batch", "kv_heads", "blocks", "head_dim", "v_group", "v_rotation")]
         + [("packed_blocks", I64), ("slot", I64), ("k", POINTER), ("v", POINTER)]
         + [("k_stride", THREE), ("v_stride", THREE)]
-        + [(name, POINTER) for name in ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")]
+        + [(name, POINTER) for name in ARRAYS]
     )
 
 
@@ -69,8 +73,9 @@ STRIDES = {"q_stride": (HQ * TQ * D, TQ * D, D)} | dict.fromkeys(("k_stride", "v
 EXACT = dict(dtype=0, causal=1, threads=2, batch=B, q_heads=HQ, kv_heads=H, q_len=TQ, kv_len=TK, head_dim=D, scale=0.1)
 EXACT |= STRIDES
 SINKS = {"sinks": S, "sink_evicted": 9, "sink_q_stride": STRIDES["q_stride"], "sink_kv_stride": (H * S * D, S * D, D)}
-ARRAYS = ("k_codes", "k_scale", "k_zero", "k_mean", "v_codes", "v_scale", "v_zero")
 BLOCKS = {"packed_blocks": 6, "v_group": 32, "v_rotation": 64, "k_bits": 4, "v_bits": 8}
+# What the pointers of a table lead to, for as many heads as any call has: widths of 4 bits on average, falling.
+FEW_BITS = {"k_order": (I16, [*range(D - 1, -1, -1)]), "k_widths": (U8, [7, 5, 4, 0])}
 # What the pointers of requests lead to. Other calls have none.
 REQUESTS = {"q_begin": (I32, [0, 1, TQ]), "kv_begin": (I32, [0, 40, TK]), "kv_rows": (I64, [*range(99, -1, -1)])}
 # Calls that are right: the struct, its numbers, and the pointers that are null beside those of no sinks.
@@ -78,10 +83,10 @@ RIGHT = {
     "exact": (Attend, EXACT | {"window": 70, "softcap": 5.0}, ARRAYS),
     "new": (Attend, EXACT, ARRAYS),
     "ring": (Attend, EXACT | SINKS | {"ring_slots": 120, "ring_slot": 90}, ARRAYS),
-    "packed": (Attend, EXACT | BLOCKS | {"packed_start": 4, "packed_len": 64, "packed_slot": 2}, ["v_zero"]),
+    "packed": (Attend, EXACT | BLOCKS | {"packed_start": 4, "packed_len": 64, "packed_slot": 2}, ()),
     "requests": (Attend, EXACT | {"window": 70}, [*ARRAYS, "leftpad"]),
     "quantize": (Quantize, BLOCKS | {k: EXACT[k] for k in ("dtype", "threads", "batch", "kv_heads", "head_dim")}
-                 | {k: STRIDES[k] for k in ("k_stride", "v_stride")} | {"blocks": 2, "slot": 3}, ["v_zero"]),
+                 | {k: STRIDES[k] for k in ("k_stride", "v_stride")} | {"blocks": 2, "slot": 3}, ()),
     "linear": (Linear, {"dtype": 0, "w_dtype": 0, "threads": 2, "weights": 2, "rows": 3, "in": D, "x_stride": D,
                         "out0": 5, "stride0": D, "out1": 7, "stride1": D}, ["w2", "w3"]),
 }  # fmt: skip
@@ -90,6 +95,7 @@ HUGE, HUGEST = 2**62, 2**63 - 1
 ANY = (-1, 0, HUGE, HUGEST, -HUGEST - 1)
 NOT_PACKED = {name: ANY for name in ("packed_start", "v_group", "v_rotation")}
 NOT_PACKED |= {name: (-1, 0, 2**31 - 1, -(2**31)) for name in ("k_bits", "v_bits")}
+NOT_PACKED |= {"skip_below": (-1.0, math.inf, -math.inf, math.nan)}
 NO_SINKS = {"sink_evicted": ANY, "sink_q_stride": ANY, "sink_kv_stride": ANY}
 OFF = {"window": (0, HUGE, HUGEST), "scale": (0.0, -1.0)} | dict.fromkeys(("causal", "softcap", "leftpad", "lse"), (0,))
 OFF |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), (0,))  # the same numbers for all
@@ -114,6 +120,7 @@ def memory(size_bytes: int) -> int:
 
 
 KEPT: list[mmap.mmap] = []
+HEADS = 1 << 12
 ROOM_BYTES = 1 << 28  # behind each pointer
 
 
@@ -133,6 +140,9 @@ class Problem:
         for field in REQUESTS.keys() & self.places:
             kind, numbers = REQUESTS[field]
             (kind * len(numbers)).from_address(self.places[field])[:] = numbers
+        for field in FEW_BITS.keys() & self.places:
+            kind, numbers = FEW_BITS[field]
+            (kind * (HEADS * len(numbers))).from_address(self.places[field])[:] = numbers * HEADS
 
     def arguments(self) -> ctypes.Structure:
         made = self.struct()
@@ -164,7 +174,7 @@ class Problem:
         return [-1, 0, 2**31 - 1, -(2**31)] if kind is I32 else list(ANY)
 
     def harmless(self, field: str, value: int | float) -> bool:
-        if field in ("k_codes", "v_codes") and value == self.value(field, None) + 1:
+        if field in ("k_codes", "k_scale", "v_codes") and value == self.value(field, None) + 1:
             return True  # bytes lie anywhere
         return value in HARMLESS[self.name].get(field, ())
 

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from impostor import fake_cuda, on_gpu
-from packed_problems import PACKED, as_dense, packed_problem
+from packed_problems import PACKED, as_dense, blank, packed_problem
 from problems import SHAPES, VARIANTS
 from tolerance import FACTOR, plain_torch
 
@@ -21,7 +21,7 @@ from hf_kvattn.kernels.triton import backend as triton_backend
 from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import CODECS, Codec, codec_for
 from hf_kvattn.quant.layout import BLOCK
-from hf_kvattn.quant.packed import PackedKV
+from hf_kvattn.quant.packed import OF_BLOCKS
 
 FP8 = "fp8"
 
@@ -54,6 +54,12 @@ def packed_case(*args, **kwargs) -> tuple[AttendCall, torch.Tensor, torch.Tensor
     return call, *reference.attend_with_lse(call)
 
 
+def allowed(call: AttendCall) -> float:
+    """Queries and weights become whole numbers of 15 or 16 bits. A query has one step for all channels, and where keys
+    have steps of their own, as unlike as here, it is coarse for those of many bits."""
+    return 1e-3 if call.packed.k_codec.by_channel else 2e-4
+
+
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 @pytest.mark.parametrize("start", [0, 4])
 @pytest.mark.parametrize("bits", MIXES, ids=str)
@@ -62,9 +68,8 @@ def test_native_reads_packed_tokens(name, bits, start, variant):
     call, exact, exact_lse = packed_case(name, *bits, start=start)
     lse = torch.full(call.q.shape[:3], torch.nan)
     out = native.attend(call, lse)
-    # Queries and weights become whole numbers of 15 or 16 bits.
-    torch.testing.assert_close(out, exact, rtol=0, atol=2e-4)
-    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=2e-4)
+    torch.testing.assert_close(out, exact, rtol=0, atol=allowed(call))
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=allowed(call))
 
 
 @functools.lru_cache(maxsize=1)
@@ -80,7 +85,7 @@ def heads_of(group: int, dim: int) -> list[tuple[AttendCall, torch.Tensor]]:
 def test_native_reads_packed_heads_of_any_size(group, dim, variant):
     for call, expected in heads_of(group, dim):
         assert call.packed.tokens == 160
-        torch.testing.assert_close(native.attend(call), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(native.attend(call), expected, rtol=0, atol=allowed(call))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
@@ -89,10 +94,8 @@ def test_native_reads_packed_rings(bits, variant):
     call, expected, _ = packed_case("long-split", *bits)
     packed = call.packed
     for slot in (2, 40, 66):  # of 68; the 65 blocks wrap in the first stretch of steps, the middle one and the last
-        arrays = ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale", "v_zero")
-        given = {name: getattr(packed, name) for name in arrays}
-        rolled = replace(packed, slot=slot, **{n: t if t is None else t.roll(slot, 2) for n, t in given.items()})
-        torch.testing.assert_close(native.attend(replace(call, packed=rolled)), expected, rtol=0, atol=2e-4)
+        rolled = replace(packed, slot=slot, **{name: getattr(packed, name).roll(slot, 2) for name in OF_BLOCKS})
+        torch.testing.assert_close(native.attend(replace(call, packed=rolled)), expected, rtol=0, atol=allowed(call))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
@@ -106,8 +109,8 @@ def test_native_reads_sinks_beside_packed_tokens(name, variant):
         for start in (0, 4):
             call, exact, exact_lse = packed_case(name, 4, 8, start=start)
             lse = torch.full(call.q.shape[:3], torch.nan)
-            torch.testing.assert_close(native.attend(call, lse), exact, rtol=0, atol=2e-4)
-            torch.testing.assert_close(lse, exact_lse, rtol=0, atol=2e-4)
+            torch.testing.assert_close(native.attend(call, lse), exact, rtol=0, atol=allowed(call))
+            torch.testing.assert_close(lse, exact_lse, rtol=0, atol=allowed(call))
 
 
 @functools.lru_cache(maxsize=8)
@@ -127,7 +130,7 @@ def test_native_packed_in_16_bits(split, dtype, bits, variant):
         call, exact, _ = packed_case(name, *bits, dtype, split, start=4)
         error = native.attend(call).float() - exact
         if dtype == torch.float16:
-            assert error.abs().max() <= 2**-10 * exact.abs().max() + 2e-4
+            assert error.abs().max() <= 2**-10 * exact.abs().max() + allowed(call)
             continue
         plain = errors_in_16_bits(name, *bits, dtype, split, start=4)
         assert error.square().mean() <= 1.5**2 * plain.square().mean()
@@ -152,7 +155,10 @@ def with_a_huge_channel(bits: tuple[int, int], size: int) -> tuple[AttendCall, t
 @pytest.mark.parametrize("size", [30, 300])
 @pytest.mark.parametrize("bits", MIXES, ids=str)
 def test_native_with_a_huge_channel_in_one_block(bits, size, variant):
-    """16 blocks share the steps of queries: coarse ones then, but finer than what bfloat16 makes of such keys."""
+    """16 blocks of 8-bit keys share the steps of queries: coarse ones then, but finer than what bfloat16 makes of them.
+
+    Other blocks have static steps, and cut off what is too large for them.
+    """
     call, exact, plain = with_a_huge_channel(bits, size)
     assert (native.attend(call) - exact).abs().max() <= plain.abs().max() / 4
 
@@ -171,7 +177,7 @@ def unlike(k: torch.Tensor, v: torch.Tensor) -> None:
 @pytest.mark.parametrize("bits", MIXES, ids=str)
 def test_native_with_channels_of_very_different_kinds(bits, variant):
     call, exact, _ = packed_case("long-split", *bits, split=0.99, start=4, change=unlike)
-    torch.testing.assert_close(native.attend(call), exact, rtol=0, atol=2e-4)
+    torch.testing.assert_close(native.attend(call), exact, rtol=0, atol=allowed(call))
 
 
 @pytest.mark.parametrize("bits", FP8_MIXES, ids=str)
@@ -199,43 +205,38 @@ def test_a_wrong_bit_would_be_noticed():
 def test_a_width_that_native_does_not_read_is_refused_with_a_reason(bits):
     call = packed_problem("long-split", 4, 4)
     assert native.unsupported(call) is None
-    made = {4: CODECS["int4"], 6: Codec("int6", (4, 2))}
+    made = {4: CODECS["int4"], 6: Codec("int6", 6, by_channel=True)}
     call.packed.k_codec, call.packed.v_codec = (made[each] for each in bits)
     assert native.unsupported(call) == "native kernels read int8, int4, int3, int2, not int6"
-
-
-def blank(lead: tuple[int, int], slots: int, dim: int, bits: tuple[int, int], group: int) -> PackedKV:
-    """Arrays with room for `slots` blocks, filled with what must stay where nothing is written."""
-    made: dict[str, torch.Tensor | None] = {}
-    for x, b, rest in (("k", bits[0], (dim,)), ("v", bits[1], (dim // group, BLOCK))):
-        made[f"{x}_codes"] = torch.full((*lead, slots, 4 * b * dim), 9, dtype=torch.uint8)
-        scale, zero = (torch.full((*lead, slots, *rest), 7.0, dtype=torch.bfloat16) for _ in range(2))
-        made |= {f"{x}_scale": scale, f"{x}_zero": None if codec_for(b).symmetric else zero}
-    return PackedKV(0, 0, *map(codec_for, bits), k_mean=torch.randn(*lead, dim), **made)
 
 
 @functools.lru_cache(maxsize=1)
 def quantized_by_pytorch(bits: tuple[int, int], dtype: torch.dtype) -> list[tuple]:
     """Keys, values, arrays to write to, and the same arrays as PyTorch fills them; heads and lengths of all sizes."""
     made = []
-    for dim, blocks in itertools.product((16, 48, 64, 80, 256, 512), (1, 5)):
+    for dim, blocks in itertools.product((16, 48, 64, 80, 96, 256, 512), (1, 5)):
         k = torch.randn(2, 3, blocks * BLOCK, dim) * torch.exp(2 * torch.randn(dim))
         v = torch.randn(2, blocks * BLOCK, 3, dim).transpose(1, 2) * torch.exp(torch.randn(2, 3, blocks * BLOCK, 1))
         k[0, 0, :BLOCK, 3] = k[0, 0, 0, 3]  # a constant channel
         k[1, 2, 7, 5], v[0, 1, 9, 2] = 6e4, -6e4
         k[1, 0, :, :2], v[0, 0, 4], v[0, 0, 5] = 0, 0, -0.0
         k[1, 1] = -0.0  # with a mean of 0, below: its scales are 0, never -0
-        empty = blank((2, 3), blocks + 3, dim, bits, 16 if dim % 32 else 32)
+        k[0, 1, :, 4], v[1, 2, 3] = 1e-30, 1e-30
+        k[0, 2, :3, 6], v[1, 2, 4, 3], v[1, 2, 5] = 3e38, -3e38, 1e35
+        k[1, 0, :, 7:11] = torch.arange(BLOCK * blocks).mul(0.5)[:, None] % 4  # ties
+        group = {16: 16, 48: 48, 80: 16, 96: 48}.get(dim, 32)  # odd parts of sums too
+        empty = blank((2, 3), blocks + 3, dim, bits, group, torch.where(k.abs() > 1e4, 0, k))
         empty.k_mean[1, 1] = 0
         expected = copy.deepcopy(empty)
-        quantize_blocks([Blocks(k.to(dtype), v.to(dtype), expected, 2)])
-        made.append((k.to(dtype), v.to(dtype), empty, expected))
+        k, v = (t.clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else t.to(dtype) for t in (k, v))
+        quantize_blocks([Blocks(k, v, expected, 2)])
+        made.append((k, v, empty, expected))
     return made
 
 
 @pytest.mark.parametrize("variant", VARIANTS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (8, 4), (4, 8)], ids=str)
+@pytest.mark.parametrize("bits", [(8, 8), (4, 4), (3, 3), (2, 2), (8, 4), (4, 8)], ids=str)
 def test_native_quantizes_bit_for_bit_as_pytorch_does(bits, dtype, variant):
     for k, v, empty, expected in quantized_by_pytorch(bits, dtype):
         ours = copy.deepcopy(empty)
@@ -243,10 +244,11 @@ def test_native_quantizes_bit_for_bit_as_pytorch_does(bits, dtype, variant):
         native.quantize_blocks([Blocks(k, v, ours, 2)])
         for i, (array, other) in enumerate(zip(ours.arrays(), expected.arrays(), strict=True)):
             assert array is None or torch.equal(array, other), (i, k.shape)
-        assert not any(torch.signbit(scale).any() for scale in (ours.k_scale, ours.v_scale)), "-0 equals 0"
+        scales = [scale for scale in (ours.k_scale, ours.v_scale) if scale.dtype == torch.bfloat16]
+        assert not any(torch.signbit(scale).any() for scale in scales), "-0 equals 0"
 
 
-@pytest.mark.parametrize(("bits", "dim"), [((3, 8), 64), ((4, 2), 64), ((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)])
+@pytest.mark.parametrize(("bits", "dim"), [((8, 8), 528), ((FP8, 8), 64), ((4, FP8), 64)])
 def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
     dispatch.logger.info_once.cache_clear()
     with caplog.at_level("INFO", "hf_kvattn"):
@@ -257,7 +259,6 @@ def test_native_leaves_to_pytorch_what_it_does_not_quantize(bits, dim, caplog):
 @pytest.mark.parametrize(
     ("bits", "capability", "reason"),
     [
-        ((8, 3), (9, 0), "not keys to int8 and values to int3"),
         ((FP8, 4), (9, 0), "not keys to fp8 and values to int4"),
         ((4, 4), (7, 5), "needs? 8.0"),
         ((4, 8), (8, 0), None),

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from packed_problems import packed_problem
+from packed_problems import blank, packed_problem
 from problems import SHAPES, problem, ringed
 from served import served
 from tolerance import Expected
@@ -22,7 +22,7 @@ from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall
 from hf_kvattn.quant.blocks import Blocks, quantize_blocks
 from hf_kvattn.quant.codecs import codec_for
-from hf_kvattn.quant.packed import PackedKV
+from hf_kvattn.quant.packed import OF_BLOCKS, PackedKV
 
 COUNT = int(os.environ.get("HF_KVATTN_RANDOM_CALLS", 400))
 BACKENDS = ("sdpa", "native", "reference")
@@ -66,10 +66,7 @@ def right_call(chance: random.Random) -> AttendCall:
     batch, heads = call.q.shape[:2]
     if packed and chance.random() < 0.5:
         blocks = call.packed.tokens // 32
-        names = [f"{x}_{name}" for x in "kv" for name in ("codes", "scale", "zero")]
-        arrays = {
-            name: t[:, :, :blocks].contiguous() for name in names if (t := getattr(call.packed, name)) is not None
-        }
+        arrays = {name: getattr(call.packed, name)[:, :, :blocks].contiguous() for name in OF_BLOCKS}
         call.packed = replace(call.packed, **arrays)
     elif not packed and chance.random() < 0.3:
         slots = kv_len + chance.choice((0, 1, 40))
@@ -139,9 +136,9 @@ def straight(call: AttendCall) -> AttendCall:
 def without_poison(call: AttendCall) -> AttendCall:
     """A change may make slots visible that were not: they hold small numbers here."""
     call.k, call.v = call.k.clamp(-9, 9), call.v.clamp(-9, 9)
-    for name in ("k_scale", "k_zero", "v_scale", "v_zero"):
-        if call.packed is not None and (t := getattr(call.packed, name)) is not None:
-            t.clamp_(-9, 9)
+    if call.packed is not None:
+        for scale in (call.packed.k_scale, call.packed.v_scale):
+            scale.clamp_(max=9 if scale.dtype == torch.bfloat16 else 150)
     return call
 
 
@@ -163,7 +160,7 @@ def outcomes(call: AttendCall) -> tuple[set[str], str]:
             continue  # random, or scores so large (so exact) that roundings decide
         if expected is None:
             expected = dispatch.BACKENDS["reference"].attend(call).float()
-            allowed = 3e-4  # as in test_packed.py, of codes
+            allowed = 1e-3  # as in test_packed.py, of codes
             if call.packed is None:
                 # Of few numbers plain PyTorch may round all right: half a unit in the last place more, and twice.
                 largest = torch.finfo(call.q.dtype).eps * expected.abs().max().item()
@@ -206,15 +203,12 @@ def test_blocks_are_quantized_alike_or_refused(two_threads):
     chance = random.Random(7)
     served_by = {True: 0, False: 0}
     for _ in range(COUNT // 4):
-        bits, dim, slots = [chance.choice((8, 4)) for _ in "kv"], chance.choice((16, 48, 64, 80)), chance.randint(1, 6)
-        rest = {"k": (dim,), "v": (dim // 16, 32)}
-        arrays = {}
-        for x, codec in zip("kv", map(codec_for, bits), strict=True):
-            arrays[f"{x}_codes"] = torch.zeros(2, 3, slots, 4 * codec.bits * dim, dtype=torch.uint8)
-            for name in ("scale", "zero"):
-                arrays[f"{x}_{name}"] = torch.zeros(2, 3, slots, *rest[x], dtype=torch.bfloat16)
-            arrays[f"{x}_zero"] = None if codec.symmetric else arrays[f"{x}_zero"]
-        ours = PackedKV(0, 0, *map(codec_for, bits), **arrays, k_mean=torch.randn(2, 3, dim))
+        bits, dim, slots = (
+            [chance.choice((8, 4, 3, 2)) for _ in "kv"],
+            chance.choice((16, 48, 64, 80)),
+            chance.randint(1, 6),
+        )
+        ours = blank((2, 3), slots, dim, bits, 16)
         expected = exactly(ours)
         tokens, slot = chance.choice((32, 64, 96, 128, 33)), chance.choice((-1, 0, 1, 2, 5, 2**63 - 1, -(2**63)))
         k, v = torch.randn(2, 2, 3, tokens, dim)

@@ -12,12 +12,16 @@ import itertools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache, StaticCache
 
 import hf_kvattn
+from hf_kvattn.caches.quantized import QuantizedKVCache
 from hf_kvattn.caches.registry import CACHES
+from hf_kvattn.evaluation.common.fake_quantized import SCHEMES, FakeQuantizedCache
+from hf_kvattn.quant.calibration import file_name
 
 MakeCache = Callable[[PreTrainedConfig, int], Cache | None]
 
@@ -35,6 +39,7 @@ class Variant:
     make: MakeCache  # (config, capacity) to a fresh cache with room for `capacity` tokens, or None for no cache at all
     requires: tuple[str, ...] = ()  # import names of packages that it cannot do without
     exact: bool = True  # it must give the same tokens as the stock cache; False for caches that are lossy by design
+    fake: bool = False  # numbers are rounded as a scheme would, and stored in full: no time or memory is its own
     compiled: bool = False  # decode steps are compiled (`enable(compile=True)`) where `generate()` makes them
 
 
@@ -70,6 +75,24 @@ def _kvattn(name: str, cache: str, sized: bool = True, compiled: bool = False, *
     return Variant(f"kvattn-{name}", True, make, exact=cache == "static", compiled=compiled)
 
 
+def _calibrated(bits: int) -> Variant:
+    """`_kvattn`, with the calibration in the model's folder."""
+
+    def make(config: PreTrainedConfig, capacity: int) -> Cache:
+        path = Path(config._name_or_path, file_name(f"int{bits}"))
+        if not path.is_file():
+            raise ValueError(f"no calibration {path}: `hf-kvattn calibrate --model FOLDER --bits {bits}` makes it")
+        return QuantizedKVCache(config, calibration=path, max_cache_len=capacity)
+
+    return Variant(f"kvattn-int{bits}-calibrated", True, make, exact=False)
+
+
+def _fake(scheme: str, bits: int) -> Variant:
+    """A row of `fake_quantized.SCHEMES`."""
+    return Variant(f"fake-{scheme}-int{bits}", False, lambda config, capacity: FakeQuantizedCache(config, scheme, bits),
+                   exact=False, fake=True)  # fmt: skip
+
+
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
@@ -92,17 +115,21 @@ VARIANTS: dict[str, Variant] = {
         _kvattn("int4", "int4"),
         _kvattn("int4-compiled", "int4", compiled=True),
         _kvattn("k8v4", "k8v4"),
-        _kvattn("int4-g64", "int4", group_size=64),
-        _kvattn("int3-g64", "int3", group_size=64),
+        _kvattn("int3", "int3"),
         _kvattn("int2", "int2"),
-        _kvattn("int2-g64", "int2", group_size=64),
+        *map(_calibrated, (4, 3, 2)),
+        *(_fake(scheme, bits) for scheme in SCHEMES for bits in (4, 3, 2)),
     )
 }
 
 
-def default_names() -> list[str]:
-    """What is compared where nobody says: all but the compiled rows, which take a C++ compiler and minutes."""
-    return [name for name, variant in VARIANTS.items() if not variant.compiled]
+def default_names(fakes: bool = False) -> list[str]:
+    """What is compared where nobody says: all but the compiled rows, which take a C++ compiler and minutes.
+
+    Args:
+        fakes: with those that stand for the rounding of a scheme alone.
+    """
+    return [name for name, variant in VARIANTS.items() if not variant.compiled and (fakes or not variant.fake)]
 
 
 def select(names: Iterable[str]) -> list[Variant]:

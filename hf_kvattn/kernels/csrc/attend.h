@@ -266,7 +266,7 @@ class Attend {
     // 64 channels, 0.6 MB for 128.
     Buffer<float> partials(2 * threads * partial_floats);
     Buffer<Scratch> scratch(threads);
-    const int64_t scratch_floats = most_rows * (kTile + d_pad + Simd::kLanes) + 2 * kTile * d_pad;
+    const int64_t scratch_floats = most_rows * (kTile + d_pad + Simd::kLanes) + 2 * (kTile + kPackFrom) * d_pad;
     Buffer<float> floats(threads * scratch_floats);
     Buffer<bf16_t> queries_bf16(threads * kPackFrom * d_pad);
     Buffer<Span> spans(threads * most_rows);
@@ -278,6 +278,8 @@ class Attend {
       mine.q = mine.scores + most_rows * kTile;
       mine.sum_lanes = mine.q + most_rows * d_pad;
       mine.wide = mine.sum_lanes + most_rows * Simd::kLanes;
+      mine.by_step = mine.wide + 2 * kTile * d_pad;
+      mine.by_unit = mine.by_step + kPackFrom * d_pad;
       mine.q_bf16 = queries_bf16.data + thread * kPackFrom * d_pad;
       mine.spans = spans.data + thread * most_rows;
       mine.gathered = gathered.data + (a.kv_rows ? thread * 2 * kTile * d_pad : 0);
@@ -323,7 +325,9 @@ class Attend {
     bf16_t *q_bf16;
     Span *spans;                  // (most_rows)
     T *gathered;                  // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
-    float mean_score[kPackFrom];  // what the mean of the packed keys adds to scores
+    // For packed keys, see `QueryRows`. Of 8-bit keys `by_step` is q, and nothing is written.
+    float *by_step, *by_unit;  // (most_rows, d_pad)
+    float packed_offset[kPackFrom];
   };
   // Where the tokens of a tile are stored: those in whole packed blocks, then the exact ones.
   struct Place {
@@ -426,9 +430,10 @@ class Attend {
     if (with_sinks) attend_sinks(job, n_rows, scratch, partial);
     for (int r = 0; r < n_rows; ++r)
       load_query(static_cast<const T *>(a.q) + query(job, job.row + r, a.q_stride), r, scratch);
-    const PackedKeys keys = packed_keys(job);
+    const KeyTable table = a.packed_len > 0 ? KeyTable(a, stored_head(job)) : KeyTable();
+    const PackedKeys keys = packed_keys(job, table);
     const PackedValues values = packed_values_of(job);
-    if (a.packed_len > 0) score_means(job, n_rows, scratch);
+    const QueryRows queries = a.packed_len > 0 ? packed_queries(job, table, n_rows, scratch) : QueryRows{};
     bool rotated = false, empty = !with_sinks;  // whether the sums are rotated as packed values are; are all zero
     auto set_rotated = [&](bool to) {
       if (rotated != to && !empty)
@@ -443,13 +448,16 @@ class Attend {
         run = min(run, max<int64_t>(1, (a.packed_blocks - slot) / 2));
         const float factor = a.scale * kLog2e;
         for_row_blocks<kPackedRows>(n_rows, [&](auto count, int r) {
-          float offset[count.value], q[count.value * kMaxDim];
+          float offset[count.value], x[count.value * kMaxDim], unit[count.value * kMaxDim];
+          const QueryRows from = queries.at(r);
           for (int i = 0; i < count.value; ++i) {
-            offset[i] = scratch.mean_score[r + i] * factor;
-            for (int c = 0; c < d; ++c) q[i * kMaxDim + c] = scratch.q[(r + i) * d_pad + c] * factor;
+            offset[i] = from.offset[i] * factor;
+            for (int c = 0; c < d; ++c) x[i * kMaxDim + c] = from.x[i * d_pad + c] * factor;
+            for (int c = 0; from.unit && c < d; ++c) unit[i * kMaxDim + c] = from.unit[i * d_pad + c] * factor;
           }
-          attend_packed_tiles<count.value, kWeightLimbs>(keys.at(slot), values.at(slot), run, q, kMaxDim, offset,
-                                                         references(partial) + r, scratch.sum_lanes + r * Simd::kLanes,
+          attend_packed_tiles<count.value, kWeightLimbs>(keys.at(slot), values.at(slot), run,
+                                                         {x, unit, offset, kMaxDim}, references(partial) + r,
+                                                         scratch.sum_lanes + r * Simd::kLanes,
                                                          outputs(partial) + r * d_pad, d_pad);
         });
         i += run - 1;
@@ -458,8 +466,7 @@ class Attend {
       const Place at = place(job, i, scratch);
       const int n = at.n, packed = at.packed, blocks = packed / kBlock;
       for_row_blocks<kPackedRows>(packed ? n_rows : 0, [&](auto count, int r) {
-        packed_scores<count.value>(keys.at(at.block), blocks, scratch.q + r * d_pad, d_pad, scratch.mean_score + r,
-                                   &scratch.scores[r * kTile], kTile);
+        packed_scores<count.value>(keys.at(at.block), blocks, queries.at(r), &scratch.scores[r * kTile], kTile);
       });
       if (packed < n) score_tile(at.k, at.k_stride, n - packed, n_rows, scratch, packed);
       for (int r = 0; r < n_rows; ++r) {
@@ -536,7 +543,8 @@ class Attend {
     load_queries(static_cast<const T *>(a.q), a.q_stride, job, n_rows, tile, scratch);
     for (int r = 0; r < n_rows; ++r)
       scratch.spans[r] = {first_visible(job, job.row + r), visible_end(job, job.row + r)};
-    const PackedKeys keys = packed_keys(job);
+    const KeyTable table = a.packed_len > 0 ? KeyTable(a, stored_head(job)) : KeyTable();
+    const PackedKeys keys = packed_keys(job, table);
     const PackedValues values = packed_values_of(job);
     const float *mean = a.packed_len > 0 ? a.k_mean + (job.b * a.kv_heads + job.h) * d : nullptr;
     for (int64_t i = job.tile + lo; i < job.tile + hi; ++i) {
@@ -611,27 +619,35 @@ class Attend {
     return all ? static_cast<const T *>(all) + job.tensor_row * stride[0] + job.h * stride[1] : nullptr;
   }
 
-  static const bf16_t *as_bf16(const uint16_t *p) { return reinterpret_cast<const bf16_t *>(p); }
+  int64_t stored_head(const Job &job) const { return job.b * a.kv_heads + job.h; }
 
-  int64_t head_blocks(const Job &job) const { return (job.b * a.kv_heads + job.h) * a.packed_blocks; }
-
-  PackedKeys packed_keys(const Job &job) const {
-    PackedKeys all{a.k_codes, as_bf16(a.k_scale), as_bf16(a.k_zero), a.k_bits, d};
-    return a.packed_len > 0 ? all.at(head_blocks(job)) : all;
+  PackedKeys packed_keys(const Job &job, const KeyTable &table) const {
+    PackedKeys all{a.k_codes, static_cast<const uint8_t *>(a.k_scale), &table, a.k_bits, d};
+    return a.packed_len > 0 ? all.at(stored_head(job) * a.packed_blocks) : all;
   }
 
   PackedValues packed_values_of(const Job &job) const {
-    PackedValues all{a.v_codes, as_bf16(a.v_scale), as_bf16(a.v_zero), a.v_bits, d, static_cast<int>(a.v_group)};
-    return a.packed_len > 0 ? all.at(head_blocks(job)) : all;
+    PackedValues all{a.v_codes, static_cast<const uint8_t *>(a.v_scale), a.v_bits, d, static_cast<int>(a.v_group)};
+    return a.packed_len > 0 ? all.at(stored_head(job) * a.packed_blocks) : all;
   }
 
-  void score_means(const Job &job, int n_rows, Scratch &scratch) const {
-    const float *mean = a.k_mean + (job.b * a.kv_heads + job.h) * d;
+  // The queries of a job as its packed keys meet them.
+  QueryRows packed_queries(const Job &job, const KeyTable &table, int n_rows, Scratch &scratch) const {
+    const float *mean = a.k_mean + stored_head(job) * d;
     for (int r = 0; r < n_rows; ++r) {
+      const float *q = scratch.q + r * d_pad;
       float sum = 0.f;
-      for (int c = 0; c < d; ++c) sum += scratch.q[r * d_pad + c] * mean[c];
-      scratch.mean_score[r] = sum;
+      for (int c = 0; c < d; ++c) sum += q[c] * mean[c];
+      for (int c = 0; table.order && c < d; ++c) {
+        const float x = q[table.order[c]], by_unit = x * to_float(table.unit[c]);
+        scratch.by_step[r * d_pad + c] = c < table.end[1] ? x * to_float(table.step[c]) : 0.f;  // there are codes
+        scratch.by_unit[r * d_pad + c] = by_unit;
+        sum -= by_unit * kOffsetZero;
+      }
+      scratch.packed_offset[r] = sum;
     }
+    if (!table.order) return {scratch.q, nullptr, scratch.packed_offset, d_pad};
+    return {scratch.by_step, scratch.by_unit, scratch.packed_offset, d_pad};
   }
 
   void load_query(const T *from, int r, Scratch &scratch) const {

@@ -138,10 +138,33 @@ bool valid_strides(const int64_t *stride, std::initializer_list<int64_t> sizes, 
   return left >= 0;
 }
 
-// Codes of 8 bits have no zero points, all others have them.
-bool valid_codes(int bits, const uint8_t *codes, const uint16_t *scale, const uint16_t *zero) {
-  return in(bits, 2, 8) && (bits <= 4 || bits == 8) && codes && readable(scale, 2) &&
-         (bits == 8 ? !zero : readable(zero, 2));
+bool valid_codes(int bits, const uint8_t *codes, const void *scale) {
+  return codes && (bits == 8 ? readable(scale, 2) : in(bits, 2, 4) && scale);
+}
+
+// The tables of all heads, which lead to memory. After `valid_groups`.
+template <typename Args>
+bool valid_table(const Args &a) {
+  if (a.k_bits == 8) return !a.k_step && !a.k_unit && !a.k_order && !a.k_widths;
+  if (!readable(a.k_step, 2) || !readable(a.k_unit, 2) || !readable(a.k_order, 2) || !a.k_widths) return false;
+  bool valid = true;
+  for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
+    uint64_t seen[kMaxPackedDim / 64] = {};
+    int64_t sum = 0, last = 7;
+    for (int64_t c = 0; c < a.head_dim; ++c) {
+      const int64_t channel = a.k_order[head * a.head_dim + c];
+      if (!in(channel, 0, a.head_dim - 1)) return false;
+      valid &= !(seen[channel / 64] >> channel % 64 & 1);
+      seen[channel / 64] |= uint64_t{1} << channel % 64;
+    }
+    for (int64_t g = 0; g < a.head_dim / 16; ++g) {
+      const int64_t width = a.k_widths[head * (a.head_dim / 16) + g];
+      valid &= width <= last;
+      last = width, sum += width;
+    }
+    valid &= sum == a.k_bits * (a.head_dim / 16);
+  }
+  return valid;
 }
 
 bool valid_groups(int64_t head_dim, int64_t v_group, int64_t v_rotation) {
@@ -153,9 +176,8 @@ bool valid_groups(int64_t head_dim, int64_t v_group, int64_t v_rotation) {
 template <typename Args>
 bool valid_blocks(const Args &a) {
   return fits({a.batch, a.kv_heads, a.packed_blocks, 4 * 8 * kMaxPackedDim}, kMaxBytes) &&
-         valid_codes(a.k_bits, a.k_codes, a.k_scale, a.k_zero) &&
-         valid_codes(a.v_bits, a.v_codes, a.v_scale, a.v_zero) && valid_groups(a.head_dim, a.v_group, a.v_rotation) &&
-         readable(a.k_mean, 4);
+         valid_codes(a.k_bits, a.k_codes, a.k_scale) && valid_codes(a.v_bits, a.v_codes, a.v_scale) &&
+         valid_groups(a.head_dim, a.v_group, a.v_rotation) && readable(a.k_mean, 4) && valid_table(a);
 }
 
 bool valid_shapes(const kvattn_attend_args &a) {
@@ -168,7 +190,8 @@ bool valid_shapes(const kvattn_attend_args &a) {
 
 bool valid_packed(const kvattn_attend_args &a) {
   if (a.packed_len == 0) return in(a.packed_blocks, 0, kMaxSteps) && in(a.packed_slot, 0, kMaxSteps);
-  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 &&
+  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 && std::isfinite(a.skip_below) &&
+         a.skip_below >= 0 &&
          in(a.packed_start, 0, std::min(kPackedTokens, a.kv_len - a.packed_len)) && valid_blocks(a) &&
          a.packed_len / kPackedTokens <= a.packed_blocks && in(a.packed_slot, 0, a.packed_blocks - 1) &&
          a.packed_slot % 2 == 0 && (a.packed_slot == 0 || a.packed_blocks % 2 == 0);
@@ -227,10 +250,9 @@ bool valid_sinks(const kvattn_attend_args &a) {
 }
 
 bool valid_quantize(const kvattn_quantize_args &a) {
-  return valid_dtype(a.dtype) && in(a.threads, 1, kMaxThreads) && valid_blocks(a) && (a.k_bits == 8 || a.k_bits == 4) &&
-         (a.v_bits == 8 || a.v_bits == 4) && in(a.blocks, 1, a.packed_blocks) &&
-         in(a.slot, 0, a.packed_blocks - a.blocks) && readable(a.k, bytes_of(a.dtype)) &&
-         readable(a.v, bytes_of(a.dtype)) &&
+  return valid_dtype(a.dtype) && in(a.threads, 1, kMaxThreads) && valid_blocks(a) &&
+         in(a.blocks, 1, a.packed_blocks) && in(a.slot, 0, a.packed_blocks - a.blocks) &&
+         readable(a.k, bytes_of(a.dtype)) && readable(a.v, bytes_of(a.dtype)) &&
          valid_strides(a.k_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype) &&
          valid_strides(a.v_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype);
 }

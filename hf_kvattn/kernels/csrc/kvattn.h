@@ -12,7 +12,7 @@
 extern "C" {
 #endif
 
-enum { KVATTN_ABI_VERSION = 8 };
+enum { KVATTN_ABI_VERSION = 9 };
 enum kvattn_dtype { KVATTN_F32 = 0, KVATTN_F16 = 1, KVATTN_BF16 = 2, KVATTN_I8 = 3 };  // the last of weights alone
 // Arguments are checked before anything is read or written: sizes, slots and strides from both sides, null and
 // misaligned pointers. Whether the memory behind a pointer is as large as the sizes say, nobody can check here.
@@ -76,19 +76,23 @@ typedef struct {
   int64_t packed_slot;               // even; 0 where packed_blocks is odd
   int64_t v_group;                   // channels that share a value scale
   int64_t v_rotation;                // packed values are rotated by a Hadamard matrix of this size; 1 = not rotated
-  int32_t k_bits, v_bits;            // 8, 4, 3 or 2
+  int32_t k_bits, v_bits;            // 8: signed, with 128 added. 4, 3 or 2: quant/few_bits.py; of keys on average
   const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
-  const uint16_t *k_scale, *k_zero;  // (B, Hkv, blocks, D), bf16; null k_zero for 8 bits: signed, with 128 added
+  const void *k_scale;               // (B, Hkv, blocks, D), bf16; below 8 bits (B, Hkv, blocks, 3 * D / 4) bytes
   const float *k_mean;               // (B, Hkv, D), added to every packed key
+  const uint16_t *k_step, *k_unit;   // (B, Hkv, D), bf16, in the order of the codes; null for 8 bits with the next two
+  const int16_t *k_order;            // (B, Hkv, D), the channel of each code: a permutation
+  const uint8_t *k_widths;           // (B, Hkv, D / 16), 0 to 7, falling, k_bits on average
   const uint8_t *v_codes;            // (B, Hkv, blocks, 4 * v_bits * D)
-  const uint16_t *v_scale, *v_zero;  // (B, Hkv, blocks, D / v_group, 32), bf16; v_zero as k_zero
+  const void *v_scale;               // (B, Hkv, blocks, D / v_group, 32), bf16; below 8 bits bytes
+  float skip_below;                  // at least 0
 } kvattn_attend_args;
 
 // Quantizes whole blocks of 32 tokens of finite numbers into the slots from `slot` on. Arrays as in kvattn_attend_args.
 typedef struct {
   int32_t dtype;           // of k and v
   int32_t threads;         // at most this many
-  int32_t k_bits, v_bits;  // 8 or 4
+  int32_t k_bits, v_bits;  // 8, 4, 3 or 2
   int64_t batch, kv_heads, blocks, head_dim, v_group, v_rotation;
   int64_t packed_blocks, slot;
   const void *k;        // (B, Hkv, 32 * blocks, D)
@@ -96,10 +100,13 @@ typedef struct {
   int64_t k_stride[3];  // batch, head, token
   int64_t v_stride[3];
   uint8_t *k_codes;
-  uint16_t *k_scale, *k_zero;
+  void *k_scale;
   const float *k_mean;
+  const uint16_t *k_step, *k_unit;
+  const int16_t *k_order;
+  const uint8_t *k_widths;
   uint8_t *v_codes;
-  uint16_t *v_scale, *v_zero;
+  void *v_scale;
 } kvattn_quantize_args;
 
 // The weights (out, in) of a linear layer, rows `stride` elements apart, each side by side.

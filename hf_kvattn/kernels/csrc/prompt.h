@@ -138,43 +138,57 @@ struct PackedTile {
     }
   }
 
-  // What decodes the codes of `n` channels or tokens, beside their scales.
-  static void load_scales(const bf16_t *scale, const bf16_t *zero, int n, float *scales, float *offsets) {
-    for (int i = 0; i < n; i += S::kLanes) {
-      const Vec x = S::widen(scale + i);
-      S::store(scales + i, x);
-      S::store(offsets + i, zero ? S::widen(zero + i) : S::mul(x, S::set(-128.f)));
-    }
-  }
-
+  // Pairs of neighbouring channels are stored together, and codes may be in any order: such keys are decoded first.
   void write_keys(const PackedKeys &block, const float *mean, int at) const {
-    float scale[kMaxDim], offset[kMaxDim];
-    load_scales(block.scale, block.zero, d, scale, offset);
-    for (int c = 0; c < d; ++c) offset[c] += mean[c];
-    with_bits(block.bits, [&](auto bits) {
+    float scale[kMaxDim], offset[kMaxDim], decoded[Pairs ? kMaxDim * kBlock : 1];
+    const KeyTable &table = *block.table;
+    for (int c = 0; c < d; ++c) {
+      const int width = table.width(c);
+      scale[c] = block.by_channel() ? block.multiplier(c) * to_float(table.step[c]) : to_float(*block.scales(c));
+      offset[c] = mean[table.channel(c)] - scale[c] * (0.5f * static_cast<float>(twice_centre(width)));
+      if (block.by_channel()) offset[c] += (block.offset(c) - kOffsetZero) * to_float(table.unit[c]);
+    }
+    auto to = [&](int c, int t) {
+      const int channel = table.channel(c);
+      return Pairs ? decoded + channel * kBlock + t : key(channel, at + t);
+    };
+    int c = 0;
+    const uint8_t *codes = block.codes;
+    auto decode_groups = [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
-      for (int c = 0; c < d; c += 16)
-        for (int lane = 0; lane < 16; lane += S::kLanes) {
-          const uint8_t *codes = block.codes + c * 4 * kBits + 4 * lane;
+      for (; c < table.end[kBits]; c += 16, codes += kUnit * kBits)
+        for (int lane = 0; lane < 16; lane += S::kLanes)
 #pragma GCC unroll 8
           for (int i = 0; i < kUnits; ++i) {
-            const int channel = c + i / 2 * 4, t = at + i % 2 * 16 + lane;
+            const int first = c + i / 2 * 4;
             Vec x[4];
-            decode(load_codes<kBits>(codes, i), scale + channel, offset + channel, x);
-            for (int j = 0; j < 4; j += kInUnit) store_unit(key((channel + j) / kInUnit, t), x + j);
+            decode(load_codes<kBits>(codes + 4 * lane, i), scale + first, offset + first, x);
+            for (int j = 0; j < 4; ++j) S::store(to(first + j, i % 2 * 16 + lane), x[j]);
           }
+    };
+    for_widths(decode_groups);
+    for (; c < d; ++c)
+      for (int t = 0; t < kBlock; t += S::kLanes) S::store(to(c, t), S::set(offset[c]));
+    if constexpr (Pairs)
+      for (int u = 0; u < units(); ++u)
+        for (int t = 0; t < kBlock; t += S::kLanes) {
+          const float *from = decoded + kInUnit * u * kBlock + t;
+          const Vec x[2] = {S::load(from), S::load(from + kBlock)};
+          store_unit(key(u, at + t), x);
         }
-    });
   }
 
   void write_values(const PackedValues &block, int at) const {
     float scale[kBlock], offset[kBlock];
+    const float centre = 0.5f * static_cast<float>(twice_centre(block.bits));
     with_bits(block.bits, [&](auto bits) {
       constexpr int kBits = decltype(bits)::value;
       for (int c = 0; c < d; c += S::kLanes) {
-        const int scales = c / block.group * kBlock;
         if (c % block.group == 0)
-          load_scales(block.scale + scales, block.zero ? block.zero + scales : nullptr, kBlock, scale, offset);
+          for (int t = 0; t < kBlock; t += S::kLanes) {
+            const Vec x = block.load_scales(c / block.group, t);
+            S::store(scale + t, x), S::store(offset + t, S::mul(x, S::set(-centre)));
+          }
         const uint8_t *codes = block.codes + c / 16 * 64 * kBits + c % 16 * 4;
 #pragma GCC unroll 8
         for (int i = 0; i < kUnits; ++i) {

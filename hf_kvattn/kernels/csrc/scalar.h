@@ -55,4 +55,10 @@ inline void narrow(float x, f16_t *out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
+// Of quant/few_bits.py: what a key's two bits stand for, their inverses, and the unit of a value's scale.
+constexpr float kMultipliers[] = {0.55f, 0.8f, 1.1f, 1.5f};
+constexpr float kInverseMultipliers[] = {1 / 0.55, 1 / 0.8, 1 / 1.1, 1 / 1.5};
+constexpr int kScaleBias = 110;
+constexpr float kScaleUnit = 0x1p110f;
+
 }  // namespace

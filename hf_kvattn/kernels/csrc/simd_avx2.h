@@ -86,15 +86,16 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm256_set1_epi32(both);
   }
-  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
-  // added as bit 2.
-  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    Words a = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(low)), shift);
-    if (shift + width < 16) a = _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
-    if (!high) return a;
-    Words b = _mm256_srli_epi16(_mm256_loadu_si256(static_cast<const __m256i *>(high)), high_bit);
-    return _mm256_or_si256(a, _mm256_slli_epi16(_mm256_and_si256(b, _mm256_set1_epi16(1)), 2));
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
+    Words a = _mm256_loadu_si256(static_cast<const __m256i *>(p));
+    a = shift < 0 ? _mm256_slli_epi16(a, -shift) : _mm256_srli_epi16(a, shift);
+    if (shift >= 0 && mask == 0xffff >> shift) return a;
+    return _mm256_and_si256(a, _mm256_set1_epi16(static_cast<int16_t>(mask)));
   }
+  static Words low_bytes(Words a) { return _mm256_and_si256(a, _mm256_set1_epi16(0xff)); }
+  static Words high_bytes(Words a) { return _mm256_srli_epi16(a, 8); }
+  static Words join(Words a, Words b) { return _mm256_or_si256(a, b); }
   static Ints set_int(int x) { return _mm256_set1_epi32(x); }
   static Ints dot(Words a, Words b, Ints c) {
     c = _mm256_add_epi32(_mm256_madd_epi16(a, b), c);
@@ -110,8 +111,29 @@ struct Simd {
     return _mm256_shuffle_epi8(_mm256_permute4x64_epi64(words, 0xd8), order);
   }
   static void store_words(int16_t *p, Words a) { _mm256_storeu_si256(reinterpret_cast<__m256i *>(p), a); }
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
+  static Vec multipliers(const uint8_t *p) {
+    const __m256i index = _mm256_srlv_epi32(from_memory<int16_t>(p), _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14));
+    return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128 *>(kMultipliers)), index);
+  }
+  static Vec offsets(const uint8_t *p) {
+    const __m256i x = _mm256_srlv_epi32(from_memory<int32_t>(p), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+  }
+  static Vec scales(const uint8_t *p) {
+    const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
+    return mul(_mm256_castsi256_ps(_mm256_slli_epi32(x, 20)), set(kScaleUnit));
+  }
   // Not _mm_prefetch: GCC 12 removes it from functions that it considers pure.
   static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
+
+ private:
+  template <typename Int>
+  static __m256i from_memory(const uint8_t *p) {  // in every lane
+    Int x;
+    memcpy(&x, p, sizeof x);
+    return _mm256_set1_epi32(x);
+  }
 };
 
 }  // namespace

@@ -64,15 +64,16 @@ struct Simd {
     memcpy(&both, p, 4);
     return _mm512_set1_epi32(both);
   }
-  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
-  // added as bit 2.
-  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    Words a = _mm512_srli_epi16(_mm512_loadu_si512(low), shift);
-    if (shift + width < 16) a = _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>((1 << width) - 1)));
-    if (!high) return a;
-    Words b = _mm512_srli_epi16(_mm512_loadu_si512(high), high_bit);
-    return _mm512_or_si512(a, _mm512_slli_epi16(_mm512_and_si512(b, _mm512_set1_epi16(1)), 2));
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
+    Words a = _mm512_loadu_si512(p);
+    a = shift < 0 ? _mm512_slli_epi16(a, -shift) : _mm512_srli_epi16(a, shift);
+    if (shift >= 0 && mask == 0xffff >> shift) return a;
+    return _mm512_and_si512(a, _mm512_set1_epi16(static_cast<int16_t>(mask)));
   }
+  static Words low_bytes(Words a) { return _mm512_and_si512(a, _mm512_set1_epi16(0xff)); }
+  static Words high_bytes(Words a) { return _mm512_srli_epi16(a, 8); }
+  static Words join(Words a, Words b) { return _mm512_or_si512(a, b); }
   static Ints set_int(int x) { return _mm512_set1_epi32(x); }
   static Ints dot(Words a, Words b, Ints c) {
     c = _mm512_add_epi32(_mm512_madd_epi16(a, b), c);
@@ -87,6 +88,25 @@ struct Simd {
     return _mm512_shuffle_epi8(_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), words), order);
   }
   static void store_words(int16_t *p, Words a) { _mm512_storeu_si512(p, a); }
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
+  static Vec multipliers(const uint8_t *p) {
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    const __m512i shifts = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 table = _mm512_broadcast_f32x4(_mm_loadu_ps(kMultipliers));
+    return _mm512_permutevar_ps(table, _mm512_srlv_epi32(_mm512_set1_epi32(bits), shifts));
+  }
+  static Vec offsets(const uint8_t *p) {
+    int64_t bits;
+    memcpy(&bits, p, 8);
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(bits));  // two lanes each
+    const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+  }
+  static Vec scales(const uint8_t *p) {
+    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+    return mul(_mm512_castsi512_ps(_mm512_slli_epi32(x, 20)), set(kScaleUnit));
+  }
   // Not _mm_prefetch: GCC 12 removes it from functions that it considers pure.
   static void prefetch(const char *p) { asm volatile("prefetcht1 %0" : : "m"(*p)); }
 

@@ -70,17 +70,15 @@ struct Simd {
     memcpy(&both, p, 4);
     return vreinterpretq_s16_s32(vdupq_n_s32(both));
   }
-  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
-  // added as bit 2.
-  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    uint16x8_t a = shift_right(load_words(low), shift);
-    if (shift + width < 16) a = vandq_u16(a, vdupq_n_u16(static_cast<uint16_t>((1 << width) - 1)));
-    if (high) {
-      uint16x8_t b = vandq_u16(shift_right(load_words(high), high_bit), vdupq_n_u16(1));
-      a = vorrq_u16(a, vshlq_n_u16(b, 2));
-    }
-    return vreinterpretq_s16_u16(a);
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
+    const uint16x8_t a = shift_right(load_words(p), shift);
+    if (shift >= 0 && mask == 0xffff >> shift) return vreinterpretq_s16_u16(a);
+    return vreinterpretq_s16_u16(vandq_u16(a, vdupq_n_u16(static_cast<uint16_t>(mask))));
   }
+  static Words low_bytes(Words a) { return vandq_s16(a, vdupq_n_s16(0xff)); }
+  static Words high_bytes(Words a) { return vreinterpretq_s16_u16(vshrq_n_u16(vreinterpretq_u16_s16(a), 8)); }
+  static Words join(Words a, Words b) { return vorrq_s16(a, b); }
   static Ints set_int(int x) { return vdupq_n_s32(x); }
   static Ints dot(Words a, Words b, Ints c) {
     return vaddq_s32(c, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
@@ -92,6 +90,25 @@ struct Simd {
     return vcombine_s16(swap(vqmovn_s32(vcvtnq_s32_f32(a))), swap(vqmovn_s32(vcvtnq_s32_f32(b))));
   }
   static void store_words(int16_t *p, Words a) { vst1q_s16(p, a); }
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
+  static Vec multipliers(const uint8_t *p) {
+    const int32_t shifts[kLanes] = {0, -2, -4, -6};
+    const uint32x4_t index = vandq_u32(vshlq_u32(vdupq_n_u32(*p), vld1q_s32(shifts)), vdupq_n_u32(3));
+    const uint8x16_t table = vreinterpretq_u8_f32(load(kMultipliers));  // the bytes from 4 * index on are due
+    const uint32x4_t bytes = vmlaq_n_u32(vdupq_n_u32(0x03020100), index, 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(bytes)));
+  }
+  static Vec offsets(const uint8_t *p) {
+    const int32_t shifts[kLanes] = {0, -4, -8, -12};
+    const uint32x4_t both = vdupq_n_u32(p[0] | static_cast<uint32_t>(p[1]) << 8);
+    return vcvtq_f32_u32(vandq_u32(vshlq_u32(both, vld1q_s32(shifts)), vdupq_n_u32(15)));
+  }
+  static Vec scales(const uint8_t *p) {
+    uint32_t four;
+    memcpy(&four, p, sizeof four);
+    const uint32x4_t x = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four))));
+    return mul(vreinterpretq_f32_u32(vshlq_n_u32(x, 20)), set(kScaleUnit));
+  }
   static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 
 #ifdef __ARM_FEATURE_DOTPROD
@@ -99,14 +116,8 @@ struct Simd {
   struct ByteSums {         // 256 * high + low
     int32x4_t low, high;
   };
-  // As `codes`, of the bytes at `low` and `high`. Those of 8 bits become signed: 128 is subtracted.
-  static Bytes byte_codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    uint8x16_t a = shift_right(load_bytes(low), shift);
-    if (width == 8) return vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(0x80)));
-    a = vandq_u8(a, vdupq_n_u8(static_cast<uint8_t>((1 << width) - 1)));
-    if (high) a = vorrq_u8(a, vshlq_n_u8(vandq_u8(shift_right(load_bytes(high), high_bit), vdupq_n_u8(1)), 2));
-    return vreinterpretq_s8_u8(a);
-  }
+  static Bytes to_bytes(Words a) { return vreinterpretq_s8_s16(a); }
+  static Bytes minus_128(Bytes a) { return veorq_s8(a, vdupq_n_s8(-128)); }  // of unsigned ones
   static ByteSums start_bytes(int x) { return {vdupq_n_s32(x), vdupq_n_s32(0)}; }
   static ByteSums dot(Bytes codes, const int16_t *limbs, ByteSums c) {
     const int8x8_t both = vld1_s8(reinterpret_cast<const int8_t *>(limbs));
@@ -152,7 +163,6 @@ struct Simd {
   static uint16x8_t load_words(const void *p) { return vreinterpretq_u16_u8(load_bytes(p)); }
   static uint16x4_t load_halves(const void *p) { return vreinterpret_u16_u8(vld1_u8(static_cast<const uint8_t *>(p))); }
   static uint16x8_t shift_right(uint16x8_t a, int n) { return vshlq_u16(a, vdupq_n_s16(static_cast<int16_t>(-n))); }
-  static uint8x16_t shift_right(uint8x16_t a, int n) { return vshlq_u8(a, vdupq_n_s8(static_cast<int8_t>(-n))); }
 };
 
 }  // namespace

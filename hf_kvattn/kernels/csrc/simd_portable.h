@@ -121,19 +121,26 @@ struct Simd {
     KVATTN_EACH r.first[i] = p[0], r.second[i] = p[1];
     return r;
   }
-  // The `width` bits from bit `shift` on of each word at `low`. Where `high` is given, bit `high_bit` of its words is
-  // added as bit 2.
-  static Words codes(const void *low, int shift, int width, const void *high, int high_bit) {
-    uint32_t lane[kLanes], above[kLanes] = {};
-    memcpy(lane, low, sizeof lane);
-    if (high) memcpy(above, high, sizeof above);
-    const uint32_t mask = ((1u << width) - 1) * 0x10001u;
+  // The words at p, shifted to the right (to the left where that is negative), and of them the bits of the mask.
+  static Words codes(const void *p, int shift, int mask) {
+    uint16_t word[2 * kLanes];
+    memcpy(word, p, sizeof word);
+    auto code = [&](int i) { return static_cast<int16_t>((shift < 0 ? word[i] << -shift : word[i] >> shift) & mask); };
     Words r;
-    KVATTN_EACH {
-      const uint32_t both = (lane[i] >> shift & mask) | (above[i] >> high_bit & 0x10001u) << 2;
-      r.first[i] = static_cast<int16_t>(both & 0xffff), r.second[i] = static_cast<int16_t>(both >> 16);
-    }
+    KVATTN_EACH r.first[i] = code(2 * i), r.second[i] = code(2 * i + 1);
     return r;
+  }
+  static Words low_bytes(Words a) {
+    KVATTN_EACH a.first[i] &= 0xff, a.second[i] &= 0xff;
+    return a;
+  }
+  static Words high_bytes(Words a) {
+    KVATTN_EACH a.first[i] = a.first[i] >> 8 & 0xff, a.second[i] = a.second[i] >> 8 & 0xff;
+    return a;
+  }
+  static Words join(Words a, Words b) {
+    KVATTN_EACH a.first[i] |= b.first[i], a.second[i] |= b.second[i];
+    return a;
   }
   static Ints set_int(int x) {
     Ints r;
@@ -159,6 +166,22 @@ struct Simd {
     return r;
   }
   static void store_words(int16_t *p, Words a) { KVATTN_EACH p[2 * i] = a.first[i], p[2 * i + 1] = a.second[i]; }
+  // Of kLanes channels the multipliers and the offsets, from 0 on (quant/few_bits.py); of as many bytes the scales.
+  static Vec multipliers(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = kMultipliers[p[i / 4] >> i % 4 * 2 & 3];
+    return r;
+  }
+  static Vec offsets(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = static_cast<float>(p[i / 2] >> i % 2 * 4 & 15);
+    return r;
+  }
+  static Vec scales(const uint8_t *p) {
+    Vec r;
+    KVATTN_EACH r.lane[i] = from_bits(static_cast<uint32_t>(p[i]) << 20) * kScaleUnit;
+    return r;
+  }
   static void prefetch(const char *p) { __builtin_prefetch(p, 0, 2); }
 #undef KVATTN_EACH
 };

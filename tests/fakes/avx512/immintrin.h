@@ -91,9 +91,12 @@ KVATTN_TWO(packs_epi32, __m512i)  // saturates; interleaves within 128 bits, as 
 KVATTN_TWO(packus_epi32, __m512i)
 KVATTN_TWO(packus_epi16, __m512i)
 KVATTN_TWO(shuffle_epi8, __m512i)
+KVATTN_TWO(unpacklo_epi64, __m512i)
+KVATTN_TWO(srlv_epi32, __m512i)  // 0 for 32 bits and more
 KVATTN_SHIFT(srli_epi16)
 KVATTN_SHIFT(slli_epi16)
 KVATTN_SHIFT(slli_epi32)
+KVATTN_SHIFT(slli_epi64)
 KVATTN_SET(set1_ps, __m512, float)
 KVATTN_SET(set1_epi8, __m512i, char)
 KVATTN_SET(set1_epi16, __m512i, short)
@@ -123,6 +126,12 @@ EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int
 EMULATED __m512i _mm512_broadcast_i32x4(__m128i a) {
   return join(_mm256_broadcastsi128_si256(a), _mm256_broadcastsi128_si256(a));
 }
+EMULATED __m512 _mm512_broadcast_f32x4(__m128 a) {
+  return join(_mm256_broadcast_ps(&a), _mm256_broadcast_ps(&a));
+}
+EMULATED __m512 _mm512_permutevar_ps(__m512 a, __m512i order) {
+  return join(_mm256_permutevar_ps(half(a, 0), half(order, 0)), _mm256_permutevar_ps(half(a, 1), half(order, 1)));
+}
 EMULATED __m512 _mm512_castsi512_ps(__m512i a) { return reinterpret_cast<__m512>(a); }
 EMULATED __m512i _mm512_castps_si512(__m512 a) { return reinterpret_cast<__m512i>(a); }
 EMULATED __m256 _mm512_castps512_ps256(__m512 a) { return half(a, 0); }
@@ -147,6 +156,12 @@ EMULATED __m512i _mm512_cvtepu16_epi32(__m256i a) {
 }
 EMULATED __m512i _mm512_cvtepi8_epi32(__m128i a) {
   return join(_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8)));
+}
+EMULATED __m512i _mm512_cvtepu8_epi32(__m128i a) {
+  return join(_mm256_cvtepu8_epi32(a), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)));
+}
+EMULATED __m512i _mm512_cvtepu8_epi64(__m128i a) {
+  return join(_mm256_cvtepu8_epi64(a), _mm256_cvtepu8_epi64(_mm_srli_si128(a, 4)));
 }
 EMULATED __m512 _mm512_cvtph_ps(__m256i a) {
   return join(_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1)));
