@@ -111,9 +111,10 @@ class Tile:
 def tile_for(rows: int, padded: int, bits: Sequence[int], amd: bool) -> Tile:
     """The tile for `rows` query rows a KV head, heads of `padded` numbers, and `bits` of keys and values.
 
-    Four blocks are eight words (`quant/layout.py`) for each warp, a whole tile of the tensor cores. On NVIDIA's GPUs no
-    kernel spills registers in its loops; heads of 256 take fewer blocks at once for that, and keys by channel fewer
-    rows. On AMD's, loads wait in registers: more than two blocks would leave room for one program.
+    Four blocks are eight words (`quant/layout.py`) for each warp, a whole tile of the tensor cores. So that no kernel
+    spills registers in its loops on NVIDIA's GPUs, heads of 256 take fewer blocks at once, and keys by channel fewer
+    rows; these spill with heads of 256 in any case, and take fewer instructions a token with four blocks. On AMD's,
+    loads wait in registers: more than two blocks would leave room for one program.
     """
     by_channel = bool(bits) and bits[0] < 8
     max_rows = 32 if padded <= 64 or (padded <= 128 and not by_channel) else 16

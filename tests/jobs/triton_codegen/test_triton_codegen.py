@@ -119,14 +119,18 @@ def spills_of(case: codegen.Case) -> tuple[int, int]:
         return SPILLED_ON_GFX1100[case.head_dim, case.rows, case.k_bits, case.v_bits], 0
     if case.target.startswith("sm") and case.head_dim == 256:  # what is used behind the loop over packed tokens
         return SPILLED_AT_256.get((case.k_bits, case.v_bits), (0, 0))
+    if case.target.startswith("sm") and case.k_bits in (2, 3, 4):  # before the loop, which reads its table anew
+        return 64, 0
     if (case.target, case.head_dim, case.rows, case.k_bits) == ("sm_80", 80, 32, 8):
         return 16, 0
     return 0, 0
 
 
-SPILLED_ON_GFX1100 = {(128, 16, 0, 0): 96, (128, 16, 4, 4): 748, (128, 32, 8, 8): 1172, (256, 16, 4, 4): 3036}
+SPILLED_ON_GFX1100 = {(128, 16, 0, 0): 96, (128, 16, 4, 4): 1240, (128, 32, 8, 8): 1172, (256, 16, 4, 4): 3036}
 SPILLED_AT_256 = {
-    (8, 8): (48, 0), (8, 4): (48, 1), (3, 3): (40, 3), (2, 2): (32, 0), ("fp8", "fp8"): (48, 0), ("fp8", 4): (56, 2),
+    (8, 8): (48, 0), (8, 4): (48, 1), ("fp8", "fp8"): (48, 0), ("fp8", 4): (56, 2),
+    # Scales and offsets of 256 channels, and the words of three planes, are more than there are registers beside.
+    (4, 4): (512, 159), (3, 3): (640, 200), (2, 2): (640, 200),
 }  # fmt: skip
 
 
@@ -138,7 +142,7 @@ def takes_all(case: codegen.Case) -> bool:
         return False
     if case.target == "gfx942":  # loads wait in registers
         return case.head_dim == 256 and case.k_bits != 0
-    return case.target in ("sm_86", "sm_89", "sm_120") and (case.head_dim, case.k_bits) == (128, 8)  # 100 KB shared
+    return case.target in ("sm_86", "sm_89", "sm_120") and case.head_dim == 128 and case.k_bits != 0  # 100 KB shared
 
 
 @pytest.mark.parametrize("target", codegen.TARGETS)
