@@ -140,6 +140,7 @@ void quantize_queries(PackedKeys keys, int blocks, const QueryRows &rows, Querie
     fill(out.x[r] + keys.d, out.x[r] + round_up(keys.d, 32), 0.f);
     out.offset[r] = rows.offset[r];
     if (keys.by_channel()) memcpy(out.unit[r], rows.unit + r * q_stride, keys.d * sizeof(float));
+    fill(out.unit[r] + keys.d, out.unit[r] + round_up(keys.d, 32), 0.f);
   }
   for (int c = 0; c < round_up(keys.d, 32); ++c)
     out.centre[c] = static_cast<int16_t>(c < keys.d ? twice_centre(keys.table->width(c)) : 0);
