@@ -50,8 +50,6 @@ class QuantizedKVCache(KVCache):
             arXiv:2309.17453), so their errors count most.
         calibration: bits for each layer, key widths, `group_size` and `skip_layers`, in the place of those arguments: a
             file of `scripts/calibrate.py`, what it holds, or a `Calibration`.
-        skip_below: kernels may leave out blocks whose tokens weigh too little to change an output by more than so much
-            of the range of its channel's values, all of them together, 0 to 1. 0 leaves out none.
 
     Raises:
         ValueError: impossible settings, with their values, an unsupported model, or another model's calibration.
@@ -69,7 +67,6 @@ class QuantizedKVCache(KVCache):
         max_cache_len: int | None = None,
         sinks: int = 4,
         calibration: Calibration | dict[str, Any] | str | Path | None = None,
-        skip_below: float = 0.0,
     ):
         check_config(config)
         decoder = config.get_text_config(decoder=True)
@@ -107,8 +104,6 @@ class QuantizedKVCache(KVCache):
             raise ValueError(f"residual_length must be an int of at least 0, or None, got {residual_length!r}")
         if type(sinks) is not int or not 0 <= sinks <= MAX_SINKS:
             raise ValueError(f"sinks must be an int from 0 to {MAX_SINKS}, got {sinks!r}")
-        if type(skip_below) not in (int, float) or not 0 <= skip_below <= 1:
-            raise ValueError(f"skip_below must be a number from 0 to 1, got {skip_below!r}")
         check_max_cache_len(max_cache_len)
         skipped = {i % n_layers for i in skip_layers}
 
@@ -117,7 +112,7 @@ class QuantizedKVCache(KVCache):
                 return make_static_layer(max_cache_len, layer_idx, *shape)
             exact_first = sinks if shape[-1] is None else 0  # a sliding window leaves them behind
             codecs, table = (k_codecs[layer_idx], v_codecs[layer_idx]), tables[layer_idx]
-            settings = QuantSettings(*codecs, group_size, residual, exact_first, table, float(skip_below))
+            settings = QuantSettings(*codecs, group_size, residual, exact_first, table)
             return KVQuantizedLayer(settings, max_cache_len, layer_idx, *shape)
 
         super().__init__(config, make_layer)
@@ -125,8 +120,7 @@ class QuantizedKVCache(KVCache):
         made_with |= {"group_size": group_size, "skip_layers": sorted(skipped)}
         if calibration is not None:
             made_with = {"calibration": made.without_tables().as_json()}
-        made_with |= {"residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}
-        self.settings = {**made_with, "skip_below": float(skip_below)}
+        self.settings = {**made_with, "residual_length": residual, "max_cache_len": max_cache_len, "sinks": sinks}
 
     def _graph_obstacle(self) -> str | None:
         if self.settings["max_cache_len"] is None:

@@ -35,7 +35,6 @@ class QuantSettings:
     residual_length: int
     exact_first: int  # its argument `sinks`
     table: widths.KeyTable | None = None  # of a calibration, `(Hkv, ...)`; else it is chosen by the first tokens
-    skip_below: float = 0.0
 
     @property
     def few_bits(self) -> bool:
@@ -109,7 +108,7 @@ class KVQuantizedLayer(KVLayer):
     def packed(self, tokens: int, slot: int = 0) -> PackedKV:
         """The blocks of `tokens` tokens from `slot` on; no copy."""
         settings = self.settings
-        arrays: dict[str, Any] = {**dict.fromkeys(TABLE), **self._packed, "skip_below": settings.skip_below}
+        arrays: dict[str, Any] = {**dict.fromkeys(TABLE), **self._packed}
         arrays["k_codes"] = _as_codes(self._packed["k_codes"], settings.k_codec)
         arrays["v_codes"] = _as_codes(self._packed["v_codes"], settings.v_codec)
         return PackedKV(settings.exact_first, tokens, settings.k_codec, settings.v_codec, slot=slot, **arrays)

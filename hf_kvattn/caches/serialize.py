@@ -35,7 +35,6 @@ from transformers import PreTrainedConfig
 
 from .base import KnownPrefix, KVCache, TokenIds, hash_ids
 from .positions import StreamPosition
-from .quantized import QuantizedKVCache
 from .quantized_layer import KVQuantizedLayer
 from .recurrent import KINDS
 from .registry import CLASSES
@@ -253,10 +252,8 @@ def _make(said: dict[str, Any], config: PreTrainedConfig) -> KVCache:
         raise ValueError(f"it holds a cache of class {name!r}, known are {list(CLASSES)}")
     if not isinstance(settings, dict):
         raise ValueError(f"the settings of its {name} are {settings!r}")
-    if said["version"] == 4 and CLASSES[name] is QuantizedKVCache:
-        settings = {**settings, "skip_below": 0.0}
     # A calibration's own checks follow; a string would be the path of a file to read. Of bits strings may be said.
-    checked = {"calibration": dict, "key_bits": str, "value_bits": str, "skip_below": float}
+    checked = {"calibration": dict, "key_bits": str, "value_bits": str}
     for value in [x for key, x in settings.items() if not isinstance(x, checked.get(key, ()))]:
         if not all(item is None or _is_count(item) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"the settings of its {name} are {settings}: numbers are 0 to {_LARGEST}")

@@ -38,13 +38,13 @@ _ARGS = struct.Struct("@4i7q2f10P9q4q4P6q3P")
 _ADDRESSES = struct.Struct("@8P")  # those of its fields from `q` to `v_slot`, which differ from layer to layer
 _ADDRESSES_BEGIN = struct.calcsize("@4i7q2f")
 _NOTHING_NEW = (0,) * 4
-_PACKED_ARGS = struct.Struct("@6q2i9Pf4x")
+_PACKED_ARGS = struct.Struct("@6q2i9P")
 _QUANTIZE_ARGS = struct.Struct("@4i8q2P6q9P")  # `kvattn_quantize_args`
 MAX_ROWS, MAX_WEIGHTS = 32, 4  # of `linear`, as in `csrc/kvattn.h`
 _LINEAR_ARGS = struct.Struct("@4i3q2P" + "P2q" * MAX_WEIGHTS)  # `kvattn_linear_args`
 _NO_SINKS = (0,) * 12
 _NO_REQUESTS = (0,) * 3
-_NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 9, 0.0)
+_NOTHING_PACKED = _PACKED_ARGS.pack(0, 0, 0, 0, 0, 1, 0, 0, *(0,) * 9)
 
 
 def _candidates() -> list[Path]:
@@ -277,7 +277,7 @@ def _packed_args(packed: PackedKV) -> bytes:
     packed.as_arguments = _PACKED_ARGS.pack(
         packed.start, packed.tokens, packed.k_codes.shape[2], packed.slot,
         dim // packed.v_scale.shape[3], rotation.size_for(dim), packed.k_codec.bits, packed.v_codec.bits,
-        *_addresses(packed), packed.skip_below,
+        *_addresses(packed),
     )  # fmt: skip
     return packed.as_arguments
 

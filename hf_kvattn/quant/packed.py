@@ -47,8 +47,6 @@ class PackedKV:
             channel uint8 (`few_bits.scales_of`).
         slot: where the first block lies; block `i` lies in slot `(slot + i) % blocks` (a ring, of sliding windows).
             Must be even, and not 0 only if the number of slots is even: kernels read blocks in pairs.
-        skip_below: kernels may leave out blocks whose tokens weigh too little to change an output by more than so much
-            of the range of its channel's values, all blocks together; 0 leaves out none.
         as_arguments: what the `native` backend passes to its kernel for all this, made once; nothing changes after it.
 
     Raises:
@@ -69,7 +67,6 @@ class PackedKV:
     v_codes: torch.Tensor
     v_scale: torch.Tensor
     slot: int = 0
-    skip_below: float = 0.0
     as_arguments: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -79,7 +79,6 @@ def test_the_test_knows_the_format(files, tmp_path):
 def test_what_version_4_wrote_alike_is_read(files, kind, tmp_path):
     def older(header, said, data):
         said["version"] = 4
-        said["settings"].pop("skip_below", None)
 
     (tmp_path / "cache").write_bytes(edited(files[kind], older))
     assert_same(load_cache(tmp_path / "cache", tiny_config()), append(KINDS[kind](tiny_config()), 75))

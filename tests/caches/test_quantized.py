@@ -97,7 +97,7 @@ def test_bytes_and_bits_are_those_allocated(bits):
     codes = 2 * numbers * (8 if bits == FP8 else bits) // 8
     if bits in (8, FP8):  # two bytes of scale
         sides, table = 2 * (numbers // BLOCK + numbers // 16), 4
-    else:  # 6 bits of each channel of a block, a byte of each group; a mean, a step, a unit, a place, and 1/16 of a width
+    else:  # 6 bits of a channel of a block, a byte of a group; a mean, a step, a unit, a place, and 1/16 of a width
         sides, table = numbers // BLOCK * 6 // 8 + numbers // 16, 4 + 2 + 2 + 2 + 1 / 16
     exact = 2 * 2 * 2 * (4 + BLOCK) * 16 * 4
     assert cache.nbytes == 3 * (codes + sides + exact + 2 * 2 * 16 * table)

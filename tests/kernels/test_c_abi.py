@@ -41,7 +41,6 @@ class Attend(ctypes.Structure):
         + [(name, I64) for name in ("packed_start", "packed_len", "packed_blocks", "packed_slot")]
         + [("v_group", I64), ("v_rotation", I64), ("k_bits", I32), ("v_bits", I32)]
         + [(name, POINTER) for name in ARRAYS]
-        + [("skip_below", F32)]
     )
 
 
@@ -95,7 +94,6 @@ HUGE, HUGEST = 2**62, 2**63 - 1
 ANY = (-1, 0, HUGE, HUGEST, -HUGEST - 1)
 NOT_PACKED = {name: ANY for name in ("packed_start", "v_group", "v_rotation")}
 NOT_PACKED |= {name: (-1, 0, 2**31 - 1, -(2**31)) for name in ("k_bits", "v_bits")}
-NOT_PACKED |= {"skip_below": (-1.0, math.inf, -math.inf, math.nan)}
 NO_SINKS = {"sink_evicted": ANY, "sink_q_stride": ANY, "sink_kv_stride": ANY}
 OFF = {"window": (0, HUGE, HUGEST), "scale": (0.0, -1.0)} | dict.fromkeys(("causal", "softcap", "leftpad", "lse"), (0,))
 OFF |= dict.fromkeys(("q_stride", "k_stride", "v_stride"), (0,))  # the same numbers for all

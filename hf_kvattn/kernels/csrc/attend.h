@@ -323,8 +323,8 @@ class Attend {
     float *sum_lanes;  // running sums of weights, one for each lane, (most_rows, kLanes)
     float *wide;       // a tile widened to fp32, (kTile, d_pad), or its packed keys, then its packed values
     bf16_t *q_bf16;
-    Span *spans;                  // (most_rows)
-    T *gathered;                  // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
+    Span *spans;  // (most_rows)
+    T *gathered;  // keys, then values, of a tile whose tokens lie apart, (2, kTile, d_pad)
     // For packed keys, see `QueryRows`. Of 8-bit keys `by_step` is q, and nothing is written.
     float *by_step, *by_unit;  // (most_rows, d_pad)
     float packed_offset[kPackFrom];
@@ -455,10 +455,9 @@ class Attend {
             for (int c = 0; c < d; ++c) x[i * kMaxDim + c] = from.x[i * d_pad + c] * factor;
             for (int c = 0; from.unit && c < d; ++c) unit[i * kMaxDim + c] = from.unit[i * d_pad + c] * factor;
           }
-          attend_packed_tiles<count.value, kWeightLimbs>(keys.at(slot), values.at(slot), run,
-                                                         {x, unit, offset, kMaxDim}, references(partial) + r,
-                                                         scratch.sum_lanes + r * Simd::kLanes,
-                                                         outputs(partial) + r * d_pad, d_pad);
+          attend_packed_tiles<count.value, kWeightLimbs>(
+              keys.at(slot), values.at(slot), run, {x, unit, offset, kMaxDim}, references(partial) + r,
+              scratch.sum_lanes + r * Simd::kLanes, outputs(partial) + r * d_pad, d_pad);
         });
         i += run - 1;
         continue;

@@ -190,8 +190,7 @@ bool valid_shapes(const kvattn_attend_args &a) {
 
 bool valid_packed(const kvattn_attend_args &a) {
   if (a.packed_len == 0) return in(a.packed_blocks, 0, kMaxSteps) && in(a.packed_slot, 0, kMaxSteps);
-  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 && std::isfinite(a.skip_below) &&
-         a.skip_below >= 0 &&
+  return in(a.packed_len, 1, a.kv_len) && a.packed_len % kPackedTokens == 0 &&
          in(a.packed_start, 0, std::min(kPackedTokens, a.kv_len - a.packed_len)) && valid_blocks(a) &&
          a.packed_len / kPackedTokens <= a.packed_blocks && in(a.packed_slot, 0, a.packed_blocks - 1) &&
          a.packed_slot % 2 == 0 && (a.packed_slot == 0 || a.packed_blocks % 2 == 0);
@@ -250,9 +249,9 @@ bool valid_sinks(const kvattn_attend_args &a) {
 }
 
 bool valid_quantize(const kvattn_quantize_args &a) {
-  return valid_dtype(a.dtype) && in(a.threads, 1, kMaxThreads) && valid_blocks(a) &&
-         in(a.blocks, 1, a.packed_blocks) && in(a.slot, 0, a.packed_blocks - a.blocks) &&
-         readable(a.k, bytes_of(a.dtype)) && readable(a.v, bytes_of(a.dtype)) &&
+  return valid_dtype(a.dtype) && in(a.threads, 1, kMaxThreads) && valid_blocks(a) && in(a.blocks, 1, a.packed_blocks) &&
+         in(a.slot, 0, a.packed_blocks - a.blocks) && readable(a.k, bytes_of(a.dtype)) &&
+         readable(a.v, bytes_of(a.dtype)) &&
          valid_strides(a.k_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype) &&
          valid_strides(a.v_stride, {a.batch, a.kv_heads, a.blocks * kPackedTokens}, a.head_dim, a.dtype);
 }

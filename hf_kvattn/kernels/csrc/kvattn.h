@@ -73,19 +73,18 @@ typedef struct {
   const int32_t *kv_begin;    // (batch + 1), from 0 on; no request has fewer tokens than queries
   const int64_t *kv_rows;     // (kv_begin[batch]), may be null
   int64_t packed_start, packed_len, packed_blocks;
-  int64_t packed_slot;               // even; 0 where packed_blocks is odd
-  int64_t v_group;                   // channels that share a value scale
-  int64_t v_rotation;                // packed values are rotated by a Hadamard matrix of this size; 1 = not rotated
-  int32_t k_bits, v_bits;            // 8: signed, with 128 added. 4, 3 or 2: quant/few_bits.py; of keys on average
-  const uint8_t *k_codes;            // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
-  const void *k_scale;               // (B, Hkv, blocks, D), bf16; below 8 bits (B, Hkv, blocks, 3 * D / 4) bytes
-  const float *k_mean;               // (B, Hkv, D), added to every packed key
-  const uint16_t *k_step, *k_unit;   // (B, Hkv, D), bf16, in the order of the codes; null for 8 bits with the next two
-  const int16_t *k_order;            // (B, Hkv, D), the channel of each code: a permutation
-  const uint8_t *k_widths;           // (B, Hkv, D / 16), 0 to 7, falling, k_bits on average
-  const uint8_t *v_codes;            // (B, Hkv, blocks, 4 * v_bits * D)
-  const void *v_scale;               // (B, Hkv, blocks, D / v_group, 32), bf16; below 8 bits bytes
-  float skip_below;                  // at least 0
+  int64_t packed_slot;              // even; 0 where packed_blocks is odd
+  int64_t v_group;                  // channels that share a value scale
+  int64_t v_rotation;               // packed values are rotated by a Hadamard matrix of this size; 1 = not rotated
+  int32_t k_bits, v_bits;           // 8: signed, with 128 added. 4, 3 or 2: quant/few_bits.py; of keys on average
+  const uint8_t *k_codes;           // (B, Hkv, blocks, 4 * k_bits * D); D is a multiple of 16
+  const void *k_scale;              // (B, Hkv, blocks, D), bf16; below 8 bits (B, Hkv, blocks, 3 * D / 4) bytes
+  const float *k_mean;              // (B, Hkv, D), added to every packed key
+  const uint16_t *k_step, *k_unit;  // (B, Hkv, D), bf16, in the order of the codes; null for 8 bits with the next two
+  const int16_t *k_order;           // (B, Hkv, D), the channel of each code: a permutation
+  const uint8_t *k_widths;          // (B, Hkv, D / 16), 0 to 7, falling, k_bits on average
+  const uint8_t *v_codes;           // (B, Hkv, blocks, 4 * v_bits * D)
+  const void *v_scale;              // (B, Hkv, blocks, D / v_group, 32), bf16; below 8 bits bytes
 } kvattn_attend_args;
 
 // Quantizes whole blocks of 32 tokens of finite numbers into the slots from `slot` on. Arrays as in kvattn_attend_args.

@@ -100,9 +100,7 @@ inline void choose_scales(const Simd::Vec *abs_max, float levels, float *scale, 
 // Queries in the order of the keys' codes. By channel: times the steps, and times the units. `offset` is what all
 // scores of a row include.
 struct QueryRows {
-  QueryRows at(int row) const {
-    return {x + row * stride, unit ? unit + row * stride : nullptr, offset + row, stride};
-  }
+  QueryRows at(int row) const { return {x + row * stride, unit ? unit + row * stride : nullptr, offset + row, stride}; }
   const float *x, *unit, *offset;
   int64_t stride;
 };

@@ -140,8 +140,7 @@ inline uint8_t *pack_units(const uint32_t (*words)[16], int bits, uint8_t *to) {
 // Keys `x` (32, d) of one block, without their mean.
 inline void quantize_keys(const float *x, int d, const KeyTable &table, uint8_t *packed, uint8_t *scale) {
   uint8_t codes[kBlock * kMaxDim], multiplier[kMaxDim];
-  if (!table.order)
-    encode(x, d, kBlock, codes, reinterpret_cast<uint16_t *>(scale));
+  if (!table.order) encode(x, d, kBlock, codes, reinterpret_cast<uint16_t *>(scale));
   for (int c = 0; c < d; c += kChannels) {
     const int width = table.width(c);
     if (table.order) {
@@ -158,8 +157,8 @@ inline void quantize_keys(const float *x, int d, const KeyTable &table, uint8_t 
     packed = pack_units(words, width, packed);
   }
   for (int c = 0; table.order && c < d; c += 4)
-    scale[d / 2 + c / 4] = static_cast<uint8_t>(multiplier[c] | multiplier[c + 1] << 2 | multiplier[c + 2] << 4 |
-                                                multiplier[c + 3] << 6);
+    scale[d / 2 + c / 4] =
+        static_cast<uint8_t>(multiplier[c] | multiplier[c + 1] << 2 | multiplier[c + 2] << 4 | multiplier[c + 3] << 6);
 }
 
 // Rotated values `x` (32, d) of one block.
