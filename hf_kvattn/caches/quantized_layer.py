@@ -332,8 +332,7 @@ class KVQuantizedLayer(KVLayer):
 
     def _fit_exact(self, keep: int) -> None:
         """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to the usual buffer."""
-        usual = self._usual_exact
-        if not self.is_initialized or self._exact_k.shape[2] == usual:
+        if not self.is_initialized or self._exact_k.shape[2] == (usual := self._usual_exact):
             return
         if self._usual is None or self._usual[0].shape[2] != usual or keep > usual:
             self._usual = None

@@ -51,7 +51,8 @@ def _quantize(k: torch.Tensor, v: torch.Tensor, into: PackedKV, slot: int) -> No
     if into.k_codec.by_channel:
         order, *table = into.by_stored_channel()
         codes, *sides = few_bits.quantize_keys(blocks.gather(-1, order.expand_as(blocks)), *table)
-        into.k_codes[:, :, slots] = pack_by_width(codes, into.k_widths)  # type: ignore[arg-type]  # by channel
+        assert into.k_widths is not None
+        into.k_codes[:, :, slots] = pack_by_width(codes, into.k_widths, into.k_codec.bits)
         into.k_scale[:, :, slots] = few_bits.pack_sides(*sides)
     else:
         codes, scale = symmetric.quantize(blocks, -2, into.k_codec.dtype)

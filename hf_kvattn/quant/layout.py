@@ -50,18 +50,18 @@ def planes_of(bits: int) -> tuple[int, ...]:
     return tuple(plane for plane in PLANES if bits & plane)
 
 
-def pack_by_width(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
+def pack_by_width(codes: torch.Tensor, widths: torch.Tensor, bits: int) -> torch.Tensor:
     """Keys' codes, channels in the order of their widths, to bytes for their device.
 
     Args:
         codes: `(..., blocks, 32, D)` uint8, each below 2**width.
-        widths: `(..., D / 16)` of each group, 0 to 7, with the same sum everywhere.
+        widths: `(..., D / 16)` of each group, 0 to 7.
+        bits: their average, everywhere.
 
     Returns:
-        `(..., blocks, 64 * sum)` uint8.
+        `(..., blocks, 4 * bits * D)` uint8.
     """
-    size = 64 * _same_sum(widths)
-    packed = torch.zeros(*codes.shape[:-2], size, dtype=torch.int32, device=codes.device)
+    packed = torch.zeros(*codes.shape[:-2], 4 * bits * codes.shape[-1], dtype=torch.int32, device=codes.device)
     for index, shift, low, mask in _places(widths):
         part = (codes.int() >> low & mask) << shift
         packed.scatter_add_(-1, index.flatten(-2).expand(*codes.shape[:-2], -1), part.flatten(-2))
@@ -69,7 +69,7 @@ def pack_by_width(codes: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_by_width(packed: torch.Tensor, widths: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_by_width`: `(..., blocks, 32, D)` uint8. It does not wait for a GPU."""
+    """The inverse of `pack_by_width`: `(..., blocks, 32, D)` uint8."""
     codes = torch.zeros((), dtype=torch.int32, device=packed.device)
     for index, shift, low, mask in _places(widths):
         found = packed.gather(-1, index.flatten(-2).expand(*packed.shape[:-1], -1)).unflatten(-1, (BLOCK, -1))
@@ -82,14 +82,8 @@ def by_width_to(packed: torch.Tensor, widths: torch.Tensor, device: torch.device
     device = torch.device(device)
     if in_words(packed.device) == in_words(device):
         return packed.to(device)
-    return pack_by_width(unpack_by_width(packed, widths).to(device), widths.to(device))
-
-
-def _same_sum(widths: torch.Tensor) -> int:
-    total = widths.sum(-1, dtype=torch.int64).unique()
-    if len(total) != 1:
-        raise ValueError(f"widths must have one sum everywhere, got {total.tolist()}")
-    return int(total)
+    codes = unpack_by_width(packed, widths)
+    return pack_by_width(codes.to(device), widths.to(device), packed.shape[-1] // (4 * codes.shape[-1]))
 
 
 def _places(widths: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -63,7 +63,7 @@ def choose(k: torch.Tensor, importance: torch.Tensor | None, bits: int) -> KeyTa
     unit = _reach(middle, mean) / few_bits.LARGEST_OFFSET
     weight = variance + unit.square() / 12
     order, widths = share_bits(weight if importance is None else weight * _with_least(importance.float()), bits)
-    order, widths = order.to(k.device), widths.to(k.device).repeat_interleave(GROUP, -1)
+    widths = widths.repeat_interleave(GROUP, -1)
     sample = (blocks - middle)[..., :_SAMPLE_BLOCKS, :, :]
     left = torch.linspace(-0.5, 0.5, sample.shape[-3], device=k.device)[:, None, None]
     sample = (sample + left * unit[..., None, None, :]).flatten(-3, -2)
@@ -90,14 +90,14 @@ def check(table: KeyTable, bits: int) -> None:
 
 
 def share_bits(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shares out `bits` a channel by `weight` `(..., D)`: order and widths of a `KeyTable`, int64, on the CPU."""
-    weight = weight.double().cpu().clamp(min=0) ** _EXPONENT  # one rounding for all devices: files move between them
+    """Shares out `bits` a channel by `weight` `(..., D)`: order and widths of a `KeyTable`, int64."""
+    weight = weight.double().clamp(min=0) ** _EXPONENT
     order = weight.argsort(dim=-1, descending=True, stable=True)
     groups = weight.gather(-1, order).unflatten(-1, (-1, GROUP)).sum(-1)
-    left = torch.tensor(_LEFT, dtype=torch.float64)
+    left = torch.tensor(_LEFT, dtype=torch.float64, device=weight.device)
     gains = groups[..., None] * (left[:-1] - left[1:])  # of each further bit; they fall
     # Equal gains, as of channels that are constant, go to the bits that come first in every group.
-    gains = gains + 1e-300 * torch.arange(MAX_WIDTH, 0, -1, dtype=torch.float64)
+    gains = gains + 1e-300 * torch.arange(MAX_WIDTH, 0, -1, dtype=torch.float64, device=weight.device)
     taken = gains.flatten(-2).topk(bits * groups.shape[-1], dim=-1).indices // MAX_WIDTH
     widths = torch.zeros_like(groups, dtype=torch.int64).scatter_add_(-1, taken, torch.ones_like(taken))
     # Wider groups first, whatever their gains: kernels read groups of one width together.

@@ -319,9 +319,11 @@ def test_impossible_settings(kwargs, message):
 
 
 def test_groups_that_do_not_divide_and_full_caches():
-    for head_dim, fits in ((16, 16), (32, 32), (48, 16), (64, 32), (80, 16), (128, 32)):
+    sizes = ((16, 16, 16), (32, 32, 32), (48, 48, 16), (64, 64, 32), (80, 80, 16), (128, 64, 32))
+    for head_dim, fits, fits_8_bits in sizes:
         config = tiny_config(head_dim=head_dim)
         assert QuantizedKVCache(config).settings["group_size"] == fits
+        assert QuantizedKVCache(config, bits=8).settings["group_size"] == fits_8_bits
         with pytest.raises(ValueError, match=f"group_size=96 does not divide head_dim={head_dim}"):
             QuantizedKVCache(config, group_size=96)
     for head_dim in (8, 24, 40):
@@ -337,5 +339,5 @@ def test_groups_that_do_not_divide_and_full_caches():
 def test_skipped_layers_stay_exact():
     cache = QuantizedKVCache(tiny_config(), bits=2, group_size=16, skip_layers=(0, -1))
     for i in range(3):
-        k, _ = fill(cache, 64, 64, i)
+        k, _ = fill(cache, 80, 80, i)
         assert torch.equal(cache.layers[i].dense()[0], k) == (i != 1)

@@ -1,5 +1,6 @@
 """Sliding windows: rings that wrap many times, sinks, positions of endless streams, against attention spelled out."""
 
+import copy
 import functools
 
 import pytest
@@ -214,13 +215,16 @@ def test_a_forced_window_on_a_model_that_is_not_enabled():
 def test_quantized_windows(backend, family, bits):
     """Codes in a ring: every backend reads what the layer itself dequantizes, and 8 bits are close to exact."""
     model, ids = hf_kvattn.enable(tiny_model(family, head_dim=16)), stream()
-    exact = streamed_logits(model, ids, StaticKVCache(model.config), CHUNKS["odd"])
-    made = {}
-    for name in {backend, "reference"}:
-        cache = QuantizedKVCache(model.config, bits=bits, group_size=16)
+    *before, last = CHUNKS["odd"]
+    exact = streamed_logits(model, ids, StaticKVCache(model.config), [*before, last])
+    cache, made = QuantizedKVCache(model.config, bits=bits, group_size=16), {}
+    with hf_kvattn.backend(backend):
+        first = streamed_logits(model, ids, cache, before)
+    for name in {backend, "reference"}:  # from the same codes on
+        own = copy.deepcopy(cache)
         with hf_kvattn.backend(name):
-            made[name] = streamed_logits(model, ids, cache, CHUNKS["odd"])
-        rings = [layer for layer in cache.layers if layer.sliding_window is not None]
+            made[name] = torch.cat([first, streamed_logits(model, ids, own, [last], seen=sum(before))], 1)
+        rings = [layer for layer in own.layers if layer.sliding_window is not None]
         assert rings and all(layer.dropped >= 128 and layer.packed_tokens > 64 for layer in rings)
     spread = float(exact.std())
     assert (made[backend] - made["reference"]).abs().max() < 2e-3 * float(exact.abs().max())

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, DynamicLayer, PreTrainedConfig
 
 from hf_kvattn.caches.configs import kv_shape
 from hf_kvattn.quant.few_bits import STEPS
