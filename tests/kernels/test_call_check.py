@@ -16,7 +16,7 @@ from hf_kvattn.kernels import dispatch
 from hf_kvattn.kernels.call import AttendCall, SinkKV
 from hf_kvattn.quant.blocks import Blocks
 from hf_kvattn.quant.codecs import CODECS
-from hf_kvattn.quant.packed import PackedKV
+from hf_kvattn.quant.packed import ARRAYS, OF_BLOCKS, PackedKV
 
 BACKENDS = ["auto", "reference", "sdpa", "native"]
 
@@ -171,17 +171,18 @@ BLOCKS = PACKED.packed  # int4 keys, int8 values, 1 head each of (3, 2), 5 slots
         ({"v_codes": BLOCKS.v_codes[:, :, :2].contiguous()}, ["v_codes is (3, 2, 2, 2048)", "(3, 2, 5, 2048)"]),
         ({"k_codes": BLOCKS.k_codes.view(torch.int8)}, ["torch.int8"]),
         ({"v_codes": BLOCKS.v_codes.view(torch.float8_e4m3fn)}, ["torch.float8_e4m3fn", "torch.uint8"]),
-        ({"k_scale": BLOCKS.k_scale.float()}, ["k_scale", "torch.float32", "torch.bfloat16"]),
-        ({"k_scale": BLOCKS.k_scale[:, :, :4].contiguous()}, ["(3, 2, 5, 1024)", "(3, 2, 4, 1024)"]),
-        ({"k_zero": None}, ["int4", "zero points"]),
-        ({"k_zero": BLOCKS.k_zero[:2].contiguous()}, ["k_zero is (2, 2, 5, 64)"]),
-        ({"v_zero": BLOCKS.v_scale}, ["int8", "zero points"]),
+        ({"k_scale": BLOCKS.k_scale.float()}, ["k_scale", "torch.float32", "torch.uint8"]),
+        ({"k_scale": BLOCKS.k_scale[:, :, :4].contiguous()}, ["(3, 2, 4, 48)", "(3, 2, 5, 48)"]),
+        ({"k_step": None}, ["k_step goes with key codecs by channel", "int4"]),
+        ({"k_unit": BLOCKS.k_unit[:2].contiguous()}, ["k_unit is (2, 2, 64)"]),
+        ({"k_order": BLOCKS.k_order.long()}, ["k_order", "torch.int64", "torch.int16"]),
+        ({"k_widths": BLOCKS.k_widths[..., :3].contiguous()}, ["k_widths is (3, 2, 3)", "(3, 2, 4)"]),
         ({"v_scale": BLOCKS.v_scale[..., :16].contiguous()}, ["v_scale is (3, 2, 5, 2, 16)"]),
         ({"v_scale": BLOCKS.v_scale[:, :, :, :0].contiguous()}, ["(3, 2, 5, 0, 32)"]),
         ({"v_scale": BLOCKS.v_scale.repeat(1, 1, 1, 4, 1)}, ["(3, 2, 5, 8, 32)", "16"]),
         ({"v_scale": BLOCKS.v_scale[:, :, :, 0].contiguous()}, ["(3, 2, 5, 32)"]),
         ({"k_mean": BLOCKS.k_mean.half()}, ["k_mean", "torch.float16"]),
-        ({"k_mean": BLOCKS.k_mean[:, :1].contiguous()}, ["k_mean is (3, 1, 64)"]),
+        ({"k_mean": BLOCKS.k_mean[:, :1].contiguous()}, ["k_codes is (3, 2, 5, 1024)", "(3, 1, 5, 1024)"]),
         ({"k_mean": BLOCKS.k_mean.to("meta")}, ["on meta"]),
         ({"k_codes": BLOCKS.k_codes.transpose(0, 1).contiguous().transpose(0, 1)}, ["k_codes must be contiguous"]),
         ({"v_scale": BLOCKS.v_scale.mT.contiguous().mT}, ["v_scale must be contiguous"]),
@@ -205,7 +206,7 @@ def test_blocks_that_do_not_fit_are_not_made(changes, words):
 
 def with_slots(count: int) -> PackedKV:
     """`BLOCKS` in so many slots."""
-    arrays = {name: getattr(BLOCKS, name) for name in ("k_codes", "k_scale", "k_zero", "v_codes", "v_scale")}
+    arrays = {name: getattr(BLOCKS, name) for name in OF_BLOCKS}
     return replace(BLOCKS, **{name: t[:, :, :1].repeat_interleave(count, 2) for name, t in arrays.items()})
 
 
@@ -278,8 +279,7 @@ def test_native_is_given_memory_of_the_cpu_alone():
         if good is PACKED:
             with pytest.raises(ValueError, match="k_mean .* on cpu, not .* on mps"):
                 dispatch.attend(call)
-            arrays = [f"{x}_{name}" for x in "kv" for name in ("codes", "scale", "zero")] + ["k_mean"]
-            elsewhere = {n: t.as_subclass(Elsewhere) for n in arrays if (t := getattr(BLOCKS, n)) is not None}
+            elsewhere = {n: t.as_subclass(Elsewhere) for n in ARRAYS if (t := getattr(BLOCKS, n)) is not None}
             call.packed = replace(BLOCKS, **elsewhere)
         with hf_kvattn.backend("native"), pytest.raises(ValueError, match="run on the CPU, the tensors are on mps"):
             dispatch.attend(call)
@@ -340,4 +340,5 @@ def test_odd_calls_that_are_right_are_served_alike(name):
             if backend == "auto" or dispatch.BACKENDS[backend].unsupported(call) is None:
                 out = dispatch.attend(call)
                 assert out.dtype == call.q.dtype
-                torch.testing.assert_close(out, expected, rtol=0, atol=2e-4 if call.packed else 2e-6, msg=backend)
+                # native's queries have 16 bits for all channels, and codes of wide ones reach 64 from their middle
+                torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 if call.packed else 2e-6, msg=backend)
