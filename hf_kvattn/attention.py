@@ -256,7 +256,7 @@ def attend_layer(
             if place is not None and value.shape == key.shape and index + 1 < len(cache.layers):
                 again = repeated(layer, place, call)
             cache.first_alike[layer.kind] = again and FirstAlike(index, facts, rules.mask, again)
-    if stores:
+    if stores and layer.wants_queries:
         layer.note_queries(query)
     if not stores:
         cache.finish_lent(index, dispatch.quantize_blocks)

@@ -58,6 +58,7 @@ class KVLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     forces_window = False  # whether the window is the cache's own, not the model's
+    wants_queries = False  # whether `note_queries` is to be called
     counts: tuple[str, ...] = ("seen",)  # the attributes that say how full the buffers are
     kind: tuple  # what layers of one cache have in common that store alike
     latent: tuple[int, int] | None = None  # widths of two latents, where they stand for keys and values
@@ -113,7 +114,7 @@ class KVLayer(CacheLayerMixin):
         """
 
     def note_queries(self, query: torch.Tensor) -> None:
-        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`."""
+        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`, if it `wants_queries`."""
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         """Called when attention over the new tokens is done. A layer may compress tokens then, with `quantize`."""

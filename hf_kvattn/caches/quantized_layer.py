@@ -64,6 +64,7 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k = self._exact_v = torch.empty(0)
         self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
         self._packed: dict[str, torch.Tensor] = {}
+        self.wants_queries = self._awaits_table
         self._importance: torch.Tensor | None = None  # `(B, Hkv, D)`, sums of squared queries; never written to
         self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
         # A GPU's answers `(n, 2)` to whether keys and values were finite, each with the event of its arrival.
@@ -80,7 +81,8 @@ class KVQuantizedLayer(KVLayer):
     def buffers(self) -> dict[str, tuple[torch.Tensor, int]]:
         blocks = (self.dropped + self.packed_tokens) // BLOCK
         packed = {
-            name: (t, min(blocks, t.shape[2]) if name in OF_BLOCKS else t.shape[2]) for name, t in self._packed.items()
+            name: (t, min(blocks, t.shape[2]) if name in OF_BLOCKS else 0 if self.wants_queries else t.shape[2])
+            for name, t in self._packed.items()
         }
         return {"exact_k": (self._exact_k, self._exact), "exact_v": (self._exact_v, self._exact), **packed}
 
@@ -179,8 +181,6 @@ class KVQuantizedLayer(KVLayer):
         return self._least_exact + (WARM_UP if stays or self._awaits_table else BLOCK)
 
     def note_queries(self, query: torch.Tensor) -> None:
-        if not self._awaits_table:
-            return
         squares = query[:, :, -_MOST_QUERIES:].detach().float().square().unflatten(1, (self.kv_heads, -1)).sum((2, 3))
         self._importance = squares if self._importance is None else self._importance + squares
 
@@ -199,7 +199,7 @@ class KVQuantizedLayer(KVLayer):
     def blocks_due(self) -> int:
         """How many of the oldest whole blocks of exact tokens are to be quantized."""
         due = max(0, self._exact - self._least_exact)
-        return 0 if due < WARM_UP and self._awaits_table else due // BLOCK
+        return 0 if due < WARM_UP and self.wants_queries else due // BLOCK
 
     @property
     def _next_block(self) -> int:
@@ -234,6 +234,7 @@ class KVQuantizedLayer(KVLayer):
         rest, after = slice(lead + blocks * BLOCK, exact), slice(lead, exact - blocks * BLOCK)
         k, v = self._exact_k[:, :, rest].clone(), self._exact_v[:, :, rest].clone()
         self.packed_tokens, self.dropped = (first + blocks - dropped) * BLOCK, dropped * BLOCK
+        self.wants_queries = self._awaits_table
         self._fit_exact(lead)
         self._exact_k[:, :, after], self._exact_v[:, :, after] = k, v
         self.inconsistent = None
@@ -374,11 +375,13 @@ class KVQuantizedLayer(KVLayer):
                 self.unchanged_prefix = min(self.unchanged_prefix, self.dropped + lead + block * BLOCK)
             self.packed_tokens = block * BLOCK
         self.seen = kept
-        if self._awaits_table:
+        self.wants_queries = self._awaits_table
+        if self.wants_queries:
             self._fit_exact(self._exact)
 
     def reset(self) -> None:
         self.seen = self.packed_tokens = self.dropped = 0
+        self.wants_queries = self._awaits_table
         self._finite_checks, self._importance = (), None
         self._fit_exact(0)
         super().reset()
@@ -443,6 +446,7 @@ class KVQuantizedLayer(KVLayer):
                 raise ValueError(f"layer {self.layer_idx}: {packed} tokens do not fit into a window of {window}")
             self._allocate_blocks(packed // BLOCK)
         self.packed_tokens, self.dropped = packed, dropped
+        self.wants_queries = self._awaits_table
         self._resize_exact(max(self._usual_exact, seen - dropped - packed), 0)
 
     def check_loaded(self) -> None:

@@ -306,7 +306,9 @@ def traffic_bytes(call: AttendCall, multiprocessors: int) -> tuple[int, int]:
     of_blocks = of_head = again = 0
     if packed is not None:
         exact -= packed.tokens
-        sizes = {n: t.nbytes // (batch * kv_heads) for n, t in zip(ARRAYS, packed.arrays(), strict=True) if t is not None}
+        sizes = {
+            n: t.nbytes // (batch * kv_heads) for n, t in zip(ARRAYS, packed.arrays(), strict=True) if t is not None
+        }
         block = sum(sizes.pop(name) for name in OF_BLOCKS) // packed.k_codes.shape[2]
         again = 0 if packed.k_widths is None else dim + dim // 2 + dim // 16  # of widths: by channel, pair and group
         of_blocks, of_head = (packed.tokens // BLOCK - splits.block_begin) * block, sum(sizes.values())
