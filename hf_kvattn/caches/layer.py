@@ -114,7 +114,7 @@ class KVLayer(CacheLayerMixin):
         """
 
     def note_queries(self, query: torch.Tensor) -> None:
-        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`, if it `wants_queries`."""
+        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`."""
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         """Called when attention over the new tokens is done. A layer may compress tokens then, with `quantize`."""
