@@ -177,14 +177,14 @@ def test_a_cache_that_is_reset_keeps_its_addresses(recordings):
 
 
 MAKES = {
-    "static": functools.partial(StaticKVCache, max_cache_len=90),
-    "int4": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=90),
-    "residual": functools.partial(QuantizedKVCache, bits=8, group_size=16, max_cache_len=90, residual_length=7),
+    "static": functools.partial(StaticKVCache, max_cache_len=120),
+    "int4": functools.partial(QuantizedKVCache, bits=4, group_size=16, max_cache_len=120),
+    "residual": functools.partial(QuantizedKVCache, bits=8, group_size=16, max_cache_len=120, residual_length=7),
 }
 
 
 @pytest.mark.parametrize("kind", MAKES)
-@pytest.mark.parametrize("length", [13, 50])
+@pytest.mark.parametrize("length", [13, 70])
 def test_fresh_caches_lie_where_the_one_before_lay(length, kind, recordings, monkeypatch):
     """Five calls of `generate()`, each with a cache of its own: a graph that knows the addresses serves all of them."""
     model, make = tiny_model("qwen2-sliding" if kind == "static" else "llama", num_hidden_layers=2), MAKES[kind]
