@@ -272,7 +272,7 @@ class KVQuantizedLayer(KVLayer):
         if not self.settings.k_codec.by_channel:
             self._packed["k_mean"].copy_(k.float().mean(2))
             return
-        if self._importance is None:
+        if self._importance is None and self.latent is None:  # what queries of latents want is not known
             logger.warning_once(
                 "key widths are chosen by keys alone, since no queries were seen: hf_kvattn.enable(model), or a "
                 "calibration, would keep predictions closer"
