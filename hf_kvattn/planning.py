@@ -136,7 +136,10 @@ def plan(
 def cache_bytes(
     make: Callable[..., KVCache], config: PreTrainedConfig, batch: int, dtype: torch.dtype, context: int
 ) -> int:
-    """Bytes that `make(config, max_cache_len=context)` allocates for `batch` rows, recurrent states left out."""
+    """Bytes that `make(config, max_cache_len=context)` allocates for `batch` rows, recurrent states left out.
+
+    Few-bit codes without a calibration take 32 exact tokens a layer more until there is a table.
+    """
     cache = make(config, max_cache_len=context)
     for layer in cache.kv_layers:
         heads, dim = layer.expected_heads, layer.expected_dim

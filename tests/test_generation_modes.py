@@ -49,7 +49,8 @@ MODES: dict[str, tuple[dict, int | None]] = {
     "chunked-prefill": ({"prefill_chunk_size": 4}, 1),
     "prompt-lookup": ({"prompt_lookup_num_tokens": 3}, None),
     "draft": ({"assistant": 1}, None),
-    "draft-sampling": ({"assistant": 1, "do_sample": True}, None),
+    # The draft's generate() takes a token 0 for padding, wherever it is.
+    "draft-sampling": ({"assistant": 1, "do_sample": True, "suppress_tokens": [0]}, None),
     "perfect-draft": ({"assistant": 3}, None),
     "early-exit": ({"assistant_early_exit": 2}, None),
 }

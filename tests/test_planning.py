@@ -11,8 +11,10 @@ from models import generate, prompt, tiny_config, tiny_model
 
 import hf_kvattn
 from hf_kvattn import planning
+from hf_kvattn.caches.quantized_layer import WARM_UP
 from hf_kvattn.caches.registry import CACHES, COMPLETE
 from hf_kvattn.planning import Plan, cache_bytes, model_bytes
+from hf_kvattn.quant.layout import BLOCK
 from hf_kvattn.tools import commands as command_line
 
 BIG = {"num_hidden_layers": 2, "hidden_size": 128}  # heads of 32: groups of 32 divide them
@@ -46,7 +48,13 @@ def test_bytes_are_those_that_the_cache_allocates(name, model, shape):
     batch, context, chunks = shape
     for dtype in (torch.bfloat16, torch.float32):
         cache = real_cache(name, MODELS[model], batch, dtype, context, chunks)
-        assert cache_bytes(CACHES[name], MODELS[model], batch, dtype, context) == cache.nbytes
+        more = 0
+        for layer in cache.kv_layers:
+            least = layer.settings.exact_first if layer.wants_queries else 0
+            if layer.wants_queries and context > least + BLOCK:  # a table is chosen when there are WARM_UP tokens
+                assert layer.stored == context < least + WARM_UP
+                more += 2 * batch * layer.kv_heads * (WARM_UP - BLOCK) * layer.head_dim * dtype.itemsize
+        assert cache_bytes(CACHES[name], MODELS[model], batch, dtype, context) == cache.nbytes - more
 
 
 def test_bytes_of_generate_with_an_enabled_model():

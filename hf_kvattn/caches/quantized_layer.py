@@ -139,12 +139,17 @@ class KVQuantizedLayer(KVLayer):
     def append(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self.make_ready(k, v)
         exact, new_exact = self._exact, self._exact + k.shape[2]
-        fits = new_exact <= self._exact_k.shape[2]
-        if not fits and self._exact_k.shape[2] == self._usual_exact:
-            self._usual = self._exact_k, self._exact_v
-        if fits or exact:
-            if not fits:  # a prompt: all of it is exact until `finish_attention`
-                self._resize_exact(new_exact, exact)
+        room, warm_up = self._exact_k.shape[2], self._least_exact + WARM_UP
+        if new_exact > room:
+            if room == self._usual_exact:
+                self._usual = self._exact_k, self._exact_v
+            if self._awaits_table and new_exact < warm_up:
+                room = warm_up
+                self._resize_exact(room, exact)
+            elif exact:  # a prompt: all of it is exact until `finish_attention`
+                room = new_exact
+                self._resize_exact(room, exact)
+        if new_exact <= room:
             self._exact_k[:, :, exact:new_exact].copy_(k.detach())
             self._exact_v[:, :, exact:new_exact].copy_(v.detach())
         else:  # the first prompt: the caller's own tensors, until its attention is done
@@ -166,19 +171,15 @@ class KVQuantizedLayer(KVLayer):
         return self.settings.exact_first + self.settings.residual_length
 
     @property
-    def _chooses(self) -> bool:
-        return self.settings.k_codec.by_channel and self.settings.table is None
-
-    @property
     def _awaits_table(self) -> bool:
         """Whether the next block is the first one, and a table is to be chosen by what is stored then."""
-        return self._chooses and not self.packed_tokens and not self.dropped
+        chooses = self.settings.k_codec.by_channel and self.settings.table is None
+        return chooses and not self.packed_tokens and not self.dropped
 
     @property
     def _usual_exact(self) -> int:
-        """The room for exact tokens, but for a prompt's. Where a CUDA graph may know its address, it stays."""
-        stays = self._chooses and self.max_cache_len is not None and self.device.type == "cuda"
-        return self._least_exact + (WARM_UP if stays or self._awaits_table else BLOCK)
+        """The room for exact tokens, but for a prompt's, and until there is a table."""
+        return self._least_exact + BLOCK
 
     def note_queries(self, query: torch.Tensor) -> None:
         squares = query[:, :, -_MOST_QUERIES:].detach().float().square().unflatten(1, (self.kv_heads, -1)).sum((2, 3))
@@ -332,7 +333,8 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
 
     def _fit_exact(self, keep: int) -> None:
-        """After a prompt, whose tokens may be the caller's own tensors: moves `keep` of them to the usual buffer."""
+        """After a prompt, whose tokens may be the caller's own tensors, and when there is a table: moves `keep` of
+        them to the usual buffer."""
         if not self.is_initialized or self._exact_k.shape[2] == (usual := self._usual_exact):
             return
         if self._usual is None or self._usual[0].shape[2] != usual or keep > usual:
@@ -376,8 +378,6 @@ class KVQuantizedLayer(KVLayer):
             self.packed_tokens = block * BLOCK
         self.seen = kept
         self.wants_queries = self._awaits_table
-        if self.wants_queries:
-            self._fit_exact(self._exact)
 
     def reset(self) -> None:
         self.seen = self.packed_tokens = self.dropped = 0

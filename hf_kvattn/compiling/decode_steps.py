@@ -53,7 +53,7 @@ class DecodeSteps:
         self._kinds: dict[tuple, tuple[KVLayer, Numbers]] = {}  # one layer of each kind, and the numbers of all
 
     def run(self, compiled: Callable, model: Callable, kwargs: dict[str, Any]) -> Any:
-        """The output of `compiled`, or of `model` where the cache is empty still, for `kwargs` with this cache.
+        """The output of `compiled` for `kwargs` with this cache; of `model` where the cache is empty or wants queries.
 
         Of what a graph puts out, only the logits are overwritten by the next step: `generate()` copies them.
 
@@ -61,7 +61,7 @@ class DecodeSteps:
             ValueError: a full or inconsistent cache, another batch size, a mask that says more than left padding;
                 nothing has changed then.
         """
-        if not self.cache.get_seq_length():
+        if not self.cache.get_seq_length() or any(layer.wants_queries for layer in self.cache.kv_layers):
             return model(**kwargs)
         self._begin(new_tokens(kwargs), kwargs.get("attention_mask"))
         out = compiled(**{**kwargs, "past_key_values": self, "attention_mask": None})

@@ -75,7 +75,7 @@ class PackedKV:
             self.k_codes.shape[2:3].numel(),
             self.v_scale.shape[3:4].numel(),
         )
-        if not groups or dim % (16 * groups):
+        if not (dim and groups) or dim % (16 * groups):
             raise ValueError(f"v_scale {tuple(self.v_scale.shape)}: groups of {dim} channels are multiples of 16")
         shapes = shapes_of(self.k_codec, self.v_codec, dim, dim // groups)
         for name in ARRAYS:
@@ -92,9 +92,10 @@ class PackedKV:
             )
             if not array.is_contiguous():
                 raise ValueError(f"{name} must be contiguous, its strides are {array.stride()}")
-        tokens_fit = 0 <= self.start <= BLOCK and 0 <= self.tokens <= blocks * BLOCK and self.tokens % BLOCK == 0
-        slot_fits = self.slot == 0 or (0 < self.slot < blocks and self.slot % 2 == blocks % 2 == 0)
-        if not (type(self.start) is type(self.tokens) is type(self.slot) is int and tokens_fit and slot_fits):
+        integers = all(type(number) is int for number in (self.start, self.tokens, self.slot))
+        tokens_fit = integers and 0 <= self.start <= BLOCK and 0 <= self.tokens <= blocks * BLOCK
+        slot_fits = integers and (self.slot == 0 or (0 < self.slot < blocks and self.slot % 2 == blocks % 2 == 0))
+        if not (tokens_fit and slot_fits and self.tokens % BLOCK == 0):
             numbers = f"start={self.start!r}, tokens={self.tokens!r} and slot={self.slot!r}"
             raise ValueError(f"{numbers} do not fit {blocks} blocks of {BLOCK}")
 

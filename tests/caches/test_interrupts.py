@@ -196,7 +196,7 @@ def test_changes_interrupted_between_layers_leave_only_reset(kind, change, monke
     cache = ALL[kind](tiny_config())
     append(cache, tokens(50))
     layer_type = type(cache.layers[1])
-    inner = {"reorder_cache": "copy_rows", "batch_select_indices": "select", "finish_attention": "_resize_exact"}
+    inner = {"reorder_cache": "copy_rows", "batch_select_indices": "select", "finish_attention": "_fit_exact"}
     name = inner.get(change, change)
     method = getattr(layer_type, name)
 

@@ -25,7 +25,7 @@ def packed_problem(
 ) -> AttendCall:
     """A problem whose tokens from `start` on, whole blocks, are quantized, with poisoned spare blocks behind them.
 
-    Before that `change` may write to its keys and values.
+    Before that `change` may write to its keys and values. Queries of keys by channel are such as their table is for.
     """
     call = problem(name, dtype)
     change(call.k, call.v)
@@ -35,6 +35,8 @@ def packed_problem(
     k, v = (t[:, :, start : start + done] for t in (call.k, call.v))
     packed = blank((batch, heads), count + 3, dim, (k_bits, v_bits), group, k)
     call.packed = replace(packed, start=start, tokens=done)
+    if call.packed.k_codec.by_channel:
+        call.q = (call.q.float() * importance(dim).sqrt()).to(dtype)
     quantize_blocks([Blocks(k, v, call.packed, 0)])
     call.k, call.v = (torch.cat([t[:, :, :start], t[:, :, start + done :]], 2) for t in (call.k, call.v))
     return call
@@ -58,12 +60,15 @@ def blank(
         arrays[name] = made.fill_(1e30) if dtype == torch.bfloat16 else made.view(torch.uint8).fill_(255).view(dtype)
     arrays["k_mean"] = k.float().mean(2)
     if codecs[0].by_channel:
-        # Widths as unlike as they can be, so that all kinds of groups are met.
-        shuffled = torch.randperm(dim, generator=torch.Generator().manual_seed(dim))
-        importance = torch.linspace(-12, 12, dim).exp2()[shuffled]
-        table = choose(k, importance.expand(*lead, dim), codecs[0].bits)
+        table = choose(k, importance(dim).expand(*lead, dim), codecs[0].bits)
         arrays |= {f"k_{name}": array for name, array in table._asdict().items()}
     return PackedKV(0, 0, *codecs, **arrays)
+
+
+def importance(dim: int) -> torch.Tensor:
+    """E[q**2] of the channels, 1 on average, as unlike as they can be, so that all kinds of groups are met."""
+    unlike = torch.linspace(-12, 12, dim).exp2()
+    return (unlike / unlike.mean())[torch.randperm(dim, generator=torch.Generator().manual_seed(dim))]
 
 
 def as_dense(call: AttendCall) -> AttendCall:

@@ -340,5 +340,4 @@ def test_odd_calls_that_are_right_are_served_alike(name):
             if backend == "auto" or dispatch.BACKENDS[backend].unsupported(call) is None:
                 out = dispatch.attend(call)
                 assert out.dtype == call.q.dtype
-                # native's queries have 16 bits for all channels, and codes of wide ones reach 64 from their middle
-                torch.testing.assert_close(out, expected, rtol=0, atol=1e-3 if call.packed else 2e-6, msg=backend)
+                torch.testing.assert_close(out, expected, rtol=0, atol=2e-4 if call.packed else 2e-6, msg=backend)

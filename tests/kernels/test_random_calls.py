@@ -160,7 +160,7 @@ def outcomes(call: AttendCall) -> tuple[set[str], str]:
             continue  # random, or scores so large (so exact) that roundings decide
         if expected is None:
             expected = dispatch.BACKENDS["reference"].attend(call).float()
-            allowed = 1e-3  # as in test_packed.py, of codes
+            allowed = 3e-4  # of codes
             if call.packed is None:
                 # Of few numbers plain PyTorch may round all right: half a unit in the last place more, and twice.
                 largest = torch.finfo(call.q.dtype).eps * expected.abs().max().item()
