@@ -257,12 +257,21 @@ def attend_layer(
                 again = repeated(layer, place, call)
             cache.first_alike[layer.kind] = again and FirstAlike(index, facts, rules.mask, again)
     if stores and layer.wants_queries:
-        layer.note_queries(query)
+        layer.note_queries(query, _padding(layer, key.shape[2], rules))
     if not stores:
         cache.finish_lent(index, dispatch.quantize_blocks)
     elif index not in cache.lenders:
         layer.finish_attention(dispatch.quantize_blocks)
     return out
+
+
+def _padding(layer: KVLayer, new: int, rules: Rules) -> torch.Tensor | None:
+    """How many stored tokens at the left of each row are padding, `(B,)`, 0 where the mask's range does not tell."""
+    leftpad = read_compact_mask(rules.mask)[0] if rules.mask is not None and is_compact(rules.mask) else None
+    if leftpad is None:
+        return None
+    visible, _ = layer.get_mask_sizes(new, before=False)
+    return torch.where(leftpad > 0, leftpad + (layer.stored - visible), 0)
 
 
 def check_rules(layer: KVLayer, query: torch.Tensor, new: int, rules: Rules, before: bool = True) -> int:

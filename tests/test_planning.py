@@ -11,7 +11,7 @@ from models import generate, prompt, tiny_config, tiny_model
 
 import hf_kvattn
 from hf_kvattn import planning
-from hf_kvattn.caches.quantized_layer import WARM_UP
+from hf_kvattn.caches.first_tokens import WARM_UP
 from hf_kvattn.caches.registry import CACHES, COMPLETE
 from hf_kvattn.planning import Plan, cache_bytes, model_bytes
 from hf_kvattn.quant.layout import BLOCK

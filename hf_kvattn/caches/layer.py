@@ -113,8 +113,12 @@ class KVLayer(CacheLayerMixin):
         The caller increments `seen` when the token is written.
         """
 
-    def note_queries(self, query: torch.Tensor) -> None:
-        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`."""
+    def note_queries(self, query: torch.Tensor, padding: torch.Tensor | None) -> None:
+        """Told of the queries `(B, Hq, T, D)` of the newest tokens, before `finish_attention`.
+
+        Args:
+            padding: `(B,)`, tokens at the left of each row that are padding, as far as the mask says it; or None.
+        """
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         """Called when attention over the new tokens is done. A layer may compress tokens then, with `quantize`."""

@@ -15,14 +15,13 @@ from ..quant.calibration import check_group_size
 from ..quant.codecs import Codec
 from ..quant.layout import BLOCK, by_width_to, keys_to, planes_of, values_to
 from ..quant.packed import OF_BLOCKS, TABLE, PackedKV, shapes_of
+from .first_tokens import WARM_UP, FirstTokens
 from .layer import GROWTH, KVLayer, Place, Stored, ring_spans
 from .ring import SLACK, overwritten
 
 logger = logging.get_logger("hf_kvattn")
 
 _CHUNK_BLOCKS = 64  # blocks quantized at once: bounds the fp32 temporaries of a long prefill
-WARM_UP = 2 * BLOCK  # tokens that stay exact at first, for a table that is chosen by them
-_MOST_QUERIES = 1024  # tokens of a forward whose queries are looked at, for the same reason
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class KVQuantizedLayer(KVLayer):
         self._usual: tuple[torch.Tensor, torch.Tensor] | None = None  # while a prompt's tokens stand in their place
         self._packed: dict[str, torch.Tensor] = {}
         self.wants_queries = self._awaits_table
-        self._importance: torch.Tensor | None = None  # `(B, Hkv, D)`, sums of squared queries; never written to
+        self._first_tokens = FirstTokens()
         self._last_packed: PackedKV | None = None  # of the last `stored_kv`: most steps do not change it
         # A GPU's answers `(n, 2)` to whether keys and values were finite, each with the event of its arrival.
         self._finite_checks: tuple[tuple[torch.Tensor, torch.cuda.Event], ...] = ()
@@ -162,7 +161,7 @@ class KVQuantizedLayer(KVLayer):
         if self.sliding_window is not None:
             ring = 2 * (-(-(self.sliding_window + SLACK) // (2 * BLOCK)) + 1)  # even, as `PackedKV.slot` needs it
             blocks = ring if self.max_cache_len is None else min(ring, blocks + blocks % 2)
-        self._packed, self._usual, self._importance = {}, None, None
+        self._packed, self._usual, self._first_tokens = {}, None, FirstTokens()
         self._allocate_blocks(blocks)
         self._resize_exact(self._usual_exact, 0)
 
@@ -181,9 +180,8 @@ class KVQuantizedLayer(KVLayer):
         """The room for exact tokens, but for a prompt's, and until there is a table."""
         return self._least_exact + BLOCK
 
-    def note_queries(self, query: torch.Tensor) -> None:
-        squares = query[:, :, -_MOST_QUERIES:].detach().float().square().unflatten(1, (self.kv_heads, -1)).sum((2, 3))
-        self._importance = squares if self._importance is None else self._importance + squares
+    def note_queries(self, query: torch.Tensor, padding: torch.Tensor | None) -> None:
+        self._first_tokens = self._first_tokens.noted(query, self.kv_heads, self.stored, padding)
 
     def finish_attention(self, quantize: Quantize = quantize_blocks) -> None:
         """Quantizes the oldest whole blocks of the newest tokens, and leaves at least `residual_length` tokens exact.
@@ -195,12 +193,18 @@ class KVQuantizedLayer(KVLayer):
         """
         if self.blocks_due:
             quantize_due([self], quantize)
+        elif self.wants_queries and self._exact_k.shape[2] == self._exact > self._least_exact + WARM_UP:
+            self._resize_exact(
+                self._exact + BLOCK, self._exact
+            )  # mostly padding: it may be long until there is a table
 
     @property
     def blocks_due(self) -> int:
         """How many of the oldest whole blocks of exact tokens are to be quantized."""
-        due = max(0, self._exact - self._least_exact)
-        return 0 if due < WARM_UP and self.wants_queries else due // BLOCK
+        due, waits = max(0, self._exact - self._least_exact), False
+        if self.wants_queries and due >= BLOCK:
+            waits = not self._first_tokens.enough(self.settings.exact_first, self.settings.exact_first + due)
+        return 0 if waits else due // BLOCK
 
     @property
     def _next_block(self) -> int:
@@ -257,8 +261,8 @@ class KVQuantizedLayer(KVLayer):
         """
         lead, slots = self.settings.exact_first, self._packed["k_codes"].shape[2]
         if not self.packed_tokens and not self.dropped and self.settings.table is None:
-            part = slice(lead + start * BLOCK, lead + min(stop, start + _CHUNK_BLOCKS) * BLOCK)
-            self._choose_table(self._exact_k[:, :, part])
+            begin, count = lead + start * BLOCK, min(stop - start, _CHUNK_BLOCKS) * BLOCK
+            self._choose_table(self._first_tokens.sample(self._exact_k[:, :, begin : self._exact], begin, count))
         jobs = []
         while start < stop:
             slot = (first + start) % slots
@@ -273,14 +277,13 @@ class KVQuantizedLayer(KVLayer):
         if not self.settings.k_codec.by_channel:
             self._packed["k_mean"].copy_(k.float().mean(2))
             return
-        if self._importance is None and self.latent is None:  # what queries of latents want is not known
+        if self._first_tokens.importance is None and self.latent is None:  # what queries of latents want is not known
             logger.warning_once(
                 "key widths are chosen by keys alone, since no queries were seen: hf_kvattn.enable(model), or a "
                 "calibration, would keep predictions closer"
             )
-        chosen = widths.choose(k, self._importance, self.settings.k_codec.bits)
-        self._importance = None
-        self._write_table(chosen)
+        self._write_table(self._first_tokens.table(k, self.settings.k_codec.bits))
+        self._first_tokens = FirstTokens()
 
     def _write_table(self, table: widths.KeyTable) -> None:
         for name, array in table._asdict().items():
@@ -382,7 +385,7 @@ class KVQuantizedLayer(KVLayer):
     def reset(self) -> None:
         self.seen = self.packed_tokens = self.dropped = 0
         self.wants_queries = self._awaits_table
-        self._finite_checks, self._importance = (), None
+        self._finite_checks, self._first_tokens = (), FirstTokens()
         self._fit_exact(0)
         super().reset()
 
@@ -393,7 +396,7 @@ class KVQuantizedLayer(KVLayer):
     def select(self, rows: torch.Tensor) -> None:
         self.replace_buffers({name: tensor[rows] for name, (tensor, _) in self.buffers().items()})
         self.batch_size, self.unchanged_prefix = len(rows), 0
-        self._importance = None if self._importance is None else self._importance[rows]
+        self._first_tokens = self._first_tokens.rows(rows)
 
     def filled(self) -> dict[str, torch.Tensor]:
         self.raise_if_not_finite(wait=True)
@@ -427,8 +430,7 @@ class KVQuantizedLayer(KVLayer):
         exact = slice(beyond if beyond > self.settings.exact_first else 0, self._exact)
         for buffer in (self._exact_k, self._exact_v):
             buffer[target, :, exact] = buffer[source, :, exact]
-        if self._importance is not None:
-            self._importance = self._importance.index_copy(0, target, self._importance[source])
+        self._first_tokens = self._first_tokens.rows_copied(target, source)
 
     def allocate_for(self, like: torch.Tensor, counts: dict[str, int]) -> None:
         seen, packed, dropped = (counts[name] for name in self.counts)

@@ -28,7 +28,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_kvattn
 from hf_kvattn import QuantizedKVCache, StaticKVCache, generation
-from hf_kvattn.caches.quantized_layer import WARM_UP, KVQuantizedLayer
+from hf_kvattn.caches.first_tokens import WARM_UP
+from hf_kvattn.caches.quantized_layer import KVQuantizedLayer
 from hf_kvattn.compiling import decode_steps
 from hf_kvattn.compiling import step as compiled
 from hf_kvattn.compiling.append_attend import Numbers

@@ -118,10 +118,11 @@ template <int R>
 void quantize_queries(PackedKeys keys, int blocks, const QueryRows &rows, Queries<R> &out) {
   const float *q = rows.x;
   const int64_t q_stride = rows.stride;
+  const int coded = keys.table->end[1];  // channels; those without bits make no query coarser
   Simd::Vec abs_max[kPackedRows];
 #pragma GCC unroll 4
   for (int r = 0; r < kPackedRows; ++r) abs_max[r] = Simd::set(kMinAbsMax);
-  for (int c = 0; c < keys.d; c += Simd::kLanes) {
+  for (int c = 0; c < coded; c += Simd::kLanes) {
     Simd::Vec key_scale = Simd::set(keys.by_channel() ? kMultipliers[3] : 0.f);  // the largest of the blocks
     for (int b = 0; b < blocks && !keys.by_channel(); ++b)
       key_scale = Simd::max(key_scale, Simd::abs(Simd::widen(keys.at(b).scales(c))));
@@ -133,9 +134,9 @@ void quantize_queries(PackedKeys keys, int blocks, const QueryRows &rows, Querie
   choose_scales(abs_max, kQueryMax, out.scale, inverse);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < keys.d; c += Simd::kLanes)
+    for (int c = 0; c < coded; c += Simd::kLanes)
       Simd::store(out.x[r] + c, Simd::mul(Simd::load(q + r * q_stride + c), Simd::set(inverse[r])));
-    fill(out.x[r] + keys.d, out.x[r] + round_up(keys.d, 32), 0.f);
+    fill(out.x[r] + coded, out.x[r] + round_up(keys.d, 32), 0.f);
     out.offset[r] = rows.offset[r];
     if (keys.by_channel()) memcpy(out.unit[r], rows.unit + r * q_stride, keys.d * sizeof(float));
     fill(out.unit[r] + keys.d, out.unit[r] + round_up(keys.d, 32), 0.f);
