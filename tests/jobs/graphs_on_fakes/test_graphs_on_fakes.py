@@ -63,6 +63,8 @@ def filled(family, padded=True, bits=None):
         if bits is not None:
             cache = QuantizedKVCache(model.config, bits, group_size=16, max_cache_len=100)
         model(ids, past_key_values=cache)
+        for layer in cache.layers:
+            layer.wants_queries = False  # as if few bits had their table: until then steps are not compiled
         steps = DecodeSteps(cache)
         if padded:  # what was found in a mask before
             steps.leftpad, steps.leftpad_known = torch.ones(2, dtype=torch.int32), True
