@@ -104,8 +104,11 @@ def test_four_numbers_that_are_made_at_once_lie_as_the_assembly_takes_them(dim, 
             first, second = ast.literal_eval(re.search(r"register = (\[\[.*?\]\])", layout)[1])[:2]
             assert (first, second) in (([0, 1], [0, 2]), ([0, 1], [0, 8])) if of_keys else first == [1, 0], layout
         else:
-            assert "order = [1, 0]" in layout and of_keys, layout
-            assert int(re.search(r"sizePerThread = \[1, (\d+)\]", layout)[1]) % 4 == 0
+            words, channels = map(int, re.search(r"sizePerThread = \[(\d+), (\d+)\]", layout).groups())
+            if of_keys:
+                assert "order = [1, 0]" in layout and words == 1 and channels % 4 == 0, layout
+            else:
+                assert "order = [0, 1]" in layout and words % 2 == 0, layout
 
 
 def test_everything_that_is_shipped_is_recorded():
