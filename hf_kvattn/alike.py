@@ -9,7 +9,6 @@ Nothing outlives a forward. Layers come in their order: one that is not after th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,16 +51,17 @@ class FirstAlike:
 
 
 def facts_of(
-    layer: KVLayer, place: Place, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Sequence[Any]
+    layer: KVLayer, place: Place, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rules: Any
 ) -> tuple:
     """All that the attention of one new token depends on beside addresses, its mask and the kind of the layer.
 
     Args:
-        rules: `attention.Rules`, the mask first.
+        rules: `attention.Rules`. Layers with learned sinks, tensors of their own, repeat none.
     """
     k, v, slot, packed = place
     return (
-        layer.seen, layer.inconsistent, slot, None if packed is None else (packed.tokens, packed.slot), rules[1:],
+        layer.seen, layer.inconsistent, slot, None if packed is None else (packed.tokens, packed.slot),
+        rules.scaling, rules.is_causal, rules.window, rules.softcap, rules.s_aux is None, rules.dropout,
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.dtype, key.device, value.shape,
         value.dtype, value.device, k.shape, k.stride(), k.dtype, k.device, v.shape, v.stride(), v.dtype, v.device,
     )  # fmt: skip
