@@ -88,7 +88,7 @@ def test_repeated_calls_store_and_give_the_same_bits(kind, batch, dtype, repeats
         for one, two in zip(out, expected, strict=True):
             assert torch.equal(one, two) and one.is_contiguous()
     equal_layers(cache, other)
-    steps = 0 if kind == "sinks" else 119 - (kind == "growing")
+    steps = 0 if kind == "sinks" else 119 - (kind in ("growing", "int4"))  # which warms up in a larger buffer
     assert len(repeats) in (steps * (LAYERS - 1), 119 * (LAYERS - 1) * (kind != "sinks"))
 
 
