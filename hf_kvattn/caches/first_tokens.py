@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -74,9 +75,11 @@ class FirstTokens:
 
     def rows(self, chosen: torch.Tensor) -> FirstTokens:
         """Of the rows `chosen`, indices or a mask."""
-        return FirstTokens(*(None if each is None else each[chosen] for each in (self.importance, self.padding)))
+        return self._each(lambda t: t[chosen])
 
     def rows_copied(self, target: torch.Tensor, source: torch.Tensor) -> FirstTokens:
         """Where the rows `target` are what the rows `source` were."""
-        pairs = {name: getattr(self, name) for name in ("importance", "padding")}
-        return replace(self, **{n: t if t is None else t.index_copy(0, target, t[source]) for n, t in pairs.items()})
+        return self._each(lambda t: t.index_copy(0, target, t[source]))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> FirstTokens:
+        return FirstTokens(*(None if t is None else change(t) for t in (self.importance, self.padding)))

@@ -194,17 +194,16 @@ class KVQuantizedLayer(KVLayer):
         if self.blocks_due:
             quantize_due([self], quantize)
         elif self.wants_queries and self._exact_k.shape[2] == self._exact > self._least_exact + WARM_UP:
-            self._resize_exact(
-                self._exact + BLOCK, self._exact
-            )  # mostly padding: it may be long until there is a table
+            # Mostly padding: it may be long until there is a table.
+            self._resize_exact(self._exact + BLOCK, self._exact)
 
     @property
     def blocks_due(self) -> int:
         """How many of the oldest whole blocks of exact tokens are to be quantized."""
-        due, waits = max(0, self._exact - self._least_exact), False
-        if self.wants_queries and due >= BLOCK:
-            waits = not self._first_tokens.enough(self.settings.exact_first, self.settings.exact_first + due)
-        return 0 if waits else due // BLOCK
+        due, lead = max(0, self._exact - self._least_exact), self.settings.exact_first
+        if self.wants_queries and not self._first_tokens.enough(lead, lead + due):
+            return 0
+        return due // BLOCK
 
     @property
     def _next_block(self) -> int:
@@ -336,8 +335,7 @@ class KVQuantizedLayer(KVLayer):
         self._exact_k, self._exact_v = k, v  # together: an interrupt must not leave more keys than values
 
     def _fit_exact(self, keep: int) -> None:
-        """After a prompt, whose tokens may be the caller's own tensors, and when there is a table: moves `keep` of
-        them to the usual buffer."""
+        """After a prompt (maybe the caller's own tensors), or a warm-up: moves `keep` tokens to the usual buffer."""
         if not self.is_initialized or self._exact_k.shape[2] == (usual := self._usual_exact):
             return
         if self._usual is None or self._usual[0].shape[2] != usual or keep > usual:
