@@ -15,6 +15,7 @@ from pathlib import Path
 
 import arm_library
 import pytest
+from built_once import built_once
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hf_kvattn"
@@ -31,14 +32,17 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def package(tmp_path_factory) -> Path:
     """A folder with a copy of the package and the library in it."""
-    folder = tmp_path_factory.mktemp("sanitized")
-    build, copy = folder / "build", folder / "hf_kvattn"
+    return built_once(tmp_path_factory, "sanitized", build)
+
+
+def build(folder: Path) -> Path:
+    built, copy = folder / "build", folder / "hf_kvattn"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    configure = ["cmake", "-S", copy / "kernels" / "csrc", "-B", build, f"-DCMAKE_CXX_FLAGS={FLAGS}"]
+    configure = ["cmake", "-S", copy / "kernels" / "csrc", "-B", built, f"-DCMAKE_CXX_FLAGS={FLAGS}"]
     configure += ["-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_COMPILER=g++"]
-    for command in (configure, ["cmake", "--build", build, "--parallel", "2"]):
+    for command in (configure, ["cmake", "--build", built, "--parallel", "2"]):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    shutil.copy(build / "libkvattn.so", copy / "kernels")
+    shutil.copy(built / "libkvattn.so", copy / "kernels")
     return folder
 
 

@@ -1,12 +1,12 @@
 """The tests of the native kernels run here on an emulated Arm CPU."""
 
-import fcntl
 import os
 import sys
 from pathlib import Path
 
 import problems
 import pytest
+from built_once import built_once
 
 from hf_kvattn.kernels import native
 
@@ -18,20 +18,9 @@ problems.VARIANTS[:] = arm_library.CPUS["max"][:-1]
 
 
 @pytest.fixture(scope="session")
-def runner(tmp_path_factory, worker_id) -> Path:
-    """Built once for all processes of the job."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent  # which they share
-    folder = folder / "arm"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return (
-            folder / "runner"
-            if (folder / "runner").exists()
-            else arm_library.build(folder, os.environ.get("HF_KVATTN_JOB_FLAGS", "-O1"))
-        )
+def runner(tmp_path_factory) -> Path:
+    flags = os.environ.get("HF_KVATTN_JOB_FLAGS", "-O1")
+    return built_once(tmp_path_factory, "arm", lambda folder: arm_library.build(folder, flags))
 
 
 @pytest.fixture(scope="session", autouse=True)
