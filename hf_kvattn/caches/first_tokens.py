@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -42,10 +43,13 @@ class FirstTokens:
         return FirstTokens(squares if self.importance is None else self.importance + squares, padding)
 
     def enough(self, begin: int, end: int) -> bool:
-        """Whether the least padded row has `WARM_UP` tokens among [begin, end). Padding on a GPU is waited for."""
-        if end - begin < WARM_UP:
-            return False
-        return self.padding is None or end - max(begin, int(self.padding.min())) >= WARM_UP
+        """Whether the least padded row has `WARM_UP` tokens among [begin, end)."""
+        return end - begin >= WARM_UP and end - max(begin, self._least_padding) >= WARM_UP
+
+    @cached_property
+    def _least_padding(self) -> int:
+        """On a GPU this waits, once: every step of a warm-up asks several times whether there is enough."""
+        return 0 if self.padding is None else int(self.padding.min())
 
     def sample(self, k: torch.Tensor, begin: int, count: int) -> torch.Tensor:
         """Of `count` real tokens the keys `(B, Hkv, count, D)`, of keys `(B, Hkv, T, D)` of the tokens from `begin` on.
