@@ -117,6 +117,8 @@ def test_everything_that_is_shipped_is_recorded():
 
 def spills_of(case: codegen.Case) -> tuple[int, int]:
     """The most spilled bytes, and spill instructions in loops, that are stood for."""
+    if case.kernel == "quantize" and (case.target, case.head_dim) == ("sm_90", 256) and case.k_bits in (2, 3, 4):
+        return 8, 0  # two registers, once in 32 steps
     if case.kernel != "decode":
         return 0, 0
     if case.target == "gfx1100":  # 256 registers a thread, half of what gfx942 has, hold no tile of tokens beside it
