@@ -55,8 +55,8 @@ def enable(
             one.
         cache: what a `generate()` that passes no cache gets, a fresh one each time: a name of
             `caches.registry.COMPLETE` (`"static"`, `"int8"`, `"int4"`...), a callable `config -> Cache`, or None for
-            transformers' own. A quantized one takes its calibration (`scripts/calibrate.py`) from the folder that the
-            model was loaded from, where there is one.
+            transformers' own. `"int8"`, `"int4"`, `"int3"` and `"int2"` take their calibration (`scripts/calibrate.py`)
+            from the folder that the model was loaded from, where there is one.
         compile: whether `generate()` compiles its steps of one token, on every device, when it runs with one of this
             package's caches: as its `compile_config` says, else as `compiling.step.default_config()`. The first step of
             a model and batch size then takes a minute or so.

@@ -45,7 +45,8 @@ class KVQuantizedLayer(KVLayer):
 
     `_exact_k` and `_exact_v` hold the first and the newest tokens one after the other. A block is quantized once,
     when attention over its tokens is done (`finish_attention`) and `residual_length` newer tokens follow it; its codes
-    never change again. Between forwards `exact_first + residual_length + 31` tokens are exact at most.
+    never change again. Between forwards `exact_first + residual_length + 31` tokens are exact at most, once there is a
+    table of widths.
 
     Keys of few bits need a table of widths and steps (`quant/widths.py`), chosen once. Where no calibration gives it,
     it follows from the first `WARM_UP` tokens, their keys and the queries that met them; so many are exact until then.

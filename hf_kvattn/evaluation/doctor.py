@@ -45,7 +45,6 @@ LIKE_BEST = 0.85  # a rate from this share of the best one on is as good
 # Weights that stay what they are, the preferred first; float16 may overflow in models that were trained in bfloat16.
 EXACT = ("bfloat16", "float16", "float32")
 INT8 = "int8 (torchao)"
-COMPILED = ("bfloat16", INT8)  # each takes some seconds to compile
 OURS = {False: "kvattn-static-fit", True: "kvattn-static-compiled"}
 
 
@@ -192,7 +191,7 @@ def measure(
     kinds = [*EXACT, INT8] if found["torchao"] else [*EXACT]
     jobs = [(kind, False) for kind in kinds]
     if compiled and found["compiler"]:
-        jobs += [(kind, True) for kind in kinds if kind in COMPILED]
+        jobs += [(kind, True) for kind in kinds]
     bar = tqdm(total=len(counts) + len(jobs), desc="measuring this machine", disable=not progress)
     read_bytes_s, rows = {}, []
     with bar:

@@ -54,6 +54,17 @@ def test_a_machine_is_measured_as_it_is():
     assert facts["cpu"] in report and all(item["say"] in report for item in results["advice"])
 
 
+def test_every_dtype_is_measured_compiled_too(monkeypatch):
+    asked = []
+    monkeypatch.setattr(doctor, "compiler", lambda: "g++")
+    monkeypatch.setattr(
+        doctor, "_products", lambda kind, compiled, *_: asked.append((kind, compiled)) or product(kind, 1e9, compiled)
+    )
+    results = doctor.measure(**SMALL)
+    kinds = ["bfloat16", "float16", "float32", "int8 (torchao)"][: 4 if results["machine"]["torchao"] else 3]
+    assert asked == [(kind, compiled) for compiled in (False, True) for kind in kinds]
+
+
 def test_without_native_kernels_memory_is_measured_all_the_same(monkeypatch):
     monkeypatch.setattr(native, "unavailable", lambda: "not built")
     results = doctor.measure(compiled=False, **SMALL)
