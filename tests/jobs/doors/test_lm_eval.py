@@ -31,7 +31,7 @@ TASKS = {
     "metric_list: [{metric: perplexity}, {metric: acc}]\n",
     "choice": "output_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: words\ndoc_to_target: 1\n"
     "metric_list: [{metric: acc}]\n",
-    "whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{context}}'\n"
+    "whole": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{context}} {{words[2]}}'\n"
     "metric_list: [{metric: word_perplexity}]\n",
 }
 
